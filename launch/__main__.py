@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from data_tools.errors import UserError
+from data_tools.errors import PROJECT, UserError
 from launch.cli import run_command
-
-DISTRIBUTION = "gpt2-pipeline"
 
 #: Command -> (module in ``launch``, options that come first, description).
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -27,7 +25,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "checkpoint": ("checkpoint", (), "inspect, verify, prune, convert or average checkpoints"),
     "shards": ("shards", (), "inspect, verify or convert token shards"),
     "init": ("config", ("init",), "write a first run config"),
-    "config": ("config", (), "show a resolved config with the origin of each key"),
+    "config": ("config", (), "show a resolved config with the origin of each key, or explain the keys"),
     "plan": ("plan", (), "estimate memory, speed and days of a run"),
     "doctor": ("doctor", (), "check this machine"),
     "completion": ("completion", (), "print a script for the Tab key of bash, fish or zsh"),
@@ -50,13 +48,13 @@ def run_subcommand(arguments: Sequence[str]) -> object:
         print(_help())
         return None
     if name == "--version":
-        print(f"{DISTRIBUTION} {version(DISTRIBUTION)}")
+        print(f"{PROJECT} {version(PROJECT)}")
         return None
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command; there are {', '.join(COMMANDS)}")
     module, first_options, _ = COMMANDS[name]
     shown_name = module if first_options else name  # first options belong to a command with the name of its module
-    sys.argv = [f"{DISTRIBUTION} {shown_name}", *first_options, *arguments[1:]]
+    sys.argv = [f"{PROJECT} {shown_name}", *first_options, *arguments[1:]]
     run = pkgutil.resolve_name(f"launch.{module}:main")  # only this command's imports are paid for
     return run()
 
@@ -66,13 +64,13 @@ def _help() -> str:
     lines = [f"  {name:<{width}}  {description}" for name, (_, _, description) in COMMANDS.items()]
     return "\n".join(
         [
-            f"usage: {DISTRIBUTION} COMMAND [options]",
+            f"usage: {PROJECT} COMMAND [options]",
             "",
             "Tokenize, train and evaluate GPT-2; the same curve under DDP, FSDP and DeepSpeed ZeRO.",
             "",
             *lines,
             "",
-            f"{DISTRIBUTION} COMMAND --help shows the options of a command, {DISTRIBUTION} --version the version.",
+            f"{PROJECT} COMMAND --help shows the options of a command, {PROJECT} --version the version.",
         ]
     )
 

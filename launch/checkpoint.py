@@ -16,7 +16,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, example="python launch/checkpoint.py inspect runs/ddp")
+    parser = ArgumentParser(description=__doc__, example="gpt2-pipeline checkpoint inspect runs/ddp")
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|prune|convert|average")
     for add_command in (_add_inspect, _add_verify, _add_prune, _add_convert, _add_average):
         add_command(commands)
@@ -31,7 +31,7 @@ def _add_inspect(commands: Any) -> None:
         print(json.dumps(asdict(report), indent=2, default=str) if arguments.json else report)
 
     description = "Show the contents of a checkpoint, or list the checkpoints of a run. Nothing is changed or hashed."
-    example = "python launch/checkpoint.py inspect runs/ddp/checkpoints/step_00001000"
+    example = "gpt2-pipeline checkpoint inspect runs/ddp/checkpoints/step_00001000"
     parser = commands.add_parser("inspect", help="show the contents", description=description, example=example)
     parser.add_argument("folder", type=path_or_url, metavar="DIR", help="a checkpoint, or a run folder, or its URL")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -45,7 +45,7 @@ def _add_verify(commands: Any) -> None:
         verify_checkpoints(arguments.folder, print)
 
     description = "Check the structure and the hash of every file of a checkpoint, or of all checkpoints of a run."
-    example = "python launch/checkpoint.py verify runs/ddp"
+    example = "gpt2-pipeline checkpoint verify runs/ddp"
     parser = commands.add_parser("verify", help="look for damage", description=description, example=example)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, or a run folder")
     parser.set_defaults(run=run)
@@ -61,7 +61,7 @@ def _add_prune(commands: Any) -> None:
         "Delete all checkpoints of a run except the newest good ones: older and damaged ones, those set aside, "
         "and leftovers of interrupted saves."
     )
-    example = "python launch/checkpoint.py prune runs/ddp --keep 2 --dry-run"
+    example = "gpt2-pipeline checkpoint prune runs/ddp --keep 2 --dry-run"
     parser = commands.add_parser("prune", help="delete what is not needed", description=description, example=example)
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder that no run is using")
     parser.add_argument(
@@ -82,9 +82,9 @@ def _add_convert(commands: Any) -> None:
     description = (
         "Rewrite a checkpoint as a single rank would have saved it, or import nanoGPT's ckpt.pt or build-nanogpt's "
         "model_*.pt. "
-        "train.py --resume, evaluate.py and generate.py accept the resulting run folder."
+        "train --resume, evaluate and generate accept the resulting run folder."
     )
-    example = "python launch/checkpoint.py convert nanoGPT/out/ckpt.pt --out runs/imported"
+    example = "gpt2-pipeline checkpoint convert nanoGPT/out/ckpt.pt --out runs/imported"
     parser = commands.add_parser("convert", help="write a new run folder", description=description, example=example)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, a run folder, or a file of nanoGPT")
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="a run folder without checkpoints")
@@ -102,7 +102,7 @@ def _add_average(commands: Any) -> None:
         "averages (averaging.ema) are averaged, too. The optimizer's state is that of the newest checkpoint. All "
         "commands accept the resulting run folder."
     )
-    example = "python launch/checkpoint.py average runs/ddp --last 5 --out runs/averaged"
+    example = "gpt2-pipeline checkpoint average runs/ddp --last 5 --out runs/averaged"
     parser = commands.add_parser("average", help="average the weights", description=description, example=example)
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     chosen = parser.add_mutually_exclusive_group(required=True)

@@ -49,7 +49,10 @@ class _StoreEveryValue(argparse.Action):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose ``--help`` shows an example, and whose error messages have one line."""
+    """An argument parser whose ``--help`` shows an example, and whose error messages have one line.
+
+    The example is a command line of ``gpt2-pipeline``, which works with and without a checkout.
+    """
 
     def __init__(self, *, description: str, example: str, **options: Any) -> None:
         super().__init__(
@@ -225,11 +228,6 @@ def start_logging() -> None:
         logger = logging.getLogger(package)
         logger.addHandler(handler)
         logger.setLevel(logging.ERROR if rank else logging.INFO)
-
-
-def is_installed_command() -> bool:
-    """Return whether the user has started ``gpt2-pipeline``, and not a script in ``launch/`` of a checkout."""
-    return Path(sys.argv[0]).name.startswith("gpt2-pipeline")
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import shtab
 
-from launch.__main__ import COMMANDS, DISTRIBUTION
+from data_tools.errors import PROJECT
+from launch.__main__ import COMMANDS
 from launch.cli import ArgumentParser, run_command
 from pipeline.config.loading import valid_keys
 from pipeline.config.shipped import shipped_configs
@@ -33,7 +34,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, example="python launch/completion.py bash > completion.bash")
+    parser = ArgumentParser(description=__doc__, example="gpt2-pipeline completion bash > completion.bash")
     parser.add_argument("shell", choices=SHELLS, help="the shell that runs the script")
     return parser
 
@@ -52,7 +53,7 @@ def completion_script(shell: str) -> str:
 
 def build_root_parser() -> ArgumentParser:
     """Return a parser that has the parser of each command as a sub-command. Imports the modules of all commands."""
-    root = ArgumentParser(prog=DISTRIBUTION, description="", example="")
+    root = ArgumentParser(prog=PROJECT, description="", example="")
     root.add_argument("--version", action="version", help="show the version")
     commands = root.add_subparsers(metavar="COMMAND")
     for name, (module, first_options, description) in COMMANDS.items():

@@ -1,14 +1,15 @@
-"""Write a run config to start from, or show a config with all its keys and where each key was set."""
+"""Write a run config to start from, show a config and where each key was set, or explain the keys."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import UserError
+from data_tools.errors import PROJECT, UserError
 from data_tools.storage.files import dotted_keys
 from launch.cli import ArgumentParser, add_config_options, run_command
 from pipeline.config.loading import dump_config, load_config_with_origins
+from pipeline.config.reference import format_keys
 from pipeline.config.schema import Config
 
 #: The keys that most runs set. ``init`` writes these keys with their defaults.
@@ -38,19 +39,19 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, example="python launch/config.py show --config zero1 quickstart")
-    commands = parser.add_subparsers(required=True, metavar="init|show")
-    for add_command in (_add_init, _add_show):
+    parser = ArgumentParser(description=__doc__, example="gpt2-pipeline config show --config zero1 quickstart")
+    commands = parser.add_subparsers(required=True, metavar="init|show|keys")
+    for add_command in (_add_init, _add_show, _add_keys):
         add_command(commands)
     return parser
 
 
 def _add_init(commands: Any) -> None:
     description = (
-        "Write a new run config with the keys that most runs set, at their defaults. docs/config.md explains all keys. "
-        "The file sets no backend, so that you can choose one, as in --config fsdp FILE."
+        "Write a new run config with the keys that most runs set, at their defaults. The file sets no backend, so "
+        "that you can choose one, as in --config fsdp FILE. gpt2-pipeline config keys explains all keys."
     )
-    example = "python launch/config.py init my_run.json"
+    example = "gpt2-pipeline config init my_run.json"
     parser = commands.add_parser("init", help="write a first config", description=description, example=example)
     parser.add_argument("file", type=Path, metavar="FILE", help="a JSON file that does not exist yet")
     parser.set_defaults(run=lambda arguments: write_first_config(arguments.file))
@@ -62,11 +63,21 @@ def _add_show(commands: Any) -> None:
         print(json.dumps(dump_config(config), indent=2) if arguments.json else format_config(config, origins))
 
     description = "Show the config that a run would use: every key, its value, and the file or option that sets it."
-    example = "python launch/config.py show --config zero1 quickstart --set schedule.max_steps=500"
+    example = "gpt2-pipeline config show --config zero1 quickstart --set schedule.max_steps=500"
     parser = commands.add_parser("show", help="show a resolved config", description=description, example=example)
     add_config_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, which --config accepts")
     parser.set_defaults(run=run)
+
+
+def _add_keys(commands: Any) -> None:
+    description = "Explain the keys of a run config: the default and the meaning of each key."
+    example = "gpt2-pipeline config keys schedule"
+    parser = commands.add_parser("keys", help="explain all keys", description=description, example=example)
+    parser.add_argument(
+        "wanted", nargs="?", default="", metavar="KEY", help="a section or a key, such as run.compile (default: all)"
+    )
+    parser.set_defaults(run=lambda arguments: print(format_keys(arguments.wanted)))
 
 
 def write_first_config(path: Path) -> None:
@@ -87,7 +98,7 @@ def write_first_config(path: Path) -> None:
         raise UserError(f"{path}: exists already; name a new file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name a file in a writable folder") from None
-    print(f"wrote {path}; docs/config.md explains every key")
+    print(f"wrote {path}; this command explains all keys: {PROJECT} config keys")
 
 
 def format_config(config: Config, origins: dict[str, str]) -> str:

@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, example="python launch/doctor.py --folder runs")
+    parser = ArgumentParser(description=__doc__, example="gpt2-pipeline doctor --folder runs")
     parser.add_argument(
         "--folder", type=Path, default=Path(), metavar="DIR", help="folder for runs (default: the current folder)"
     )

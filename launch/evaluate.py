@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description=__doc__, example="python launch/evaluate.py --checkpoint runs/ddp --tasks validation"
+        description=__doc__, example="gpt2-pipeline evaluate --checkpoint runs/ddp --tasks validation"
     )
     add_checkpoint_options(parser)
     names = ", ".join(get_args(TaskName))

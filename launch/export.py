@@ -32,7 +32,7 @@ def main() -> None:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description=__doc__, example="python launch/export.py --checkpoint runs/ddp --out exported/ddp"
+        description=__doc__, example="gpt2-pipeline export --checkpoint runs/ddp --out exported/ddp"
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        description=__doc__, example='python launch/generate.py --checkpoint runs/ddp --prompt "The meaning of life is"'
+        description=__doc__, example='gpt2-pipeline generate --checkpoint runs/ddp --prompt "The meaning of life is"'
     )
     add_checkpoint_options(parser)
     parser.add_argument(

@@ -35,7 +35,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description=f"{__doc__} Examples are --num_fewshot, --limit, --batch_size, --device, --include_path, "
         "--output_path and --log_samples. `lm_eval ls tasks` lists the tasks.",
-        example="python launch/harness.py --checkpoint runs/ddp --tasks piqa arc_easy --num_fewshot 5",
+        example="gpt2-pipeline harness --checkpoint runs/ddp --tasks piqa arc_easy --num_fewshot 5",
     )
     parser.add_argument(
         "--checkpoint",

@@ -59,8 +59,7 @@ def main() -> None:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description=__doc__,
-        example="python launch/ladder.py --config ds_configs/ddp.json ds_configs/quickstart.json --milestones 60 120 "
-        "--out runs/ladder",
+        example="gpt2-pipeline ladder --config ddp quickstart --milestones 60 120 --out runs/ladder",
     )
     add_config_options(parser)
     add_processes_option(parser)

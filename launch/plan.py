@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shlex
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,6 @@ from launch.cli import (
     ArgumentParser,
     add_config_options,
     bandwidth,
-    is_installed_command,
     positive_int,
     positive_number,
     probability,
@@ -68,7 +66,7 @@ def main() -> None:
     if best := fastest_plan(plans):
         chosen = (configs | hybrids)[best.backend]
         options = _train_options(arguments, config, best.backend, chosen, best.micro_batch_size)
-        command = shlex.join([*_launcher(arguments.world_size, device.per_node), *_train_program(), *options])
+        command = shlex.join([*_launcher(arguments.world_size, device.per_node), "-m", "launch.train", *options])
     price = arguments.price_per_gpu_hour
     scaling = plan_scaling(undivided, device, mfu=mfu, tokens=tokens) if arguments.scaling else []
     if arguments.json:
@@ -95,7 +93,7 @@ def main() -> None:
 
 
 def _launcher(world_size: int, per_node: int) -> list[str]:
-    """Return the command that starts ``world_size`` processes, without the script and its options."""
+    """Return the command that starts ``world_size`` processes, without the module and its options."""
     if world_size == 1:
         return ["python"]
     if world_size <= per_node:
@@ -104,15 +102,10 @@ def _launcher(world_size: int, per_node: int) -> list[str]:
     return ["torchrun", f"--nnodes={world_size // per_node}", f"--nproc_per_node={per_node}", *rendezvous]
 
 
-def _train_program() -> list[str]:
-    """Return the module or script of the train command, after the launcher."""
-    return ["-m", "launch.train"] if is_installed_command() else ["launch/train.py"]
-
-
 def _train_options(
     arguments: argparse.Namespace, config: Config, name: str, chosen: Config, micro_batch_size: int
 ) -> list[str]:
-    """Return the options of ``launch/train.py`` for the planned backend and micro-batch."""
+    """Return the options of the train command for the planned backend and micro-batch."""
     overrides = list(arguments.set)
     name, _, group = name.partition(GROUP_MARK)
     if group:
@@ -120,22 +113,21 @@ def _train_options(
     if micro_batch_size != config.batch.micro_batch_size:
         overrides.append(f"batch.micro_batch_size={micro_batch_size}")
     own = list(map(str, arguments.config))
-    backend = name if is_installed_command() else os.path.relpath(shipped_configs()[name])
-    candidates = [(own, arguments.deepspeed), ([backend, *own], None)]
-    candidates.append(([backend if Path(file).stem in BACKENDS else file for file in own], None))
+    candidates = [(own, arguments.deepspeed), ([name, *own], None)]
+    candidates.append(([name if Path(file).stem in BACKENDS else file for file in own], None))
     for files, deepspeed in candidates:
         with suppress(ConfigError):
             if load_config(files, overrides, deepspeed).backend == chosen.backend:
                 given = ["--deepspeed", str(deepspeed)] if deepspeed else []
                 return ["--config", *files, *given, *(["--set", *overrides] if overrides else [])]
     # The files or overrides set another backend, which the section of this file has to replace.
-    return ["--config", *own, backend, *(["--set", *overrides] if overrides else [])]
+    return ["--config", *own, name, *(["--set", *overrides] if overrides else [])]
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description=__doc__,
-        example="python launch/plan.py --config ds_configs/gpt2_774m.json --world-size 8 --device h100-80gb",
+        example="gpt2-pipeline plan --config gpt2_774m --world-size 8 --device h100-80gb",
     )
     add_config_options(parser)
     wanted = parser.add_mutually_exclusive_group(required=True)

@@ -17,8 +17,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data_tools.errors import PROJECT
 from data_tools.shards.manifest import load_manifest
-from launch.cli import ArgumentParser, is_installed_command, positive_number, run_command, start_logging
+from launch.cli import ArgumentParser, positive_number, run_command, start_logging
 from launch.run import evaluate, run_stage, sample, tokenize, train
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
@@ -42,6 +43,11 @@ EVALUATIONS = 4
 
 BOX_WIDTH = 80
 
+#: Trains the same model on two processes.
+OTHER_BACKEND = (
+    "torchrun --standalone --nproc_per_node=2 -m launch.train --config fsdp quickstart --set run.out_dir=runs/fsdp"
+)
+
 
 def main() -> None:
     started = time.perf_counter()
@@ -59,7 +65,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, example="python launch/quickstart.py --minutes 1")
+    parser = ArgumentParser(description=__doc__, example="gpt2-pipeline quickstart --minutes 1")
     parser.add_argument(
         "--minutes",
         type=positive_number,
@@ -200,7 +206,7 @@ def summarize(config: Config, text: str, seconds: float, report: str) -> str:
         ("loss curves", report),
         ("complete a text", command("generate", "--checkpoint", run_folder, "--prompt", "import ")),
         ("train longer", command("quickstart", "--minutes", "20", "--set", "run.out_dir=runs/longer")),
-        ("other backends", "docs/quickstart.md: two processes, FSDP, DeepSpeed ZeRO"),
+        ("two processes", OTHER_BACKEND),
         ("your own text", command("tokenize", "--source", "text", "--input", "FOLDER", "--out", "data/mine")),
     ]
     width = max(len(name) for name, _ in lines)
@@ -240,14 +246,12 @@ def _prints_lines() -> bool:
 
 
 def command(name: str, *arguments: str) -> str:
-    """Return a command line that the user can type: with ``gpt2-pipeline``, or with a script in a checkout.
+    """Return a command line of ``gpt2-pipeline`` that the user can type.
 
     Args:
         name: the name of the command, such as ``train``.
     """
-    script = {"tokenize": "tokenize_corpus"}.get(name, name)
-    program = ["gpt2-pipeline", name] if is_installed_command() else ["python", f"launch/{script}.py"]
-    return shlex.join([*program, *arguments])
+    return shlex.join([PROJECT, name, *arguments])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, example="python launch/report.py runs/ddp runs/zero1 --out report")
+    parser = ArgumentParser(description=__doc__, example="gpt2-pipeline report runs/ddp runs/zero1 --out report")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, finished or in progress")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write to (default: report/ in the first run folder)"

@@ -25,9 +25,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description=__doc__, example="python launch/run.py --config ds_configs/ddp.json ds_configs/quickstart.json"
-    )
+    parser = ArgumentParser(description=__doc__, example="gpt2-pipeline run --config ddp quickstart")
     add_config_options(parser)
     add_processes_option(parser)
     return parser

@@ -15,7 +15,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, example="python launch/runs.py runs")
+    parser = ArgumentParser(description=__doc__, example="gpt2-pipeline runs runs")
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="default: %(default)s"
     )

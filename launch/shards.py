@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__, example="python launch/shards.py inspect data/corpus")
+    parser = ArgumentParser(description=__doc__, example="gpt2-pipeline shards inspect data/corpus")
     commands = parser.add_subparsers(required=True, metavar="inspect|verify|head|convert")
     for add_command in (_add_inspect, _add_verify, _add_head, _add_convert):
         add_command(commands)
@@ -42,7 +42,7 @@ def _add_inspect(commands: Any) -> None:
         print(json.dumps(report.to_json(), indent=2) if arguments.json else report)
 
     description = "Show a summary of a folder or file of tokens in any format. Changes nothing and reads no token."
-    example = "python launch/shards.py inspect data/fineweb10B"
+    example = "gpt2-pipeline shards inspect data/fineweb10B"
     parser = commands.add_parser("inspect", help="show a summary", description=description, example=example)
     _add_source(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -59,7 +59,7 @@ def _add_verify(commands: Any) -> None:
         print(progress.summary())
 
     description = "Recompute everything that the manifest says: hashes, counts, and that ids are in the vocabulary."
-    example = "python launch/shards.py verify data/corpus"
+    example = "gpt2-pipeline shards verify data/corpus"
     parser = commands.add_parser("verify", help="look for damage", description=description, example=example)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder with a manifest.json")
     _add_workers(parser)
@@ -82,7 +82,7 @@ def _add_head(commands: Any) -> None:
             print(printable(document.text) + (" [...]" if document.is_cut else ""))
 
     description = "Show the first documents as text, with their numbers of tokens without <|endoftext|>."
-    example = "python launch/shards.py head data/corpus --split val --documents 2 --characters 500"
+    example = "gpt2-pipeline shards head data/corpus --split val --documents 2 --characters 500"
     parser = commands.add_parser("head", help="show the first documents", description=description, example=example)
     _add_source(parser)
     parser.add_argument("--split", metavar="NAME", help="the split (default: the training split)")
@@ -102,7 +102,7 @@ def _add_convert(commands: Any) -> None:
         "the .bin with .idx of Megatron-LM and gpt-neox, or the .npy files of build-nanogpt. --in-place writes a "
         "manifest beside the shards of llm.c or build-nanogpt, so that training can read them where they are."
     )
-    example = "python launch/shards.py convert nanoGPT/data/openwebtext --to npy --out data/openwebtext"
+    example = "gpt2-pipeline shards convert nanoGPT/data/openwebtext --to npy --out data/openwebtext"
     parser = commands.add_parser("convert", help="convert to another format", description=description, example=example)
     _add_source(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder")

@@ -45,7 +45,7 @@ def build_parser() -> ArgumentParser:
     defaults = {field.name: field.default for field in fields(TokenizeRequest)}
     parser = ArgumentParser(
         description="Tokenize documents with GPT-2's vocabulary into shards for training.",
-        example="python launch/tokenize_corpus.py --source jsonl --input corpus/*.jsonl.gz --out data/corpus",
+        example="gpt2-pipeline tokenize --source jsonl --input corpus/*.jsonl.gz --out data/corpus",
     )
 
     def add(option: str, help: str, **settings: Any) -> None:

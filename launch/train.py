@@ -31,7 +31,7 @@ def main() -> object:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description=__doc__,
-        example="torchrun --nproc_per_node=2 launch/train.py --config ds_configs/fsdp.json --set run.out_dir=runs/a",
+        example="torchrun --nproc_per_node=2 -m launch.train --config fsdp quickstart --set run.out_dir=runs/a",
     )
     add_config_options(parser)
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,6 +185,41 @@ def test_no_import_cycles() -> None:
             # A package's __init__ may import its own modules, which must not import it back.
             reached = reached_from(imported, with_packages=False)
             assert name not in reached, f"{name} and {imported} import each other"
+
+
+def test_no_text_names_a_file_that_only_a_checkout_has() -> None:
+    """``--help``, messages and the descriptions of config keys name commands, which the wheel has too."""
+    only_in_checkout = re.compile(r"(launch|docs|ds_configs|benchmarks)/\w|\bmake [a-z]+-[a-z]+|constraints\.txt")
+    found = set()
+    for name, tree in TREES.items():
+        for text in printed_texts(tree, is_schema=name == "pipeline.config.schema"):
+            found |= {f"{name}: {match[0]}" for match in only_in_checkout.finditer(text)}
+    assert found == {
+        "data_tools.errors: constraints.txt",  # if there is a checkout, install_command names its file
+        "launch.doctor: constraints.txt",  # the wheel without its dependencies does not come this far
+        "pipeline.config.reference: docs/c",  # the introduction of docs/config.md
+        "pipeline.doctor.packages: constraints.txt",  # compared only if it exists
+    }
+
+
+def printed_texts(tree: ast.Module, *, is_schema: bool) -> Iterator[str]:
+    """Yield the texts that a file can print.
+
+    The docstrings of classes count only in the schema, where they describe the sections of a config. The docstring of
+    the file counts only if the file uses it, as a command does.
+    """
+    uses_docstring = any(isinstance(node, ast.Name) and node.id == "__doc__" for node in ast.walk(tree))
+    silent = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+        and not (uses_docstring if isinstance(node, ast.Module) else is_schema and isinstance(node, ast.ClassDef))
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in silent:
+            yield node.value
 
 
 def test_no_concrete_backend_outside_backends() -> None:

@@ -59,7 +59,7 @@ def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
     if own_vocabulary.exists():
         raise DataError(
             f"{own_vocabulary} says that the ids are of a vocabulary of their own "
-            "(nanoGPT's characters), not of GPT-2's; tokenize the text with launch/tokenize_corpus.py"
+            "(nanoGPT's characters), not of GPT-2's; tokenize the text with gpt2-pipeline tokenize"
         )
     content = map_file(path)
     if content.size % 2:

@@ -90,14 +90,14 @@ def no_checkpoint_error(path: Path | str) -> CheckpointError:
         return CheckpointError(f"{path}: no checkpoint here; {expected}, and this path does not exist")
     if path.is_file():
         return CheckpointError(
-            f"{path}: no checkpoint here, it is a file; {expected} (launch/checkpoint.py convert imports files of "
+            f"{path}: no checkpoint here, it is a file; {expected} (gpt2-pipeline checkpoint convert imports files of "
             "nanoGPT)"
         )
     if _holds_shards(path):
         return CheckpointError(f"{path}: no checkpoint here, the folder holds token shards; {expected}")
     if _holds_hugging_face_model(path):
         return CheckpointError(
-            f"{path}: no checkpoint here, the folder holds a Hugging Face model; import it with launch/export.py "
+            f"{path}: no checkpoint here, the folder holds a Hugging Face model; import it with gpt2-pipeline export "
             f"--from-hf {path} --out RUN, and give RUN"
         )
     return CheckpointError(f"{path}: no checkpoint here; {expected}")

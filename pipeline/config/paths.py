@@ -34,5 +34,5 @@ def find_path(path: str, run: RunConfig) -> str:
         return path
     raise DataError(
         f"{path}: neither {Path.cwd() / path} nor {at_start} exists; start the command in the folder that has "
-        f"{path}, or name another with --set data.path=DIR (evaluate.py: --data TASK=PATH)"
+        f"{path}, or name another with --set data.path=DIR (evaluate: --data TASK=PATH)"
     )

@@ -1,4 +1,7 @@
-"""Generate ``docs/config.md`` from the schema: ``python -m pipeline.config.reference > docs/config.md``."""
+"""Describe all config keys, from the schema: for the command ``config keys``, and for a page of the docs.
+
+``python -m pipeline.config.reference > docs/config.md`` writes the page.
+"""
 
 import json
 import textwrap
@@ -9,8 +12,10 @@ from pydantic import BaseModel
 
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import MODEL_PRESETS, Config
+from pipeline.errors import ConfigError
 
 LINE_COLUMNS = 120
+TERMINAL_COLUMNS = 100
 
 _INTRODUCTION = """# Config keys
 
@@ -22,14 +27,10 @@ Do not edit this page. Change the schema in `pipeline/config/schema.py`, then ru
 
 def config_reference() -> str:
     """Return a Markdown page with all config keys, their defaults and their meanings."""
-    defaults = dump_config(Config())
     lines = [_INTRODUCTION]
-    for name, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        meaning = " ".join((field.annotation.__doc__ or "").split()).replace("``", "`")
-        meaning = textwrap.fill(meaning, LINE_COLUMNS, break_long_words=False, break_on_hyphens=False)
-        lines += [f"## {name}\n", f"{meaning}\n", "| key | default | meaning |", "|---|---|---|"]
-        lines += [*_rows(f"{name}.", field.annotation, defaults[name]), ""]
+    for name, meaning, keys in _sections():
+        lines += [f"## {name}\n", f"{_fill(meaning, LINE_COLUMNS)}\n", "| key | default | meaning |", "|---|---|---|"]
+        lines += [*(f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in keys), ""]
     lines += [
         "## Presets of `model.preset`\n",
         "| preset | layers | heads | width | positions |",
@@ -39,13 +40,49 @@ def config_reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(prefix: str, section: type[BaseModel], defaults: dict[str, Any]) -> Iterator[str]:
+def format_keys(wanted: str = "") -> str:
+    """Return a text for a terminal that describes config keys: their defaults and their meanings.
+
+    Args:
+        wanted: a section or a key, such as ``run`` or ``run.compile``. Empty for all keys.
+
+    Raises:
+        ConfigError: there is no such section or key. The message names the sections.
+    """
+    described = [row for _, _, keys in _sections() for row in keys]
+    shown = [row for row in described if not wanted or f"{row[0]}.".startswith(f"{wanted}.")]
+    if not shown:
+        raise ConfigError(f"{wanted}: no such section or key; the sections are {', '.join(Config.model_fields)}")
+    return "\n".join(
+        f"{key} = {default}\n{_fill(meaning.replace('`', ''), TERMINAL_COLUMNS, indent=4)}"
+        for key, default, meaning in shown
+    )
+
+
+def _sections() -> Iterator[tuple[str, str, list[tuple[str, str, str]]]]:
+    """Yield the name, the meaning and the keys of each section. A key is its name, its default as JSON, its meaning."""
+    defaults = dump_config(Config())
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        meaning = " ".join((field.annotation.__doc__ or "").split()).replace("``", "`")
+        yield name, meaning, list(_keys(f"{name}.", field.annotation, defaults[name]))
+
+
+def _keys(prefix: str, section: type[BaseModel], defaults: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for key, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _rows(f"{prefix}{key}.", field.annotation, defaults[key])
+            yield from _keys(f"{prefix}{key}.", field.annotation, defaults[key])
         else:
             meaning = " ".join(filter(None, (field.description, _choices(field.annotation))))
-            yield f"| `{prefix}{key}` | `{json.dumps(defaults[key])}` | {meaning} |"
+            yield f"{prefix}{key}", json.dumps(defaults[key]), meaning
+
+
+def _fill(text: str, columns: int, indent: int = 0) -> str:
+    """Wrap a text to lines of at most ``columns`` characters, which begin with ``indent`` spaces."""
+    space = " " * indent
+    return textwrap.fill(
+        text, columns, initial_indent=space, subsequent_indent=space, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _choices(annotation: Any) -> str:

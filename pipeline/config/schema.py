@@ -220,9 +220,9 @@ class ModelConfig(Section):
 
 
 class TokenizeConfig(Section):
-    """The options with which ``launch/run.py`` starts ``launch/tokenize_corpus.py``.
+    """The options with which the command ``run`` starts the command ``tokenize``.
 
-    If a value is null, ``launch/tokenize_corpus.py`` uses its own default.
+    If a value is null, ``tokenize`` uses its own default.
     """
 
     source: SourceKind = Field("fineweb-edu", description="Kind of source of the documents.")
@@ -661,9 +661,9 @@ class LoggingConfig(Section):
 
 
 class SampleConfig(Section):
-    """Settings for the completions that a run generates in evaluations and at the end of ``launch/run.py``.
+    """Settings for the completions that a run generates in evaluations and at the end of the command ``run``.
 
-    These settings are also the defaults of ``launch/generate.py``.
+    These settings are also the defaults of the command ``generate``.
     """
 
     prompt: NonEmptyText = Field("The meaning of life is", description="Text that the model continues.")

@@ -40,7 +40,7 @@ def check_host_name() -> Finding:
     torchrun gives the name to the ranks, and the ranks connect to it.
     """
     name = socket.gethostname()
-    cure = f'echo "127.0.1.1 {name}" >> /etc/hosts; for several nodes: docs/multi-node.md, "When ranks do not connect"'
+    cure = f'echo "127.0.1.1 {name}" >> /etc/hosts; for several nodes, use IP addresses: --master-addr=10.0.0.1'
     try:
         address = socket.gethostbyname(name)
     except OSError as error:

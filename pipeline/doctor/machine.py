@@ -111,7 +111,7 @@ def check_disk(folder: Path) -> Finding:
     says = f"{free / GIB:,.1f} GiB free at {existing}"
     cure = (
         "checkpoints of GPT-2 124M need 6 GiB: set run.out_dir to another disk; "
-        "python launch/checkpoint.py prune RUN --dry-run shows what can be deleted"
+        "gpt2-pipeline checkpoint prune RUN --dry-run shows what can be deleted"
     )
     # Space for metrics and three checkpoints of GPT-2 124M at 12 bytes per parameter: a run keeps two checkpoints while
     # it writes a third one.

@@ -20,7 +20,7 @@ def check_packages() -> list[Finding]:
         project = distribution(PROJECT)
     except PackageNotFoundError:
         return [Finding("packages", "problem", f"{PROJECT} is not installed in this environment", install_command())]
-    return [_check_python(project), _check_required(project), _check_tested(), *_check_extras(project)]
+    return [_check_python(project), _check_required(project), *_check_tested(), *_check_extras(project)]
 
 
 def _check_python(project: Distribution) -> Finding:
@@ -38,18 +38,21 @@ def _check_required(project: Distribution) -> Finding:
     return Finding("packages", "ok", main)
 
 
-def _check_tested() -> Finding:
-    """Check for versions that we have not tested. Other versions are allowed, but may explain a problem."""
+def _check_tested() -> Iterator[Finding]:
+    """Check for versions that we have not tested. Other versions are allowed, but may explain a problem.
+
+    Yields nothing if there is no ``constraints.txt``, because the wheel does not contain this file.
+    """
     if not CONSTRAINTS.is_file():
-        cure = "run from a checkout to compare versions"
-        return Finding("tested versions", "note", f"{CONSTRAINTS} is missing", cure)
+        return
     lines = [line.partition("#")[0].strip() for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()]
     pinned = [requirement for line in lines if line and _applies(requirement := Requirement(line), extra="")]
     faults = _faults(pinned, ignore_missing=True)
     if not faults:
-        return Finding("tested versions", "ok", "all packages are as in constraints.txt")
+        yield Finding("tested versions", "ok", "all packages are as in constraints.txt")
+        return
     shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-    return Finding("tested versions", "note", f"not those of constraints.txt: {shown}", install_command())
+    yield Finding("tested versions", "note", f"not those of constraints.txt: {shown}", install_command())
 
 
 def _check_extras(project: Distribution) -> Iterator[Finding]:

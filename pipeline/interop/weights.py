@@ -51,7 +51,7 @@ def locate_weights(place: Path | str) -> Path:
     if not path.is_dir():
         raise CheckpointError(
             f"{path}: no such file or folder; expected a run folder, a checkpoint, a Hugging Face folder, or a file of "
-            "nanoGPT (import a model on the hub with launch/export.py --from-hf first)"
+            "nanoGPT (import a model on the hub with gpt2-pipeline export --from-hf first)"
         )
     return locate_checkpoint(path)
 

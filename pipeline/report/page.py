@@ -101,7 +101,7 @@ def _page_lines(runs: Sequence[Run], svgs: Sequence[str], written_at: str) -> It
     yield "</div>"
     if not svgs:
         yield "<p>Nothing has been logged yet.</p>"
-    yield from _section("Evaluation", evaluation_table(runs), runs, empty="No results yet. Run launch/evaluate.py.")
+    yield from _section("Evaluation", evaluation_table(runs), runs, empty="No results yet. Run gpt2-pipeline evaluate.")
     heading = "Settings that differ" if len(runs) > 1 else "Settings that are not the default"
     yield from _section(heading, settings_table(runs), runs, empty="None.")
     yield "</body>\n</html>"

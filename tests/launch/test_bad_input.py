@@ -279,8 +279,8 @@ DEEPSPEED_CASES = [
 ]
 
 DATA_CASES = [
-    settings("no_data", "data.path=nowhere", "nowhere does not exist", "make one with launch/tokenize_corpus.py"),
-    settings("no_manifest", "data.path=empty", "empty has no manifest.json", "make one with launch/tokenize_corpus.py"),
+    settings("no_data", "data.path=nowhere", "nowhere does not exist", "make one with gpt2-pipeline tokenize"),
+    settings("no_manifest", "data.path=empty", "empty has no manifest.json", "make one with gpt2-pipeline tokenize"),
     settings("other_version", "data.path=other_version", "other_version/manifest.json", "this program reads 1"),
     settings(
         "missing_shard", "data.path=missing_shard", "missing_shard/train_00000_000.npy is missing", "tokenize again"

@@ -397,4 +397,4 @@ def test_each_sub_command_has_help_with_an_example(
 ) -> None:
     for name in ("inspect", "verify", "prune", "convert", "average"):
         done = in_process(monkeypatch, capsys, name, "--help")
-        assert f"example:\n  python launch/checkpoint.py {name} " in succeeded(done)
+        assert f"example:\n  gpt2-pipeline checkpoint {name} " in succeeded(done)

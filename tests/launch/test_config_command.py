@@ -47,6 +47,18 @@ def test_every_key_is_shown_with_its_origin(
     assert stage == "1" and origin.endswith("zero1.json")
 
 
+def test_every_key_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    config(monkeypatch, "keys")
+    printed = capsys.readouterr().out
+    assert all(f"{key} = " in printed for key in launch.config.FIRST_KEYS)
+    assert max(map(len, printed.splitlines())) <= 150, "a default such as a long list is not wrapped"
+    config(monkeypatch, "keys", "run.compile")
+    first, *meaning = capsys.readouterr().out.splitlines()
+    assert first == 'run.compile = "auto"' and meaning[0].startswith("    Compile model and loss")
+    with pytest.raises(UserError, match="runs: no such section or key; the sections are run, model, "):
+        config(monkeypatch, "keys", "runs")
+
+
 def test_the_json_is_a_config(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

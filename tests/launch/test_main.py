@@ -50,8 +50,8 @@ def test_a_command_shows_its_own_help(
     printed = capsys.readouterr().out
     assert exit_.value.code == 0
     assert printed.startswith("usage: gpt2-pipeline ")
-    module, _, _ = COMMANDS[name]
-    assert f"launch/{module}.py" in printed, "the example of the command"
+    example = "torchrun --nproc_per_node=2 -m launch.train " if name == "train" else f"gpt2-pipeline {name} "
+    assert f"example:\n  {'gpt2-pipeline config init ' if name == 'init' else example}" in printed
 
 
 def test_help_and_wrong_options_import_no_slow_package() -> None:

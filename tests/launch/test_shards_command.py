@@ -205,4 +205,4 @@ def test_a_full_disk_is_one_line(run: Run, ours: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("name", ["inspect", "verify", "head", "convert"])
 def test_help_has_an_example(run: Run, name: str) -> None:
     shown = succeeded(run(name, "--help"))
-    assert f"python launch/shards.py {name} " in shown
+    assert f"example:\n  gpt2-pipeline shards {name} " in shown

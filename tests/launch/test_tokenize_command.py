@@ -136,7 +136,7 @@ def test_shares_of_the_work(tmp_path: Path, run_process: Command) -> None:
 def test_help_shows_an_example_and_the_defaults(run_process: Command) -> None:
     ended = run_process("--help")
     assert ended.returncode == 0
-    assert "example:\n  python launch/tokenize_corpus.py --source" in ended.stdout
+    assert "example:\n  gpt2-pipeline tokenize --source" in ended.stdout
     assert "(default: 100000000)" in ended.stdout
     assert "(default: all cores)" in ended.stdout
 

@@ -105,6 +105,8 @@ class TestPackages:
         finding = found(packages.check_packages(), "tested versions")
         assert finding.level == "note" and "numpy is " in finding.says
         assert "never" not in finding.says and "six" not in finding.says
+        constraints.unlink()  # as in a wheel
+        assert "tested versions" not in {finding.subject for finding in packages.check_packages()}
 
     def test_an_extra_has_only_what_it_adds(self) -> None:
         project: Any = SimpleNamespace(requires=["a", 'b; extra == "x"', 'c; extra == "y"'])

@@ -188,7 +188,7 @@ def test_another_size_is_refused_with_the_settings(
 
 
 def test_paths_without_weights_are_refused(tmp_path: Path) -> None:
-    for name, message in ((".", "no checkpoint here"), ("openai-community/gpt2", "launch/export.py --from-hf")):
+    for name, message in ((".", "no checkpoint here"), ("openai-community/gpt2", "gpt2-pipeline export --from-hf")):
         with pytest.raises(CheckpointError, match=message):
             find(tmp_path / name)
     with pytest.raises(ValueError, match=r"resume \(a\) and init_from \(b\) are both given"):
