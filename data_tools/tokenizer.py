@@ -56,7 +56,7 @@ class Tokenizer:
             return np.concatenate([self._encode(piece) for piece in cut_long_spaces(text)])
 
     def _encode(self, text: str) -> TokenArray:
-        # This call gives the tokens of encode_ordinary in a buffer of integers instead of a list of Python objects.
+        # The same tokens as encode_ordinary, but without a list of Python objects.
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> str:

@@ -22,13 +22,12 @@ from data_tools.sources import BadRowError, Slice, Source, stop_at_bad_row
 
 #: The subfolder with the records of finished chunks. It exists until the output folder is complete.
 RECORDS_FOLDER = "tasks/"
-#: The number of skipped rows whose places the report names.
+#: The number of skipped rows that the report describes.
 REPORTED_BAD_ROWS = 10
-#: The target number of chunks, which keeps all cores of a machine busy until the end. ``_chunk_bytes`` limits the size
-#: of a chunk, so the number of chunks can differ.
+#: The target number of chunks. ``_chunk_bytes`` limits the size of a chunk, so the number of chunks can differ.
 _WANTED_CHUNKS = 64
 _SMALLEST_CHUNK_BYTES = 4 << 20
-# English text has about 4 bytes per token. With this factor, the largest chunk of English text fills one shard.
+# English text has about 4 bytes per token, so the largest chunk fills one shard.
 _BYTES_PER_TOKEN = 4
 
 

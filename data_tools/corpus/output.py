@@ -62,7 +62,7 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
     _check_same_request(out, made_by, identity)
     for shard in manifest.shards:
         _check_shard(folder, shard, str(out))
-    # If the process that wrote the manifest was killed just after that, the plan and the records still exist.
+    # If the process was killed after it wrote the manifest, the plan and the records still exist.
     _remove_work_files(folder)
     folder.remove({LOCK_NAME} & folder.names())
     return manifest
@@ -103,7 +103,7 @@ class OutputFolder:
         if self.folder.size(PLAN_NAME) is None:
             self.chunks = make_plan()
             self._is_planned = True
-            # The key in the file is still "tasks", so that folders of earlier versions can be completed.
+            # The key is "tasks", as in folders of earlier versions.
             plan = {"identity": self._identity, "tasks": [asdict(chunk) for chunk in self.chunks]}
             self.folder.write(PLAN_NAME, json.dumps(plan).encode("ascii"))
         else:

@@ -35,9 +35,7 @@ class Unfinished(Generic[Result]):
     finish: Callable[[], Result]
 
 
-#: ``work(item, report)``. When ``work`` calls ``report``, the caller's ``on_report`` receives the arguments. If the
-#: result is ``Unfinished``, a thread calls ``finish``, which mostly waits for the disk. Meanwhile, the process works on
-#: the next item.
+#: ``work(item, report)``. If it returns ``Unfinished``, a thread calls ``finish``.
 Work = Callable[[Item, Callable[..., None]], Result | Unfinished[Result]]
 
 _ATTEMPTS = 3
@@ -133,7 +131,7 @@ def start_server(preload: tuple[str, ...]) -> None:
 
 
 def _context(preload: tuple[str, ...]) -> BaseContext:
-    # A forked process would inherit locks that other threads of this process (from pyarrow, datasets) may hold.
+    # A process forked from this one would inherit locks that other threads (pyarrow, datasets) may hold.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from data_tools.encoding.documents import Document, fingerprint_of, utf8_of
 from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT
 
-# The ends of a paragraph, of a line and of a word.
+# The ends of a paragraph, a line and a word.
 _ENDS = ("\n\n", "\n", " ")
 _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 
@@ -66,7 +66,7 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
     2. If the corpus is a single text, divide the text with ``divide_text``.
     3. If the corpus is a single ``Dialogue`` or repeats one document, put everything into the training split.
     """
-    held: list[AssignedDocument] = []  # the last document that repeats no earlier document, and all later documents
+    held: list[AssignedDocument] = []  # the last document that repeats no earlier one, and all documents after it
     seen: set[bytes] = set()
     for following in assigned:
         if held and following.split != held[0].split:

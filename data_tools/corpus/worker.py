@@ -25,12 +25,12 @@ from data_tools.sources import Source, open_source
 from data_tools.storage.files import sha256_of_json
 from data_tools.storage.folders import open_folder, scratch_of
 
-#: A function that ``encode_chunk`` calls with the progress since the last call.
+#: Receives the progress since the last call.
 Report = Callable[[Contents], None]
 
-#: The bytes of text between two reports. A report takes more time than encoding a short document.
+#: The bytes of text between two reports. Reporting each document would be slow.
 _REPORT_BYTES = 1 << 20
-#: tiktoken also encodes the first document of each chunk and, on average, one document in 512.
+#: On average, one document in 512 is compared with tiktoken.
 _CHECK_ONE_IN = 512
 _LENGTH_CLASSES = 33
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 REFERENCE_ENCODER = "tiktoken"
 
-# The first and last code points of ranges that gigatoken 0.10 treats as letters or numbers, but tiktoken 0.14 does not.
+# Ranges of code points that are letters or numbers for gigatoken 0.10, but not for tiktoken 0.14.
 _NEW_IN_UNICODE_17 = (
     *((0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4)),
     *((0xA7F1, 0xA7F1), (0x10940, 0x1095F), (0x10EC5, 0x10EC7), (0x11DB0, 0x11DEF), (0x16EA0, 0x16EDF)),
@@ -60,7 +60,7 @@ class GigatokenEncoder:
         # Imported here because gigatoken does not exist for every platform.
         import gigatoken
 
-        # gigatoken reads ranks only from a file. Special tokens are ordinary text in documents, so it gets none.
+        # gigatoken reads the vocabulary only from a file. Special tokens are ordinary text here, so it gets none.
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gpt2.tiktoken")
             with one_line_write_errors(path):

@@ -56,7 +56,7 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
         verify(collection.path, request.workers, verified)
         _require_new(request.out)  # check again, because the verification can take minutes
     with one_line_write_errors(request.out), atomic_folder(request.out) as folder:
-        # nanoGPT's files have no header. For other files, the suffix determines the format.
+        # For other formats, the suffix of the file determines the writer.
         open_format = partial(write_flat, header=lambda tokens: b"") if request.to == NANOGPT else None
         write = partial(_write_file, folder, collection, vocabulary, open_format)
         files = tuple(map_threads(write, planned, request.workers, written))

@@ -24,7 +24,7 @@ _UNKNOWN = "-"
 _LONGEST_VALUE = 100
 _READ_TOKENS = 1 << 16
 _LARGEST_CHARACTER_BYTES = 4
-# Keys of a manifest that ``_report_manifest`` does not copy to ``about`` with the other keys.
+# Keys of a manifest that ``about`` does not contain, or contains before the other keys.
 _SHOWN_APART = ("format_version", "dtype", "tokenizer", "source", "settings", "shards", "sha256")
 
 
@@ -182,8 +182,7 @@ def first_documents(
         raise DataError(
             f"{collection.path} is of the tokenizer {collection.tokenizer.name!r}; only gpt2 can be decoded"
         )
-    # A character has at most 4 bytes and each token has at least one byte. Read one more character than needed, because
-    # the last character may be incomplete.
+    # A token has at least one byte. Read one character more than needed, because the last one may be incomplete.
     kept_tokens = _LARGEST_CHARACTER_BYTES * (characters + 1)
     found = _split_documents(collection.splits[split].stream, collection.tokenizer.end_of_text, kept_tokens)
     for tokens, beginning in islice(found, documents):
@@ -200,7 +199,7 @@ def _split_documents(stream: Tokens, end_of_text: int, kept_tokens: int) -> Iter
         ends = np.flatnonzero(tokens == end_of_text)
         for number, piece in enumerate(np.split(tokens, ends)):
             if number:
-                # No document ends at an END_OF_TEXT at the beginning of the stream.
+                # An END_OF_TEXT at the beginning of the stream ends no document.
                 if size or start + int(ends[number - 1]):
                     yield size, np.concatenate([*kept, tokens[:0]])
                 size, kept, piece = 0, [], piece[1:]

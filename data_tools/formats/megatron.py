@@ -29,8 +29,8 @@ from data_tools.tokenizer import END_OF_TEXT
 
 MEGATRON = "megatron"
 INDEX_SUFFIX = ".idx"
-BLOCK_DOCUMENTS = 1 << 16  # documents that are processed together, so that memory does not grow with the dataset
-_BLOCK_ENTRIES = 1 << 18  # entries of an index that are checked together, so that memory does not grow with the index
+BLOCK_DOCUMENTS = 1 << 16  # documents that are processed together, to limit memory
+_BLOCK_ENTRIES = 1 << 18  # entries of an index that are checked together, to limit memory
 _MAGIC = b"MMIDIDX\x00\x00"
 _OLDER_MAGIC = b"TNTIDX\x00\x00"
 _VERSION = 1
@@ -92,7 +92,7 @@ class _DocumentBlock:
     def read(self, start: int, length: int) -> TokenArray:
         text_starts, text_stops = self._documents()
         lengths = _lengths(text_starts, text_stops)
-        # The position of each document's END_OF_TEXT in the result. The first document may begin before the result.
+        # The position of each document's END_OF_TEXT in the result. It is negative if the document begins before.
         separators = np.cumsum(lengths) - lengths - start
         first = int(np.searchsorted(separators, 0, side="right")) - 1
         stop = int(np.searchsorted(separators, length))

@@ -27,7 +27,7 @@ from data_tools.shards.reader import TokenStream
 from data_tools.storage.content import require_fetched
 
 NATIVE = "native"
-# Format -> function that opens a file (for Megatron, the index file). Takes the path and the size of the vocabulary.
+# Functions that open a file (for Megatron, the index). They take the path and the size of the vocabulary.
 _OPEN_FILE: dict[str, Callable[[Path, int], Tokens]] = {
     NANOGPT: open_nanogpt_file,
     LLMC: open_llmc_file,

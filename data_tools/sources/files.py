@@ -1,6 +1,6 @@
 """Find, divide, open and decompress the files that sources read.
 
-A path is a local path, or a URL of a protocol that fsspec supports (such as ``s3://``, ``gs://`` or ``hf://``).
+A path is a local path, or a URL that fsspec supports (such as ``s3://``, ``gs://`` or ``hf://``).
 """
 
 import glob
@@ -44,13 +44,12 @@ FileSizes = Sequence[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Slice:
-    """A range of a source that can be read without reading the rest of the source.
+    """A range of a source that can be read without the rest of the source.
 
     Attributes:
-        path: the path of the file. If the range contains several files, the path of the first of them.
-        start, stop: the range from ``start`` to ``stop - 1``. The unit depends on the source: bytes, row groups, rows
-            or files.
-        text_bytes: the approximate number of bytes of text in the range. None if it is not known.
+        path: the path of the file. For several files, the path of the first one.
+        start, stop: the range from ``start`` to ``stop - 1``, in bytes, row groups, rows or files.
+        text_bytes: the approximate bytes of text in the range, or None if unknown.
     """
 
     path: str
@@ -66,11 +65,11 @@ class FileSource:
     """The base class for sources that read files.
 
     Attributes:
-        files: the path and the size in bytes of each file, in the order in which the files are read.
+        files: the path and the size in bytes of each file, in the order of reading.
     """
 
     def __init__(self, inputs: Sequence[str], suffixes: tuple[str, ...], **settings: str | None) -> None:
-        """Find the files with ``find_files``. ``settings`` are all other options that the documents depend on."""
+        """Find the files. ``settings`` are all other options that the documents depend on."""
         self._inputs = inputs
         self._settings = settings
         self._suffixes = suffixes
@@ -80,9 +79,7 @@ class FileSource:
         return {"inputs": list(self._inputs), **describe_files(self.files), **self._settings}
 
     def notices(self) -> list[str]:
-        """Return a list with one message about the files in input folders that are skipped because of their suffix.
-
-        If no file is skipped, the list is empty.
+        """Return at most one message: how many files of input folders are skipped because of their suffix.
 
         Raises:
             DataError: an input folder cannot be read.
@@ -105,19 +102,15 @@ class FileSource:
 
 
 def group_files(files: FileSizes, slice_bytes: int) -> list[Slice]:
-    """Group consecutive files into slices of at most ``slice_bytes`` bytes.
-
-    A file of more than ``slice_bytes`` bytes gets its own slice.
-    """
+    """Group consecutive files into slices of at most ``slice_bytes`` bytes. A larger file gets its own slice."""
     groups = group_sizes([size for _, size in files], slice_bytes)
     return [Slice(files[start][0], start, stop, size) for start, stop, size in groups]
 
 
 def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, int]]:
-    """Group consecutive sizes so that the sum of each group is at most ``limit``.
+    """Group consecutive sizes so that the sum of each group is at most ``limit``. A larger size gets its own group.
 
-    A size above ``limit`` gets its own group. Yields (start, stop, total) for each group. The group is
-    ``sizes[start:stop]``, and ``total`` is its sum.
+    Yields (start, stop, total) for each group ``sizes[start:stop]`` with the sum ``total``.
     """
     start, total = 0, 0
     for index, size in enumerate(sizes):
@@ -130,10 +123,7 @@ def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, in
 
 
 def describe_files(files: FileSizes) -> dict[str, Any]:
-    """Return the number of files, the sum of their sizes, and a SHA-256 of all names and sizes, as JSON values.
-
-    If a file is added, removed or renamed, or if its size changes, the SHA-256 changes.
-    """
+    """Return the number of files, their total size, and a SHA-256 of all names and sizes, as JSON values."""
     listing = hashlib.sha256()
     for path, size in files:
         listing.update(os.fsencode(path) + b"\0%d\n" % size)
@@ -146,8 +136,7 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
     Args:
         inputs: files, folders and glob patterns. A folder stands for all files in it and in its subfolders, except
             hidden files.
-        suffixes: in folders, only files with one of these suffixes are found. If ``suffixes`` is empty, files with any
-            suffix are found.
+        suffixes: in folders, only files with these suffixes are found. An empty tuple allows all suffixes.
 
     Raises:
         DataError: an input does not exist, an input contains no file, or two inputs contain the same file.
@@ -173,11 +162,7 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
 
 
 def find_other_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files in input folders that ``find_files`` skips because they have none of the suffixes.
-
-    Args:
-        inputs: files, folders and glob patterns. Only the folders matter here.
-        suffixes: the suffixes of the files that ``find_files`` returns.
+    """Return the files in input folders that ``find_files`` skips because of their suffix.
 
     Raises:
         DataError: a folder cannot be read.
@@ -193,7 +178,7 @@ def find_other_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[s
 
 
 def describe_skipped_files(paths: Sequence[str]) -> str:
-    """Return a message about skipped files, such as ``3 files with other endings skipped: .md (2), .py (1)``."""
+    """Return a message such as ``3 files with other endings skipped: .md (2), .py (1)``."""
     endings = Counter(os.path.splitext(path)[1] or "without an ending" for path in paths)
     most_common = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:_MAX_ENDINGS]
     named = [f"{ending} ({count:,})" for ending, count in most_common]
@@ -242,8 +227,8 @@ def walk_files(
 ) -> Iterator[Path]:
     """Yield the files in a folder and its subfolders that have one of the suffixes. Hidden files are skipped.
 
-    If ``suffixes`` is empty, files with any suffix are yielded. Links to folders are followed, but each folder is
-    visited only once.
+    If ``suffixes`` is empty, all suffixes are allowed. Links to folders are followed, but each folder is visited only
+    once.
     """
     visited: set[str] = set()
 
@@ -263,7 +248,7 @@ def walk_files(
 
 
 def _is_visible(path: str, root: str) -> bool:
-    """Return whether the path is visible: the part after ``root`` (a folder or a pattern) has no hidden name."""
+    """Return whether no name in the path after ``root`` (a folder or a pattern) is hidden."""
     common = os.path.commonprefix((path, root)).rpartition("/")[0]
     return "/." not in path[len(common) :]
 
@@ -273,16 +258,16 @@ def _estimate_text_bytes(path: str, size: int) -> int:
 
 
 def compression_of(path: str) -> str | None:
-    """Return the name of a file's compression, according to its suffix. If the file is not compressed, return None."""
+    """Return the compression of a file according to its suffix: ``gzip``, ``zstd`` or None."""
     return _COMPRESSIONS.get(os.path.splitext(path)[1])
 
 
 @contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """Return a context manager that opens a file at a local path or a URL. The file supports ``read`` and ``seek``.
+    """Return a context manager that opens a file at a local path or a URL for ``read`` and ``seek``.
 
     Raises:
-        DataError: the file cannot be opened, is a git-lfs pointer, or cannot be read inside the ``with`` block.
+        DataError: the file cannot be opened or read, or is a git-lfs pointer.
     """
     with one_line_read_errors(path):
         if is_remote(path):
@@ -302,12 +287,10 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
     """Return a context manager that opens a file for reading bytes. ``.gz`` and ``.zst`` files are decompressed.
 
-    The decompression needs constant memory. Tapes and some file systems add zeros after the end of a file. Like gunzip,
-    this function ignores zeros after the end of a ``.gz`` file.
+    Some file systems add zeros after the end of a file. For ``.gz`` files, such zeros are ignored.
 
     Raises:
-        DataError: the file cannot be opened, or cannot be read inside the ``with`` block because it is damaged or
-            incomplete.
+        DataError: the file cannot be opened, or is damaged or incomplete.
     """
     compression = compression_of(path)
     with open_file(path) as file:
@@ -325,7 +308,7 @@ def open_decompressed(path: str) -> Iterator[BinaryIO]:
 
 
 def _ends_in_zero(file: BinaryIO) -> bool:
-    """Return whether the last byte of a file is zero, and seek to the beginning of the file."""
+    """Return whether the last byte of a file is zero. Seek to the beginning of the file."""
     file.seek(-1, os.SEEK_END)
     last = file.read(1)
     file.seek(0)
@@ -334,10 +317,7 @@ def _ends_in_zero(file: BinaryIO) -> bool:
 
 @contextmanager
 def one_line_read_errors(path: str | Path) -> Iterator[None]:
-    """Return a context manager that converts read errors in its ``with`` block to a DataError.
-
-    The message of the DataError is one line with ``path`` and the reason.
-    """
+    """Return a context manager that converts read errors of its ``with`` block to a DataError."""
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
@@ -354,8 +334,8 @@ def one_line_read_errors(path: str | Path) -> Iterator[None]:
 def explain_content(path: str, reason: str) -> str:
     """Return the reason why a file cannot be read, for an error message.
 
-    If the first bytes of the file do not fit the suffix of its name, the result says what kind of file it is and what
-    the user can do. Otherwise, the result is the first line of ``reason``.
+    If the first bytes of the file do not fit its suffix, the result describes the file. Otherwise, the result is the
+    first line of ``reason``.
     """
     kind = _KINDS.get(os.path.splitext(path)[1])
     if found := describe_content(path, kind):
@@ -374,12 +354,10 @@ def decode_utf8(content: bytes, path: str, offset: int) -> str:
     """Decode a document or a line of a file from UTF-8.
 
     Args:
-        content: the bytes to decode.
-        path: the path of the file, for the error message.
-        offset: the position of ``content`` in the decompressed file, in bytes, for the error message.
+        offset: the position of ``content`` in the decompressed file in bytes, for the error message.
 
     Raises:
-        BadRowError: ``content`` is not valid UTF-8. The message contains the file and the position of the invalid byte.
+        BadRowError: ``content`` is not valid UTF-8.
     """
     try:
         return content.decode("utf-8")

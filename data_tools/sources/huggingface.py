@@ -38,7 +38,7 @@ _ENDINGS = {
 
 
 class HuggingFaceSource:
-    """One split of a dataset. Its documents are read directly from the data files, and not copied to a cache."""
+    """One split of a dataset. Its documents are read from the data files without a copy in a cache."""
 
     def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
         """Choose a dataset on the hub, or a local folder with data files or with the output of ``save_to_disk``.
@@ -64,16 +64,16 @@ class HuggingFaceSource:
         }
 
     def text_bytes(self) -> int | None:
-        """Return the number of bytes of text. If the dataset was not written by ``save_to_disk``, return None."""
+        """Return the bytes of text, or None if the dataset was not written by ``save_to_disk``."""
         with self._one_line_errors():
             rows = self._open() if self._is_saved() else None
             return None if rows is None else _text_bytes_of(rows, self._text_field)
 
     def notices(self) -> list[str]:
-        """Return a list with one message about skipped files, or an empty list if no skipped files are known.
+        """Return at most one message about skipped files.
 
-        If the dataset is a local folder of data files, the library ``datasets`` reads only the files of one kind, such
-        as JSON. It skips all other files. They are known only if the kind is JSON, Parquet, CSV, text or Arrow.
+        In a local folder of data files, ``datasets`` reads only one kind of file, such as JSON. Skipped files are known
+        only if this kind is JSON, Parquet, CSV, text or Arrow.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []
@@ -83,11 +83,7 @@ class HuggingFaceSource:
         return [describe_skipped_files(others)] if others else []
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Divide the dataset into slices.
-
-        If the dataset was written by ``save_to_disk``, the slices are ranges of rows. Otherwise, each data file is one
-        slice.
-        """
+        """Divide the dataset into slices: ranges of rows for ``save_to_disk``, otherwise one slice per data file."""
         with self._one_line_errors():
             self._require_fetched_files()
             rows = self._open()
@@ -137,7 +133,7 @@ class HuggingFaceSource:
         # Import datasets here, because the import takes a second and other sources do not need the library.
         import datasets
 
-        # This logger warns that a README.md in the folder has no metadata, which are not needed.
+        # This logger warns that a README.md has no metadata, which are not needed.
         logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
         if not self._is_saved():
             return datasets.load_dataset(self._dataset, self._config, split=self._split, streaming=True)
@@ -153,12 +149,12 @@ class HuggingFaceSource:
         return any(Path(self._dataset, name).is_file() for name in (_SAVED_DATASET, _SAVED_DATASET_DICT))
 
     def _mean_file_bytes(self, files: int) -> int | None:
-        """Return the mean size of a local data file. Returns None for a dataset on the hub."""
+        """Return the mean size of a local data file. Return None for a dataset on the hub."""
         if not os.path.isdir(self._dataset):
             return None
         return sum(size for _, size in find_files((self._dataset,), suffixes=())) // max(files, 1)
 
 
 def _text_bytes_of(rows: Any, text_field: str) -> int:
-    """Return the bytes of a column of a ``Dataset``. Returns 0 if it is missing; ``read`` reports this error."""
+    """Return the bytes of a column of a ``Dataset``. Return 0 if it is missing; ``read`` reports this error."""
     return rows.data.column(text_field).nbytes if text_field in rows.column_names else 0

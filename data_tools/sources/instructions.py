@@ -1,9 +1,8 @@
-"""Read instructions and chats. They consist of prompts and answers. Only the tokens of the answers count in the loss.
+"""Read instructions and chats. Only the tokens of the answers count in the loss.
 
-A file contains one record per line, or one JSON array of records. A record is an instruction or a chat. An instruction
-is ``{"instruction": ..., "input": ..., "output": ...}``, where ``input`` may be missing or empty. A chat is a list of
-messages ``{"role": "user", "content": ...}``, or an object that contains such a list. The key names of ShareGPT are
-also accepted.
+A file contains one record per line, or one JSON array of records. An instruction is ``{"instruction": ..., "input":
+..., "output": ...}``, where ``input`` may be missing or empty. A chat is a list of messages ``{"role": "user",
+"content": ...}``, or an object that contains such a list. ShareGPT's names of keys are accepted, too.
 """
 
 import json
@@ -35,10 +34,7 @@ _UNREAD_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 class InstructionSource(FileSource):
-    """Files of instructions and chats.
-
-    The source adds a heading line before each message of a chat, and before each field of an instruction.
-    """
+    """Files of instructions and chats. Each message and each field gets a heading line."""
 
     def __init__(self, inputs: Sequence[str]) -> None:
         super().__init__(inputs, JSONL_SUFFIXES)
@@ -48,17 +44,13 @@ class InstructionSource(FileSource):
 
 
 def dialogue_of(record: Any, place: object) -> Dialogue:
-    """Convert a record to a document, with a heading line before each message or field.
-
-    In the document, only the tokens of the answers are scored, which means that they count in the loss.
+    """Convert the JSON value of an instruction or a chat to a document. Each message or field gets a heading line.
 
     Args:
-        record: the JSON value of an instruction or a chat.
-        place: an object. ``str(place)`` says where the record is, for error messages.
+        place: ``str(place)`` says where the record is, for error messages.
 
     Raises:
-        BadRowError: the record is neither an instruction nor a chat, a field is missing or is not a string, a role is
-            unknown, or no message is an answer.
+        BadRowError: the record is not valid, or no message is an answer.
     """
     if isinstance(record, list):
         return Dialogue(tuple(_segments_of_chat(record, place)))
@@ -112,7 +104,7 @@ def _segments_of_chat(messages: Any, place: object) -> Iterator[tuple[str, bool]
 
 
 def _turn_of(message: dict[str, Any], index: int, place: object) -> tuple[str, str]:
-    """Return the role and the text of a message. Calls of tools follow the content, each as JSON on a line."""
+    """Return the role and the text of a message. Each tool call is a line of JSON after the content."""
     name = next((message[field] for field in ROLE_FIELDS if field in message), None)
     role = _ROLE_OF_NAME.get(name) if isinstance(name, str) else None
     if role is None:
@@ -136,14 +128,14 @@ def _turn_of(message: dict[str, Any], index: int, place: object) -> tuple[str, s
 
 
 def _join_texts(items: list[Any], index: int, place: object) -> str:
-    """Return the text of a content that is a list of texts, as ``[{"type": "text", "text": ...}]``."""
+    """Return the text of a content such as ``[{"type": "text", "text": ...}]``."""
     if not all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in items):
         raise BadRowError(place, f"content of message {index} has items other than text, which are not read")
     return "".join(item["text"] for item in items)
 
 
 def _lines_of(calls: Any, index: int, place: object) -> list[str]:
-    """Return ``{"name": ..., "arguments": ...}`` for each call of a tool."""
+    """Return ``{"name": ..., "arguments": ...}`` for each tool call."""
     if not isinstance(calls, list):
         raise BadRowError(place, f"tool_calls of message {index} is {json_type(calls)}, it must be a list")
     lines = []

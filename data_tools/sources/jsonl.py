@@ -23,12 +23,12 @@ JSONL_SUFFIXES = tuple(
 CHAT_FIELDS = ("messages", "conversations", "conversation")
 #: Fields that name the speaker of a message.
 ROLE_FIELDS = ("role", "from")
-# Counting the lines before a line of a larger offset takes too long if many lines are bad.
+# At a larger offset, counting the lines before a bad line takes too long.
 _COUNTED_BYTES = 128 << 20
 
 
 class JsonlSource(FileSource):
-    """Files of JSON objects. A string field of each object contains the document."""
+    """Files of JSON objects. One string field of each object contains the document."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
         super().__init__(inputs, JSONL_SUFFIXES, text_field=text_field)
@@ -41,7 +41,7 @@ class JsonlSource(FileSource):
 
 
 class Line(NamedTuple):
-    """One line of a file, and its position in the decompressed file in bytes. ``str(line)`` says where the line is."""
+    """One line of a file. ``offset`` is its position in the decompressed file, and ``str(line)`` names this place."""
 
     path: str
     offset: int
@@ -58,7 +58,7 @@ class Line(NamedTuple):
         return f"{self.path}:{number}"
 
     def parse(self) -> Any:
-        """Return the JSON value that the line contains.
+        """Return the JSON value in the line.
 
         Raises:
             BadRowError: the line is not UTF-8 or not JSON.
@@ -77,10 +77,7 @@ class Line(NamedTuple):
 
 
 class ArrayRecord(NamedTuple):
-    """One record of a file that contains a JSON array of records.
-
-    ``str(record)`` returns ``<file>: record <number>``.
-    """
+    """One record of a file that contains a JSON array. ``str(record)`` says where the record is."""
 
     path: str
     number: int
@@ -97,7 +94,7 @@ class ArrayRecord(NamedTuple):
 def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
     """Yield the records that begin in a range of bytes of a file.
 
-    If the file is a single JSON array, the range that begins at byte 0 yields all records. Other ranges yield none.
+    If the file is a JSON array, the range from byte 0 yields all records. Other ranges yield none.
 
     Raises:
         DataError: the file cannot be read, or begins like a JSON array but is not valid JSON.
@@ -110,14 +107,11 @@ def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
 
 
 def read_lines(piece: Slice) -> Iterator[Line]:
-    """Yield the lines that begin in a range of bytes of a file. Empty lines are skipped.
-
-    A byte order mark at the beginning of the file is removed.
-    """
+    """Yield the lines that begin in a range of bytes of a file. Empty lines and a byte order mark are skipped."""
     with open_decompressed(piece.path) as file:
         offset = piece.start
         if offset:
-            # The previous slice reads a line that crosses the start, but not a line that begins exactly at the start.
+            # Skip a line that crosses the start, but not a line that begins exactly at the start.
             offset = file.seek(offset - 1)
             while offset < piece.stop and (content := file.readline(READ_BYTES)):  # a long line takes constant memory
                 offset += len(content)
@@ -136,8 +130,7 @@ def text_of_record(record: Any, text_field: str, place: object) -> str:
     """Return the document in a record, which is a JSON object or a row of a dataset.
 
     Args:
-        text_field: the field that contains the document.
-        place: an object. ``str(place)`` says where the record is, for error messages.
+        place: ``str(place)`` says where the record is, for error messages.
 
     Raises:
         BadRowError: the record is not an object, or the field is missing or is not a string.
@@ -161,7 +154,7 @@ def text_of_record(record: Any, text_field: str, place: object) -> str:
 
 
 def _is_array(path: str) -> bool:
-    """Return whether a file is one JSON array. A file whose first line is a chat, a list of messages, is not."""
+    """Return whether a file is one JSON array. A chat as a list of messages in the first line is not an array."""
     with open_decompressed(path) as file:
         if not file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             return False
@@ -172,7 +165,7 @@ def _is_array(path: str) -> bool:
 
 
 def _first_element(head: bytes) -> Any:
-    """Return the first element of a JSON array of which ``head`` is the beginning. Returns None if it is incomplete."""
+    """Return the first element of a JSON array that begins with ``head``, or None if the element is incomplete."""
     try:
         return json.JSONDecoder().raw_decode(head[1:].decode("utf-8", "replace").lstrip())[0]
     except (ValueError, RecursionError):

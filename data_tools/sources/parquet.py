@@ -10,12 +10,12 @@ from data_tools.errors import DataError, list_names
 from data_tools.sources.files import FileSource, Slice, group_sizes, open_file
 from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_bad_row
 
-# Small enough to limit the memory for a batch of long documents, and large enough to make the cost per batch small.
+# Limits the memory for a batch of long documents.
 _BATCH_ROWS = 512
 
 
 class ParquetSource(FileSource):
-    """Parquet files. One string column contains the documents. The files are divided into ranges of row groups."""
+    """Parquet files with one string column of documents. Slices are ranges of row groups."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
         super().__init__(inputs, (".parquet",), text_field=text_field)

@@ -1,4 +1,4 @@
-"""Open a source of a given kind. If an option is given that this kind does not use, raise an error."""
+"""Open a source of a given kind. An option that this kind does not use is an error."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ FINEWEB_EDU_CONFIG = "sample-10BT"
 class Source(Protocol):
     """The interface of a source: a sequence of documents, divided into slices.
 
-    Every process that reads a slice gets the same documents.
+    A slice has the same documents in every process.
     """
 
     def options(self) -> dict[str, Any]:
@@ -33,10 +33,7 @@ class Source(Protocol):
         ...
 
     def text_bytes(self) -> int | None:
-        """Return the approximate number of bytes of text in the source.
-
-        If the number cannot be found without reading all documents, return None.
-        """
+        """Return the approximate bytes of text, or None if only reading all documents can tell."""
         ...
 
     def notices(self) -> list[str]:
@@ -44,9 +41,9 @@ class Source(Protocol):
         ...
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Divide the source into consecutive slices.
+        """Divide the source into consecutive slices of about ``slice_bytes`` bytes of text.
 
-        A slice has about ``slice_bytes`` bytes of text. If a file is larger and cannot be divided, it is one slice.
+        A larger file that cannot be divided is one slice.
         """
         ...
 
@@ -54,9 +51,7 @@ class Source(Protocol):
         """Yield the documents of a slice, always in the same order. Documents may be empty.
 
         Args:
-            piece: the slice.
-            on_bad_row: a function that is called with the error for each row that cannot be read. If the function
-                returns, the row is skipped.
+            on_bad_row: receives the error for each row that cannot be read. If it returns, the row is skipped.
         """
         ...
 
@@ -81,8 +76,7 @@ def open_source(request: SourceRequest) -> Source:
     """Open the source that a request selects. Documents are not read yet.
 
     Raises:
-        DataError: the kind of source is unknown, an input is missing or does not exist, or the request has an
-            option that this kind of source does not use.
+        DataError: the kind of source is unknown or does not use a given option, or an input does not exist.
     """
     if request.source not in _KINDS:
         raise DataError(f"--source {request.source} is not one of {', '.join(SOURCE_KINDS)}")

@@ -1,4 +1,4 @@
-"""Convert the rows of a source to documents. If a row cannot be read, either skip the row, or stop with an error."""
+"""Convert the rows of a source to documents. Skip rows that cannot be read, or stop with an error."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -12,9 +12,8 @@ Document = TypeVar("Document")
 class BadRowError(DataError):
     """A row, line or text of a source cannot be read. The rows after it may still be readable.
 
-    The first argument says where the row is, and the second says what is wrong. The first argument is converted to text
-    only when the message is needed, because the conversion can be slow. For example, to find the number of a line, the
-    program must count all lines before it.
+    The arguments say where the row is and what is wrong. They become text only when the message is needed, because
+    counting lines is slow.
     """
 
     def __str__(self) -> str:
@@ -28,8 +27,7 @@ OnBadRow = Callable[[BadRowError], None]
 def stop_at_bad_row(error: BadRowError) -> None:
     """Raise a DataError with the message of ``error``.
 
-    A worker process must send its errors to the main process. ``error`` cannot be sent. The DataError can be sent,
-    because it contains only a text.
+    Unlike ``error``, the DataError contains only a text, so a worker process can send it.
     """
     raise DataError(str(error)) from error
 

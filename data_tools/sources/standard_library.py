@@ -1,4 +1,4 @@
-"""Read documents from Python's standard library. No download is needed."""
+"""Read documents from Python's standard library, without a download."""
 
 import platform
 import sysconfig
@@ -10,8 +10,7 @@ from typing import Any
 from data_tools.sources.files import Slice, describe_files, group_files, one_line_read_errors, walk_files
 from data_tools.sources.rows import OnBadRow, stop_at_bad_row
 
-# Skip installed packages, tests (repetitive, and missing in some distributions) and caches. pydoc_data contains the
-# topics as string literals, which are read as separate documents.
+# Skip installed packages, caches, and tests, which some distributions lack. pydoc_data is read separately.
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data", "__pycache__"}
 )
@@ -21,7 +20,7 @@ _TOPICS = "pydoc_data.topics"
 class StandardLibrarySource:
     """The ``.py`` files of the installed Python's standard library, and then the topics of its language reference.
 
-    Each file and each topic is one document. The files are sorted by path. Files that are not UTF-8 are skipped.
+    Each file and each topic is one document. Files that are not UTF-8 are skipped.
     """
 
     def __init__(self) -> None:

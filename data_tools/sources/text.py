@@ -24,7 +24,7 @@ _MAX_HEADS = 1000  # how many files are opened to look for HTML before the work 
 class TextSource(FileSource):
     """Text files in UTF-8. A file is one document, or contains several documents with a separator between them.
 
-    The texts are not changed. For example, line ends and white space are kept.
+    The texts are not changed.
     """
 
     def __init__(self, inputs: Sequence[str], document_separator: str | None) -> None:
@@ -37,14 +37,14 @@ class TextSource(FileSource):
         super().__init__(inputs, suffixes=(), document_separator=document_separator)
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Divide the files into slices: ranges of bytes if there is a separator, otherwise whole files."""
+        """Divide the files into ranges of bytes if there is a separator, otherwise into groups of files."""
         return group_files(self.files, slice_bytes) if self._separator is None else super().slices(slice_bytes)
 
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
         return parse_rows(self._read_bytes(piece), lambda row: _decode_text(*row), on_bad_row)
 
     def notices(self) -> list[str]:
-        """Return a list with one message if some of the first local files are HTML pages, otherwise an empty list."""
+        """Return at most one message: how many of the first local files are HTML pages."""
         local = [path for path, _ in self.files if not is_remote(path)][:_MAX_HEADS]
         pages = [path for path in local if begins_as(path, "html")]
         if not pages:
@@ -55,10 +55,7 @@ class TextSource(FileSource):
         ]
 
     def _read_bytes(self, piece: Slice) -> Iterator[tuple[bytes, str, int]]:
-        """Yield bytes, file and offset of the documents that begin in the slice.
-
-        Consecutive slices yield each document once.
-        """
+        """Yield bytes, file and offset of each document that begins in the slice."""
         if self._separator is None:
             for path, _ in self.files[piece.start : piece.stop]:
                 with open_decompressed(path) as file:
@@ -88,7 +85,7 @@ def _decode_text(content: bytes, path: str, offset: int) -> str:
 
 
 def _first_beginning(piece: Slice, separator: bytes) -> int:
-    """Return the offset of the first document that begins in a range, or the end of the range. Uses constant memory."""
+    """Return the offset of the first document that begins in a range, or the end of the range."""
     with open_decompressed(piece.path) as file:
         position = _safe_search_start(file, max(0, piece.start - len(separator)), separator)
         file.seek(position)
@@ -109,8 +106,7 @@ def _first_beginning(piece: Slice, separator: bytes) -> int:
 def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:
     """Return the last offset up to ``position`` that is not inside a separator.
 
-    A search from there finds the same separators as a search from the beginning of the file, even if separators can
-    overlap.
+    From there, a search finds the same separators as from the beginning of the file, even if separators can overlap.
     """
     overlap = len(separator) - 1
     while position > 0:
@@ -130,8 +126,7 @@ def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:
 def _split(path: str, separator: bytes, start: int) -> Iterator[tuple[int, bytes]]:
     """Yield the offset and the bytes of each document from ``start`` on.
 
-    One document and one read are in memory. Splitting bytes is the same as splitting text, because the bytes of a
-    UTF-8 character never occur inside another one.
+    Bytes can be split like text, because the bytes of one UTF-8 character never occur inside another.
     """
     with open_decompressed(path) as file:
         if start:  # a compressed file, which is read from the beginning, cannot seek

@@ -88,7 +88,7 @@ def atomic_file(path: Path, aside: Path | None = None, *, durable: bool = True) 
     except BaseException as error:
         with suppress(OSError):  # closing flushes the buffer, which fails again if the disk is full
             file.close()
-        # If the block never ended, this code runs at garbage collection, when another writer may use the same path.
+        # GeneratorExit: garbage collection runs this code late, when another writer may use the same path.
         if not isinstance(error, GeneratorExit):
             aside.unlink(missing_ok=True)
         raise

@@ -62,7 +62,7 @@ class FileLock:
     def release(self) -> None:
         """Release the lock. If no other process holds the lock, remove the lock file."""
         try:
-            # If the folder was deleted or is read-only, the file cannot be removed. Closing it still releases the lock.
+            # In a deleted or read-only folder, the file cannot be removed. Closing it still releases the lock.
             with suppress(OSError):
                 if self.make_exclusive():
                     self._path.unlink()
