@@ -2,8 +2,10 @@
 
 A folder contains ``manifest.json`` and shards. A shard is a file with a one-dimensional array of uint16 tokens: a
 ``.npy`` file, an Arrow IPC stream, or a ``.bin`` file with llm.c's header. The shards of a split form one stream of
-tokens, in the order of the manifest. A shard may have a mask file, which contains one uint8 per token: 1 if the token
-is scored, otherwise 0. A token is scored if its prediction counts in the loss.
+tokens, in the order of the manifest.
+
+A token is scored if its prediction counts in the loss. A shard may have a mask file with one uint8 per token: 1 if the
+token is scored, otherwise 0.
 """
 
 from data_tools.shards.manifest import load_manifest

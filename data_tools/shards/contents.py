@@ -1,4 +1,4 @@
-"""Count the documents in an array of tokens and the bytes of their text, and check that all tokens are valid."""
+"""Count the documents and the bytes of text in an array of tokens, and check that all tokens are valid."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Contents:
 
 
 class Vocabulary:
-    """Counts documents, tokens and bytes of text in the tokens of a given tokenizer.
+    """Counts documents, tokens and bytes of text in tokens of a given tokenizer.
 
     Attributes:
         size: the vocabulary size. All ids are below this number.
-        end_of_text: the id of the token that separates documents. This token counts as 0 bytes of text.
-        knows_bytes: whether the bytes of text can be counted. They can be counted only for GPT-2's vocabulary.
+        end_of_text: the id of the token that separates documents. It counts as 0 bytes of text.
+        knows_bytes: whether the bytes of text can be counted, which is possible only for GPT-2's vocabulary.
     """
 
     def __init__(self, tokenizer: TokenizerRecord) -> None:
@@ -60,8 +60,7 @@ class Vocabulary:
         Args:
             tokens: uint16 of shape (tokens,).
             place: the file or folder with the tokens, for error messages.
-            advance: a function that is called regularly. It can raise an error to stop the counting. Its argument is
-                always 0.
+            advance: is regularly called with 0. It can raise an error to stop the counting.
 
         Raises:
             DataError: an id is outside the vocabulary.
@@ -84,7 +83,7 @@ def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, plac
 
     Args:
         tokens: integers of any type.
-        place: the file or folder with the tokens. The message begins with it.
+        place: the file or folder with the tokens, for the message.
     """
     if tokens.size == 0:
         return

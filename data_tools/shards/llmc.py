@@ -1,7 +1,7 @@
 """Read and write shards of llm.c and modded-nanogpt.
 
 A shard consists of a header and uint16 tokens. The header is 256 int32: a magic number, the version, the number of
-tokens, and zeros. The file ``dev/data/data_common.py`` of llm.c defines this format.
+tokens, and zeros. llm.c defines the format in ``dev/data/data_common.py``.
 """
 
 from pathlib import Path
@@ -30,14 +30,10 @@ def is_llmc(path: Path) -> bool:
 
 
 def llmc_tokens(content: pa.Buffer) -> TokenArray:
-    """Return the tokens in the content of a shard. The tokens are not copied.
-
-    Args:
-        content: the bytes of the whole file.
+    """Return the tokens in the content of a shard, without a copy.
 
     Raises:
-        ValueError: the header is wrong, or the number of tokens in the header does not match the size of the content.
-            The message is one line.
+        ValueError: the header is wrong, or does not match the size of the content. The message is one line.
     """
     if content.size < HEADER_BYTES:
         raise ValueError(f"it ends after {content.size} bytes, within its header")
@@ -56,7 +52,7 @@ def llmc_header(tokens: int) -> bytes:
     """Return the header for a shard with the given number of tokens.
 
     Raises:
-        ValueError: the header cannot store this number.
+        ValueError: the number is too large for the header.
     """
     if tokens > MAX_TOKENS:
         raise ValueError(f"a shard of llm.c holds at most {MAX_TOKENS} tokens, not {tokens}")

@@ -28,7 +28,7 @@ TRAIN_SPLIT = "train"
 VAL_SPLIT = "val"
 
 _MASK_SUFFIX = ".mask.npy"
-# The key of the hash over all other keys. A manifest that another program wrote may omit this key.
+# The key of the hash over all other keys. Another program may omit this key.
 _SEAL = "sha256"
 _OPTIONAL = ("report", "made")
 TOKENIZE_AGAIN = "delete the folder and tokenize again"
@@ -63,7 +63,7 @@ _forbid_unknown_keys = with_config(ConfigDict(extra="forbid"))
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that created the tokens in the shards, as the manifest describes it."""
+    """The tokenizer that created the tokens in the shards."""
 
     name: StrictStr
     vocab_size: StrictInt
@@ -74,10 +74,7 @@ class TokenizerRecord:
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class SourceRecord:
-    """The origin of the documents, as the manifest describes it.
-
-    ``options`` contains all options that determine which documents were read.
-    """
+    """The origin of the documents. ``options`` determine which documents were read."""
 
     kind: StrictStr
     options: dict[str, Any]
@@ -86,10 +83,10 @@ class SourceRecord:
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class ShardRecord:
-    """The entry for one shard in a manifest: the file name, the contents, and the SHA-256 of the file.
+    """The entry for one shard in a manifest.
 
-    A shard may have a mask file, which says which tokens are scored (count in the loss). ``mask_sha256`` is the SHA-256
-    of the mask file. If ``mask_sha256`` is None, there is no mask file, and all tokens are scored.
+    A shard may have a mask file, which says which tokens are scored (count in the loss). Without a mask file,
+    ``mask_sha256`` is None, and all tokens are scored.
     """
 
     file: FileInside
@@ -102,16 +99,16 @@ class ShardRecord:
 
     @property
     def mask_file(self) -> str | None:
-        """Return the name of the shard's mask file. If the shard has no mask, return None."""
+        """Return the name of the shard's mask file, or None if the shard has no mask."""
         return None if self.mask_sha256 is None else mask_file_of(self.file)
 
     @property
     def files(self) -> list[str]:
-        """Return the names of the shard's files: first the mask file, if the shard has one, then the token file."""
+        """Return the names of the shard's files: the mask file if there is one, then the token file."""
         return [name for name in (self.mask_file, self.file) if name is not None]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values. If a value is None, its key is left out."""
+        """Return the record as JSON values, without values that are None."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -121,13 +118,11 @@ class Manifest:
     """The description of a folder of token shards.
 
     Attributes:
-        tokenizer: the tokenizer that created the ids in the shards.
         source: the origin of the documents.
         settings: the options for the shards, such as the format and the fraction of documents for validation.
         shards: the records of all shards. The shards of a split are in the order of their tokens.
         report: statistics about the documents, such as their lengths, or None.
-        made: when and with which software versions the folder was written, or None. The bytes of the shards do not
-            depend on these values.
+        made: when and with which software versions the folder was written, or None.
     """
 
     tokenizer: TokenizerRecord
@@ -142,10 +137,7 @@ class Manifest:
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def shards_of(self, split: str) -> tuple[ShardRecord, ...]:
-        """Return the records of a split's shards, in the order of their tokens.
-
-        For a split that does not exist, the result is empty.
-        """
+        """Return the records of a split's shards, in the order of their tokens. The split may be missing."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def tokens_of(self, split: str) -> int:
@@ -160,15 +152,11 @@ class Manifest:
         return {**value, _SEAL: sha256_of_json(value)}
 
     def to_bytes(self) -> bytes:
-        """Return the manifest as JSON text in bytes, for the file ``manifest.json``."""
+        """Return the content of the file ``manifest.json``."""
         return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
 
     def content_sha256(self) -> str:
-        """Return a SHA-256 that identifies the contents of the folder.
-
-        The hash covers all values of the manifest that describe the contents. It does not cover ``made``, which says
-        when and with which software the shards were written.
-        """
+        """Return a SHA-256 that identifies the contents of the folder. It does not depend on ``made``."""
         return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
 
 
@@ -180,8 +168,7 @@ def load_manifest(folder: Path | str) -> Manifest:
     """Read and check the manifest of a folder.
 
     Raises:
-        DataError: the manifest is missing, is not JSON, has an unknown version or dtype, or has a wrong field. The
-            message is one line. For a wrong field, it says which value is expected.
+        DataError: the manifest is missing, is not JSON, has an unknown version or dtype, or has a wrong field.
     """
     path = Path(folder) / MANIFEST_NAME
     with one_line_read_errors(path):
@@ -198,7 +185,6 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
     """Parse the content of a manifest file, and check every field.
 
     Args:
-        content: the bytes of the file.
         place: the path or URL of the file, for error messages.
 
     Raises:
@@ -228,7 +214,7 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
 
 
 def mask_file_of(shard_file: str) -> str:
-    """Return the name of the mask file of a shard, for example ``train_000000.mask.npy`` for ``train_000000.npy``."""
+    """Return the name of the mask file of a shard: ``train_000000.mask.npy`` for ``train_000000.npy``."""
     path = PurePosixPath(shard_file)
     return str(path.with_name(path.stem + _MASK_SUFFIX))
 
@@ -246,7 +232,7 @@ def _require_consistent_masks(manifest: Manifest, place: str) -> None:
 
 
 def _validate(value: dict[str, Any], place: str) -> Manifest:
-    """Return the checked manifest. Raise ``DataError`` with one line about the first mistake."""
+    """Return the checked manifest. Raise DataError with one line about the first mistake."""
     try:
         return _SCHEMA.validate_python(value)
     except ValidationError as error:

@@ -27,11 +27,11 @@ Mapped = npt.NDArray[Any]
 def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
     """Memory-map a shard, and return its tokens as a list of arrays.
 
-    The list has several arrays if the file is an Arrow stream that stores the tokens in several ranges.
+    An Arrow stream can contain several arrays. Other formats contain one.
 
     Raises:
-        DataError: the file is missing, unreadable or in another format, or the number of its tokens differs from the
-            manifest.
+        DataError: the file is missing, unreadable or in another format, or has another number of tokens than the
+            manifest says.
     """
     path = folder / shard.file
     if path.suffix not in _PIECES_BY_SUFFIX:
@@ -44,13 +44,12 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
 
 
 def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
-    """Memory-map the mask of a shard, uint8 of shape (tokens,). A value is 1 if the token is scored, otherwise 0.
+    """Memory-map the mask of a shard, uint8 of shape (tokens,). The shard must have a mask.
 
-    A token is scored if its prediction counts in the loss. The shard must have a mask.
+    A value is 1 if the token is scored, otherwise 0. A token is scored if its prediction counts in the loss.
 
     Raises:
-        DataError: the file is missing, unreadable or not a mask, or its length is not the number of tokens of the
-            shard.
+        DataError: the file is missing, unreadable, not a mask, or has the wrong length.
     """
     assert shard.mask_file, f"{shard.file} has no mask"
     path = folder / shard.mask_file
@@ -63,11 +62,7 @@ def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
 
 
 def require_flags(mask: Mapped, place: str) -> None:
-    """Raise DataError if a mask contains a value that is neither 0 nor 1.
-
-    Args:
-        place: the mask file. The message begins with it.
-    """
+    """Raise DataError if a mask contains a value that is neither 0 nor 1. ``place`` is for the message."""
     for start in range(0, len(mask), _SCAN_TOKENS):
         largest = int(mask[start : start + _SCAN_TOKENS].max(initial=0))
         if largest > 1:
@@ -75,7 +70,7 @@ def require_flags(mask: Mapped, place: str) -> None:
 
 
 def map_bytes(path: Path) -> pa.Buffer:
-    """Memory-map a file. Any number of files can be mapped at the same time, because no file descriptor stays open.
+    """Memory-map a file. No file descriptor stays open, so any number of files can be mapped.
 
     Raises:
         DataError: the file is a git-lfs pointer.
@@ -85,7 +80,7 @@ def map_bytes(path: Path) -> pa.Buffer:
     require_fetched(path)
     with pa.memory_map(str(path)) as file:
         size = file.size()
-        # A longer read would make the system prefetch the whole file. A buffer of one byte keeps the mapping open.
+        # A longer read would prefetch the whole file. A buffer of one byte keeps the mapping open.
         first = file.read_buffer(1)
         file.seek(size - 1)
         last = file.read_buffer(1)
@@ -110,15 +105,14 @@ def _map_whole_file(path: Path, pieces_of: Callable[[pa.Buffer], list[Mapped]], 
 
 
 def npy_tokens(content: pa.Buffer, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> Mapped:
-    """Return the array in the content of a ``.npy`` file. The array is not copied.
+    """Return the array in the content of a ``.npy`` file, without a copy.
 
     Args:
-        content: the bytes of the whole file.
         dtype: the dtype that the array must have.
 
     Raises:
-        ValueError: the header is damaged, the array has another dtype or shape, or the header does not match the size
-            of the content. The message is one line.
+        ValueError: the header is damaged or does not match the size of the content, or the array has another dtype or
+            shape. The message is one line.
     """
     file = pa.BufferReader(content)
     try:
@@ -146,7 +140,7 @@ def _arrow_pieces(buffer: pa.Buffer) -> list[Mapped]:
     end = file.tell()
     if end != buffer.size or file.read_at(8, end - 8) != _ARROW_END_OF_STREAM:
         raise ValueError("it does not end where its tokens end")
-    # Arrow's own conversion to numpy would import pandas, which takes longer than starting the program.
+    # Arrow's own conversion to numpy would import pandas, which is slow.
     return [np.frombuffer(it.buffers()[1], dtype=_TOKEN_DTYPE, count=len(it), offset=2 * it.offset) for it in columns]
 
 

@@ -13,14 +13,13 @@ from data_tools.shards.mapping import MASK_DTYPE, Mapped, map_mask, map_shard, r
 class TokenStream:
     """The tokens of all shards of a split, as one stream. Use ``open_split`` to get an instance.
 
-    The shards are memory-mapped, so tokens are loaded from disk only when they are read.
+    Tokens are loaded from disk only when they are read.
 
     Attributes:
         manifest: the manifest of the folder.
         split: the name of the split.
-        tokens, documents, utf8_bytes: the numbers of tokens, documents and bytes of text in the whole split.
-        has_mask: whether the split has a mask, which says which tokens are scored (count in the loss). If False, all
-            tokens are scored.
+        tokens, documents, utf8_bytes: the numbers of tokens, documents and bytes of text in the split.
+        has_mask: whether a mask says which tokens are scored (count in the loss). If False, all tokens are scored.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
@@ -64,9 +63,9 @@ class TokenStream:
         return windows
 
     def read_mask_windows(self, starts: CountArray, length: int) -> MaskArray:
-        """Return which tokens in several windows are scored, bool of shape (B, T). The split must have a mask.
+        """Return which tokens in several windows are scored (count in the loss), bool of shape (B, T).
 
-        A token is scored if its prediction counts in the loss.
+        The split must have a mask.
 
         Args:
             starts: the index of the first token of each window, int64 of shape (B,).
@@ -113,7 +112,7 @@ class _Pieces:
     def copy_into(self, windows: Mapped, starts: CountArray) -> None:
         """Copy the values that begin at ``starts``, shape (B,), into the rows of ``windows``, shape (B, T).
 
-        The caller must check that the windows are within the stream.
+        The caller must check the range.
         """
         _, length = windows.shape
         if not length:
@@ -131,11 +130,11 @@ class _Pieces:
 def open_split(folder: Path | str, split: str) -> TokenStream:
     """Open a split of a folder of token shards.
 
-    Only the sizes of the shards are compared with the manifest. To check the contents, call ``verify``.
+    Only the sizes of the shards are checked. To check their contents, call ``verify``.
 
     Raises:
-        DataError: the manifest cannot be used, the split does not exist or is empty, or a shard is missing, has another
-            format or has the wrong size.
+        DataError: the manifest cannot be used, the split is missing or empty, or a shard is missing or has the wrong
+            format or size.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)

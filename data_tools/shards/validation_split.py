@@ -1,17 +1,17 @@
-"""Check whether the validation split of a dataset is large enough to measure a stable loss."""
+"""Check whether the validation split is large enough to measure a stable loss."""
 
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
 
 #: The loss of a token has a standard deviation of about 3 nats, so the mean over this many has an error of about 0.02.
 SMALLEST_VALIDATION_TOKENS = 16_384
-#: The division draws whole documents, so the share of the tokens can differ from the requested share of the documents.
+#: Whole documents are drawn, so the fraction of the tokens can differ from the requested fraction.
 _SMALLEST_RATIO = 0.25
 
 
 def describe_small_validation(manifest: Manifest) -> str | None:
     """Return a warning if the validation split is too small for a stable loss, or much smaller than requested.
 
-    Otherwise, or if there is no validation split, return None.
+    Otherwise, or without a validation split, return None.
     """
     tokens = manifest.tokens_of(VAL_SPLIT)
     share = tokens / max(sum(shard.tokens for shard in manifest.shards), 1)

@@ -12,18 +12,18 @@ from data_tools.threads import Advance, map_threads, no_progress
 
 
 def verify(folder: Path | str, workers: int | None = None, advance: Advance = no_progress) -> Manifest:
-    """Check that the shards match the hashes and numbers in the manifest, and that all tokens are in the vocabulary.
+    """Check the shards against the hashes and numbers in the manifest. Return the manifest.
 
-    Masks must contain only 0 and 1. The number of bytes of text is checked only if the tokenizer is GPT-2's and the
-    shard has no mask. Returns the manifest.
+    All tokens must be in the vocabulary, and masks must contain only 0 and 1. The bytes of text are checked only for
+    GPT-2's tokenizer and shards without a mask.
 
     Args:
         folder: the folder with the manifest.
         workers: the number of threads. None means one per core.
-        advance: a function that is called with the number of bytes verified since its last call.
+        advance: receives the number of bytes verified since its last call.
 
     Raises:
-        DataError: a shard does not match the manifest. The message names the first such shard and says what is wrong.
+        DataError: a shard does not match. The message names the first such shard.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -33,12 +33,10 @@ def verify(folder: Path | str, workers: int | None = None, advance: Advance = no
 
 
 def require_unchanged(folder: Path, shard: ShardRecord, advance: Advance = no_progress) -> None:
-    """Raise DataError if a file of a shard cannot be read, or if its SHA-256 differs from the manifest.
+    """Raise DataError if a file of a shard is unreadable or has another SHA-256 than the manifest says.
 
     Args:
-        folder: the folder with the shard.
-        shard: the record of the shard in the manifest.
-        advance: a function that is called with the number of bytes verified since its last call.
+        advance: receives the number of bytes verified since its last call.
     """
     for name, sha256 in ((shard.file, shard.sha256), (shard.mask_file, shard.mask_sha256)):
         if name is None:

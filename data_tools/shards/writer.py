@@ -1,6 +1,6 @@
 """Write token shards in constant memory. A shard is written under a temporary name, and then renamed.
 
-The files are not fsynced. The caller moves them to another folder, and fsyncs them then.
+The files are not fsynced. The caller moves and fsyncs them.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ _NPY_HEADER_BYTES = 128
 
 
 WriteValues = Callable[[npt.NDArray[Any]], None]
-#: A function that opens a file in a certain format. The block writes batches; after the block, the file is complete.
+#: Opens a file in a certain format. The block writes batches. After the block, the file is complete.
 OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 
 
@@ -34,13 +34,11 @@ OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> Iterator[WriteValues]:
     """Return a context manager for writing a file that consists of a header and values of one dtype.
 
-    The ``with`` block gets a function that appends values to the file. The header contains the number of values.
-    Therefore, it is written twice: at the beginning with the number 0, and after the ``with`` block with the final
-    number.
+    The ``with`` block gets a function that appends values. The header contains the number of values, so it is written
+    again after the block.
 
     Args:
-        header: a function that takes a number of values and returns the header. The length of the header must not
-            depend on the number.
+        header: takes the number of values and returns the header, which always has the same length.
     """
     size = 0
 
@@ -65,7 +63,7 @@ def _write_arrow(file: BinaryIO) -> Iterator[WriteValues]:
 
 
 def _npy_header(size: int, descr: str = "<u2") -> bytes:
-    """Return a header of version 1.0 (``numpy.lib.format``), padded to a length that does not depend on ``size``."""
+    """Return a header of version 1.0 (``numpy.lib.format``). Its length does not depend on ``size``."""
     fields = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({size},), }}"
     body_bytes = _NPY_HEADER_BYTES - len(_NPY_MAGIC) - 2
     body = fields.encode("ascii").ljust(body_bytes - 1) + b"\n"
@@ -85,7 +83,7 @@ def _shard_file(path: Path, open_format: OpenFormat) -> Iterator[WriteValues]:
 
 
 class ShardWriter:
-    """A shard that is being written. Call ``close`` to complete the shard, or ``abort`` to remove its files."""
+    """A shard that is being written. Call ``close`` to complete it, or ``abort`` to remove its files."""
 
     def __init__(self, folder: Path, file: str, split: str, open_format: OpenFormat | None = None) -> None:
         """Open ``folder/file`` for writing. If ``open_format`` is None, the suffix of the file determines the format.
@@ -111,10 +109,9 @@ class ShardWriter:
 
         Args:
             tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
-            documents: the number of documents in ``tokens``.
             utf8_bytes: the bytes of text in these documents.
-            scored: the mask, bool of shape (tokens,), True for tokens that count in the loss. If None, all tokens
-                count. Within one shard, either every call or no call must have a mask.
+            scored: the mask, bool of shape (tokens,), True for tokens that count in the loss. None means that all
+                tokens count. Give a mask in every call for a shard, or in none.
 
         Raises:
             DataError: the disk is full or not writable.
@@ -142,7 +139,7 @@ class ShardWriter:
                 self._write_mask(scored.astype(np.bool_, copy=False).view(np.uint8))
 
     def close(self) -> ShardRecord:
-        """Complete the shard: give its files their final names, the mask file first. Return the record of the shard.
+        """Complete the shard, and return its record. The mask file gets its final name first.
 
         Raises:
             DataError: the disk is full or not writable.
