@@ -1,1 +1,1 @@
-"""Turn token shards into micro-batches: open the datasets, order their samples, and load the micro-batches."""
+"""Turn token shards into micro-batches."""

@@ -1,4 +1,4 @@
-"""Compute how many micro-steps an optimizer step needs, from the number of tokens per step and the world size."""
+"""Compute the number of micro-steps per optimizer step."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 class BatchPlan:
     """How the sequences of an optimizer step are divided into micro-batches.
 
-    A step consists of ``accumulation`` micro-steps. In each micro-step, every rank computes one micro-batch.
+    In each micro-step, every rank computes one micro-batch.
     """
 
     micro_batch_size: int  # sequences per rank and micro-step
@@ -20,12 +20,12 @@ class BatchPlan:
 
     @property
     def samples_per_step(self) -> int:
-        """Return the number of sequences that all ranks together process per optimizer step."""
+        """Return the number of sequences per optimizer step, over all ranks."""
         return self.micro_batch_size * self.accumulation * self.world_size
 
     @property
     def tokens_per_step(self) -> int:
-        """Return the number of target tokens that all ranks together process per optimizer step."""
+        """Return the number of target tokens per optimizer step, over all ranks."""
         return self.samples_per_step * self.seq_len
 
     def __str__(self) -> str:
@@ -36,12 +36,11 @@ class BatchPlan:
 
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
-    """Compute how the batch of a step is divided into micro-batches, from ``batch.tokens_per_step``.
+    """Divide the batch of an optimizer step into micro-batches.
 
     Raises:
-        ConfigError: ``batch.tokens_per_step`` is not a multiple of the number of tokens that all ranks together process
-            in one micro-step. If the config sets a group size for FSDP or hpZ, this error is also raised if the number
-            of ranks is not a multiple of the group size. The message suggests values that work.
+        ConfigError: ``batch.tokens_per_step`` is not a multiple of the tokens per micro-step, over all ranks. Or the
+            group size of FSDP or hpZ does not divide the number of ranks. The message suggests values that work.
     """
     _check_groups(config.backend, world_size)
     batch, seq_len = config.batch, config.seq_len
@@ -63,12 +62,12 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
 
 
 def largest_divisor(sequences: int, limit: int) -> int:
-    """Return the largest micro-batch size up to ``limit`` that divides the sequences of a rank per step."""
+    """Return the largest divisor of ``sequences`` that is at most ``limit``."""
     return max(size for size in range(1, min(limit, sequences) + 1) if sequences % size == 0)
 
 
 def _check_groups(backend: BackendConfig, world_size: int) -> None:
-    """Raise ConfigError if the ranks cannot be divided into groups of the size in the config."""
+    """Raise ConfigError if the group size of FSDP or hpZ does not divide the number of ranks."""
     if backend.name == "fsdp":
         key, size, off = "backend.fsdp.shard_group_size", backend.fsdp.shard_group_size, "null for all ranks"
     else:

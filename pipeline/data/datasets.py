@@ -1,4 +1,4 @@
-"""Open the datasets of a run. Check that they fit the model and each other, and verify their hashes."""
+"""Open and check the datasets of a run."""
 
 import logging
 import time
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """A dataset of a run: its name, its weight in the mixture, and its splits as open token streams."""
+    """A dataset of a run, with its splits as open token streams."""
 
     name: str  # in metrics
     path: str
@@ -34,12 +34,10 @@ class TokenDataset:
 def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
     """Open the dataset at ``data.path``, or the datasets of ``data.mixture``.
 
-    A relative path is searched in two folders (see ``find_path``).
-
     Raises:
         DataError: a dataset cannot be used.
-        ConfigError: the tokenizer of a dataset does not match the model, the datasets have different tokenizers, or no
-            dataset has a validation split although the config needs a validation loss.
+        ConfigError: a tokenizer does not match the model, the tokenizers differ, or the config needs a validation loss
+            and no dataset has a validation split.
     """
     datasets = tuple(_open_dataset(component, config) for component in config.data.components)
     if (keys := config.keys_that_need_validation) and not any(dataset.validation for dataset in datasets):
@@ -63,12 +61,9 @@ def _open_dataset(component: MixtureComponent, config: Config) -> TokenDataset:
 
 
 def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
-    """Raise ConfigError if a dataset and a model have different vocabulary sizes or different end-of-text tokens.
+    """Raise ConfigError if a dataset and a model differ in vocabulary size or end-of-text token.
 
-    Args:
-        stream: a split of the dataset.
-        model: the config of the model.
-        path: the path of the dataset, for the error message.
+    ``path`` is the dataset's path, for the error message.
     """
     tokenizer = stream.manifest.tokenizer
     if tokenizer.vocab_size != model.vocab_size:
@@ -84,7 +79,7 @@ def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) ->
 
 
 def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
-    """Check that every id has the same meaning in both datasets. The names of the tokenizers may differ."""
+    """Raise ConfigError if the vocabularies differ. The names of the tokenizers may differ."""
     one, two = first.train.manifest.tokenizer, other.train.manifest.tokenizer
     keys = ("vocab_size", "end_of_text", "vocabulary_sha256")
     if any(getattr(one, key) != getattr(two, key) for key in keys):
@@ -96,10 +91,9 @@ def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
 
 
 def data_sha256(datasets: Sequence[TokenDataset]) -> str:
-    """Return a hash of the datasets. A checkpoint stores it to detect later whether the data has changed.
+    """Return a hash of the datasets' manifests, and of the weights of a mixture.
 
-    For one dataset, the hash is computed from the manifest. For a mixture, it is computed from all manifests and the
-    weights of the datasets. If data is tokenized again with the same options, the hash does not change.
+    The hash does not change if data is tokenized again with the same options.
     """
     manifests = [dataset.train.manifest.content_sha256() for dataset in datasets]
     if len(datasets) == 1:
@@ -111,7 +105,7 @@ def data_sha256(datasets: Sequence[TokenDataset]) -> str:
 def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
     """Raise DataError if the hash of a shard differs from the hash in the manifest.
 
-    Each rank checks some of the shards. This call is collective: every rank must make it.
+    Each rank checks some of the shards. Every rank must call this function.
     """
     started, problem = time.perf_counter(), None
     shards = [(Path(dataset.path), shard) for dataset in datasets for shard in dataset.train.manifest.shards]

@@ -1,11 +1,10 @@
 """Read the micro-batches of one rank from token shards, for training and for validation.
 
-A sample is a window of ``seq_len`` input tokens and their targets. The target of an input token is the next token. The
-windows cover a split without gaps. A window can cross from one shard to the next, so the samples do not depend on the
-size of the shards.
+A sample is a window of ``seq_len`` input tokens. The target of an input token is the next token. The windows cover a
+split without gaps, and can cross from one shard to the next.
 
-A target is *scored* if it counts in the loss. If the split has a loss mask, the targets with the mask value 1 are
-scored. Otherwise, all targets are scored.
+A target is *scored* if it counts in the loss. A loss mask has the value 1 at scored targets. Without a mask, all
+targets are scored.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ COUNTED_AT_ONCE = 2**24  # entries of a mask
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples that one rank processes in one micro-step. The tensors are in host memory."""
+    """The samples of one rank in one micro-step. The tensors are in host memory."""
 
     first_sample: int  # the global index, from which the seed of dropout is derived
     tokens: Tensor  # (B, T + 1) uint16
@@ -48,8 +47,8 @@ class MicroBatch:
     def pinned(self) -> MicroBatch:
         """Return a copy in pinned memory, which can be copied to a GPU asynchronously.
 
-        The caller may free the result before the copy to the GPU has finished, because PyTorch does not reuse the
-        pinned memory before then.
+        The caller may free the result while that copy runs, because PyTorch does not reuse the memory until the copy
+        ends.
         """
         mask = self.target_mask
         return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())
@@ -57,8 +56,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return inputs and targets on the device, both int64 of shape (B, T).
 
-        Targets that do not count in the loss are ``IGNORE_INDEX``. To save time, the tokens are copied to the device as
-        uint16.
+        Targets that do not count in the loss are ``IGNORE_INDEX``.
         """
         tokens = copy_to(self.tokens, device).long()
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -70,9 +68,9 @@ class MicroBatch:
 class TrainLoader:
     """Reads the micro-batches that one rank processes in a step.
 
-    The samples of a step do not depend on the world size. They depend only on the seed and on the number of samples
-    before the step. If B is the size of a micro-batch, micro-batch j of a step contains the samples jB to (j+1)B - 1 of
-    the step. The rank j mod world_size processes micro-batch j.
+    The samples of a step depend only on the seed and on the number of earlier samples, not on the world size. Let B be
+    the micro-batch size. Micro-batch j contains the samples jB to (j+1)B - 1 of the step. Rank j mod world_size
+    processes micro-batch j.
     """
 
     def __init__(self, datasets: Sequence[TokenDataset], plan: BatchPlan, seed: int, rank: int) -> None:
@@ -87,10 +85,7 @@ class TrainLoader:
         self.orders = [SampleOrder(self._count_windows(index), seeds[index]) for index in range(len(datasets))]
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Return the micro-batches that this rank processes in one step.
-
-        Args:
-            consumed: the number of samples before the step, which is the index of the step's first sample.
+        """Return the micro-batches of this rank in the step after ``consumed`` samples.
 
         Raises:
             DataError: a shard contains an invalid token or mask value.
@@ -120,7 +115,7 @@ class TrainLoader:
         return torch.from_numpy(tokens), None if masks is None else torch.from_numpy(masks)
 
     def _count_windows(self, index: int) -> int:
-        """Return the number of samples of a dataset. Raises TrainingError if one step needs more samples."""
+        """Return the number of samples of a dataset. Raises TrainingError if one step needs more."""
         train, plan, share = self.datasets[index].train, self.plan, self.mixture.shares[index]
         windows = (train.tokens - 1) // plan.seq_len
         needed = math.ceil(share * plan.samples_per_step)
@@ -139,14 +134,7 @@ class TrainLoader:
 
 
 def suggest_batch(tokens: int, plan: BatchPlan) -> str:
-    """Return advice for an error message about a split that has too few samples for one step.
-
-    The advice says to which values the user can set config keys, so that the split is large enough.
-
-    Args:
-        tokens: the number of tokens in the split.
-        plan: how the batch is divided among the ranks and micro-steps.
-    """
+    """Return advice for an error message: config values for which ``tokens`` tokens are enough."""
     windows = (tokens - 1) // plan.seq_len
     if windows < plan.world_size:
         longest = (tokens - 1) // plan.world_size
@@ -164,8 +152,8 @@ def suggest_batch(tokens: int, plan: BatchPlan) -> str:
 class Prefetcher:
     """Reads the micro-batches of the next step in a thread, while the device computes the current step.
 
-    The micro-batches of the current and the next step are in memory. If a caller requests a step that the thread has
-    not read, the call itself reads the micro-batches of that step.
+    The micro-batches of two steps are in memory. If a caller requests another step than the next one, the call itself
+    reads the micro-batches.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:
@@ -175,12 +163,9 @@ class Prefetcher:
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Return the micro-batches that this rank processes in one step, as :meth:`TrainLoader.micro_batches` does.
+        """Return the micro-batches of this rank in the step after ``consumed`` samples.
 
-        If the thread that reads ahead has raised an error, this call raises the error.
-
-        Args:
-            consumed: the number of samples before the step.
+        If the thread raised an error, this call raises the error.
         """
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)
@@ -189,7 +174,7 @@ class Prefetcher:
         return batches
 
     def close(self) -> None:
-        """Stop the thread, and discard the micro-batches of the next step."""
+        """Stop the thread."""
         self._ahead = None
         self._thread.shutdown(cancel_futures=True)
 
@@ -206,16 +191,12 @@ def validation_batches(
 ) -> Iterator[MicroBatch]:
     """Yield the validation batches of this rank, in the order of the split.
 
-    If ``max_batches`` is None, the batches of all ranks together contain each target of the split once. Every rank gets
-    the same number of batches, because forward passes are collective under FSDP and ZeRO-3. The last batches may
-    therefore contain padding, which does not count in the loss.
+    All ranks together get each target once. Every rank gets the same number of batches, because forward passes are
+    collective under FSDP and ZeRO-3. The last batches may contain padding, which does not count in the loss.
 
     Args:
-        stream: the tokens of the split.
-        seq_len: the number of tokens per sequence.
-        batch_size: the number of sequences per batch.
-        max_batches: the largest number of batches that all ranks together get. If the whole split needs more batches,
-            only some of its windows are used, spread evenly over the split. None means no limit.
+        max_batches: the largest number of batches of all ranks together. If the split has more, the batches contain
+            windows that are spread evenly over the split. None means no limit.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)
@@ -228,9 +209,9 @@ def validation_batches(
 
 
 def scored_targets(stream: TokenStream, seq_len: int) -> IndexArray:
-    """Return how many targets of each window of a split count in the loss, int64 of shape (windows,).
+    """Return the number of scored targets per window of a split with a mask: int64 of shape (windows,).
 
-    The split must have a mask. The last window may be shorter than ``seq_len``.
+    The last window may be shorter than ``seq_len``.
     """
     targets = stream.tokens - 1
     block = max(COUNTED_AT_ONCE // seq_len, 1) * seq_len

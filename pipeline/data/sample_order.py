@@ -1,9 +1,8 @@
 """Compute which window of which dataset a sample is.
 
-The result is computed from the number of the sample, in O(1) time and memory. No list of samples is stored.
-
-A mixture assigns each sample to a dataset, in proportion to the weights of the datasets. Within a dataset, each epoch
-has a different random order of the windows. The seed determines all orders.
+The number of the sample suffices, so a run can resume at any sample. A mixture assigns each sample to a dataset, in
+proportion to the weights of the datasets. Within a dataset, each epoch has a different random order of the windows. The
+seed determines all orders.
 """
 
 from __future__ import annotations
@@ -27,13 +26,9 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 class SampleOrder:
     """Maps the number g of a sample to one of ``n`` windows. The window depends only on g, ``n`` and the seed.
 
-    Therefore, the order does not depend on the world size. A run can resume at any sample without reading earlier
-    samples.
-
-    Sample g belongs to epoch ``g // n``. Each epoch has a different permutation of the windows. The permutation is
-    computed with a balanced Feistel network on the numbers from 0 to 4**k - 1, where 4**k is the smallest power of four
-    that is at least ``n``. While the result is not below ``n``, the network is applied again to the result (Black and
-    Rogaway 2002).
+    Sample g belongs to epoch ``g // n``. Each epoch has a different permutation of the windows. A balanced Feistel
+    network permutes the numbers below 4**k, the smallest power of four that is at least ``n``. While the result is not
+    below ``n``, the network is applied again to the result (Black and Rogaway 2002).
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -43,7 +38,7 @@ class SampleOrder:
         self._half_bits = max(1, -(-(n - 1).bit_length() // 2))
 
     def windows(self, samples: IndexArray) -> IndexArray:
-        """Return the index of the window for each sample number. Argument and result are int64 of shape (B,)."""
+        """Return the window of each sample. Argument and result are int64 of shape (B,)."""
         epochs, positions = np.divmod(samples, self.n)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -76,7 +71,7 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class _Fork:
-    """An inner node of the tree. Of its first n samples, round(n * left_weight / weight) go to the left child."""
+    """An inner node of the tree: round(n * left_weight / weight) of its first n samples go to the left child."""
 
     left: _Fork | int
     right: _Fork | int
@@ -91,14 +86,14 @@ class _Fork:
 class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
-    If a dataset has the share s, it provides about n s of the first n samples. The difference from n s is less than two
-    samples. The dataset of a sample depends only on the weights and on the index of the sample.
+    A dataset with the share s provides n s of the first n samples, with an error of less than two samples. The dataset
+    of a sample depends only on the weights and on the number of the sample.
 
-    To compute the dataset of a sample, this class uses a Huffman tree (Huffman 1952), whose leaves are the datasets.
-    Every inner node divides its samples between its two children.
+    The datasets are the leaves of a Huffman tree (Huffman 1952). Every inner node divides its samples between its two
+    children.
 
     Attributes:
-        shares: for each dataset, the exact fraction of the samples that come from it. The sum of all shares is 1.
+        shares: the exact fraction of the samples from each dataset. The sum is 1.
     """
 
     # Why the error is less than two samples: Each node on the path to a leaf adds a rounding error of at most 1/2
@@ -107,20 +102,14 @@ class Mixture:
     # than 1/2 * (1 + 1 + 1/2 + 1/2 + 1/4 + 1/4 + ...) = 2.
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Build the Huffman tree from positive weights. The weight 0.1 means exactly 1/10, not the nearest float."""
+        """Build the tree from positive weights. The weight 0.1 means exactly 1/10, not the nearest float."""
         exact = [Fraction(str(weight)) for weight in weights]
         assert exact and min(exact) > 0, "a mixture has datasets with positive weights"
         self.shares = [weight / sum(exact) for weight in exact]
         self._root = _huffman_tree(self.shares)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Return the index of the dataset that a sample comes from, and the place of the sample in this dataset.
-
-        The place is the number of earlier samples of the run that come from the same dataset.
-
-        Args:
-            sample: the index of the sample in the run.
-        """
+        """Return the index of the dataset of a sample, and the number of earlier samples from this dataset."""
         node, ordinal = self._root, sample
         while isinstance(node, _Fork):
             left = node.left_of(ordinal)
@@ -131,14 +120,14 @@ class Mixture:
         return node, ordinal
 
     def locate_all(self, samples: IndexArray) -> tuple[IndexArray, IndexArray]:
-        """Return the results of :meth:`locate` for many samples, as two arrays. All arrays are int64 of shape (B,)."""
+        """Return the results of ``locate`` for many samples, as two int64 arrays of shape (B,)."""
         if not isinstance(self._root, _Fork):
             return np.zeros_like(samples), samples
         located = np.array([self.locate(sample) for sample in samples.tolist()], dtype=np.int64).reshape(-1, 2)
         return located[:, 0], located[:, 1]
 
     def counts(self, samples: int) -> list[int]:
-        """Return how many of the first ``samples`` samples of a run come from each dataset."""
+        """Return how many of the first ``samples`` samples come from each dataset."""
         counts = [0] * len(self.shares)
         waiting: list[tuple[_Fork | int, int]] = [(self._root, samples)]
         while waiting:
@@ -154,7 +143,7 @@ class Mixture:
 def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
     """Return the root of the tree. Its leaves are indices of datasets.
 
-    Always join the two nodes with the smallest weights. If weights are equal, take the older node first.
+    If weights are equal, the older node is joined first.
     """
     denominator = math.lcm(*(share.denominator for share in shares))
     heap: list[tuple[int, int, _Fork | int]] = [

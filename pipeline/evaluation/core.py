@@ -1,7 +1,7 @@
-"""Measure CORE: the mean of centered accuracies over the tasks of nanochat's folder ``eval_bundle``.
+"""Measure CORE: the mean centered accuracy over the tasks of nanochat's folder ``eval_bundle``.
 
 The centered accuracy of a task is 0 for random answers, and 1 if all answers are right. The metric is from Li et al.
-2024 (DataComp-LM, arXiv 2406.11794). The examples are scored as in nanochat (``nanochat/core_eval.py``).
+2024 (DataComp-LM, arXiv 2406.11794). Examples are scored as in ``nanochat/core_eval.py``.
 """
 
 import hashlib
@@ -29,26 +29,23 @@ _ITEMS_AT_ONCE = 256  # the requests of more examples would need gigabytes: some
 
 @dataclass(frozen=True)
 class PreparedCore:
-    """The tasks of nanochat's bundle, read and checked.
-
-    To save memory, the texts of a task are encoded only when the task is scored.
-    """
+    """The tasks of nanochat's bundle, read and checked. Texts are encoded only when they are scored, to save memory."""
 
     name: str
     facts: Figures
     tasks: list[BundleTask]
 
     def measure(self, scorer: Scorer) -> Figures:
-        """Score all tasks. Return the metric CORE and the results of each task, as JSON values.
+        """Score all tasks. Return CORE and the results of each task, as JSON values.
 
-        This call is collective: every rank must make it. All ranks return the same values.
+        Every rank must call this method. All ranks return the same values.
         """
         return self.measure_examples(scorer)[0]
 
     def measure_examples(self, scorer: Scorer) -> tuple[Figures, list[Figures]]:
-        """Score all tasks. Return the result of ``measure``, and the answer to each example as JSON values.
+        """Return the result of ``measure``, and the answer to each example as JSON values.
 
-        This call is collective: every rank must make it.
+        Every rank must call this method.
         """
         figures, examples, truncated = {}, [], 0
         for task in self.tasks:
@@ -63,7 +60,6 @@ class PreparedCore:
 
 
 def _score(task: BundleTask, scorer: Scorer) -> Iterator[tuple[int, list[Request], list[Score]]]:
-    """Yield (number, requests, scores) for each item of a task."""
     tokenizer = load_tokenizer()
     for first in range(0, len(task.items), _ITEMS_AT_ONCE):
         numbers = range(first, min(first + _ITEMS_AT_ONCE, len(task.items)))
@@ -93,7 +89,6 @@ def _task_figures(task: BundleTask, right: int) -> Figures:
 
 
 def _summary(tasks: Sequence[BundleTask], figures: dict[str, Figures]) -> Figures:
-    """Return CORE, the mean of the centered accuracies, with its 95% interval, and the figures of each task."""
     core = sum(each["centered"] for each in figures.values()) / len(tasks)
     variance = sum(
         figures[task.label]["acc"] * (1 - figures[task.label]["acc"]) / len(task.items) / (1 - task.baseline) ** 2
@@ -113,12 +108,11 @@ def prepare_core(path: str | None, settings: Settings, name: str) -> PreparedCor
 
     Args:
         path: the folder ``eval_bundle``.
-        settings: the options. ``limit`` is the largest number of examples per task. The first examples in nanochat's
-            shuffled order are used.
+        settings: ``limit`` is the number of examples per task, taken from the start of nanochat's shuffled order.
         name: the name of the result.
 
     Raises:
-        ConfigError: ``path`` is None, or ``settings`` contains few-shot examples or a stride.
+        ConfigError: ``path`` is None, or ``settings`` asks for few-shot examples or a stride.
         DataError: a file is missing or cannot be used.
     """
     if path is None:
@@ -141,7 +135,6 @@ def prepare_core(path: str | None, settings: Settings, name: str) -> PreparedCor
 
 
 def _hash_files(files: Sequence[Path]) -> str:
-    """Return the SHA-256 of the contents of several files."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())

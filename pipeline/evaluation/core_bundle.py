@@ -1,7 +1,6 @@
-"""Read the folder ``eval_bundle`` of nanochat: the tasks of CORE, their examples, and their prompts.
+"""Read nanochat's folder ``eval_bundle``: the tasks of CORE, their examples, and their prompts.
 
-The folder also contains the number of few-shot examples and the random baseline of each task. Prompts are written, and
-few-shot examples are drawn, as in nanochat (``nanochat/core_eval.py`` and ``scripts/base_eval.py``).
+Prompts and few-shot examples are those of ``nanochat/core_eval.py`` and ``scripts/base_eval.py``.
 """
 
 import csv
@@ -61,8 +60,6 @@ _READERS: dict[str, Callable[[Row], Item]] = {
 
 @dataclass(frozen=True)
 class BundleTask:
-    """A task of the bundle."""
-
     label: str
     kind: str  # a key of ``_READERS``
     delimiter: str  # the text between a context and its continuation
@@ -71,13 +68,13 @@ class BundleTask:
     items: list[Item]
 
     def centered(self, accuracy: float) -> float:
-        """Return the accuracy, rescaled so that guessing at random gives 0, and only right answers give 1."""
+        """Return the accuracy, rescaled so that random answers give 0 and only right answers give 1."""
         return (accuracy - self.baseline) / (1 - self.baseline)
 
     def prefix(self, number: int) -> str:
         """Return the text of the few-shot examples for an item.
 
-        The few-shot examples are drawn from all other items of the task, with a seed that depends on ``number``.
+        They come from the other items of the task. The seed depends on ``number``.
         """
         others = [i for i in range(len(self.items)) if i != number]
         drawn = random.Random(_SHOTS_SEED + number).sample(others, self.shots)
@@ -87,18 +84,15 @@ class BundleTask:
         return f"{context}{self.delimiter}{continuation}"
 
     def requests(self, number: int, tokenizer: Tokenizer, context_length: int) -> list[Request]:
-        """Return one request for each pair of an example.
+        """Return one request per pair of an example.
 
-        A pair consists of a context and a continuation. The kind of the task determines which tokens are scored:
+        The kind of the task determines which tokens are scored:
 
         - ``multiple_choice``: the tokens after the common beginning of all pairs.
         - ``schema``: the tokens of the common end of all pairs.
         - ``language_modeling``: the tokens after the context.
 
-        If a request has more than ``context_length`` tokens, its first tokens are left out.
-
-        Args:
-            number: the index of the example in ``items``.
+        If a request is longer than ``context_length``, its first tokens are left out.
 
         Raises:
             DataError: the scored tokens alone do not fit.
@@ -130,11 +124,10 @@ class BundleTask:
         return Request(tuple(tokens[left_out:start]), tuple(tokens[start:]))
 
     def answer(self, requests: Sequence[Request], scores: Sequence[Score]) -> int:
-        """Return the index of the pair that the model chooses.
+        """Return the index of the pair with the highest mean log-likelihood per token.
 
-        If the item has several pairs, the model chooses the pair with the highest mean log-likelihood per token. If the
-        item has only one pair, pair 0 is the right answer. The result is then 0 if greedy decoding generates the
-        continuation. Otherwise, it is 1, which counts as wrong.
+        If the item has only one pair, return 0 (right) if greedy decoding generates the continuation, and 1 (wrong)
+        otherwise.
         """
         if len(scores) == 1:
             return int(not scores[0].is_greedy)
@@ -143,13 +136,10 @@ class BundleTask:
 
 
 def read_bundle(folder: Path, limit: int | None) -> tuple[list[BundleTask], list[Path]]:
-    """Read and check the tasks of a bundle.
+    """Read and check the tasks of a bundle. Return the tasks, and all files that were read.
 
     Args:
-        limit: the largest number of examples per task. The first examples in nanochat's shuffled order are used.
-
-    Returns:
-        The tasks, and all files of the bundle that were read.
+        limit: the number of examples per task, taken from the start of nanochat's shuffled order.
 
     Raises:
         DataError: a file is missing or cannot be used.
@@ -165,7 +155,6 @@ def read_bundle(folder: Path, limit: int | None) -> tuple[list[BundleTask], list
 
 
 def _read_entries(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of ``icl_tasks`` in ``core.yaml``."""
     try:
         with one_line_read_errors(path):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -208,7 +197,7 @@ def _read_task(
 
 
 def _read_items(path: Path, read: Callable[[Row], Item], limit: int | None) -> list[Item]:
-    """Return the examples of a file in nanochat's order, at most ``limit``."""
+    """Return the first ``limit`` examples of a file, in nanochat's order."""
     rows = read_file(path)
     items = []
     for number, row in enumerate(rows.rows):

@@ -1,9 +1,9 @@
 """Turn the rows of a dataset into examples and few-shot prompts.
 
-Prompts, separators and choices are copied from lm-evaluation-harness (the YAML files and ``utils.py`` of its tasks).
+Prompts, separators and choices are copied from the tasks of lm-evaluation-harness.
 
-A function that converts a row to an example is called a *reader*. The first line of a reader's docstring names the
-columns that the reader expects. Error messages quote this line.
+A function that converts a row to an example is called a *reader*. The first line of its docstring names the expected
+columns. Error messages quote this line.
 """
 
 import random
@@ -21,7 +21,7 @@ SHOTS_SEED = 1234  # the default fewshot_random_seed of lm-evaluation-harness
 
 @dataclass(frozen=True)
 class Example:
-    """An example of a task: pairs of a context and a continuation, and the index ``gold`` of the right pair.
+    """Pairs of a context and a continuation, and the index ``gold`` of the right pair.
 
     If a task has no choices, its examples have one pair.
     """
@@ -34,11 +34,11 @@ class Example:
 
     @property
     def shot(self) -> str:
-        """Return this example as text for a few-shot prompt: the context, the right answer and a separator."""
+        """Return the context, the right answer and a separator, for a few-shot prompt."""
         return (self.solved or "".join(self.pairs[self.gold])) + SHOT_SEPARATOR
 
     def require_answers(self) -> None:
-        """Raise ValueError if a choice or a continuation is empty or contains only white space."""
+        """Raise ValueError if a choice or a continuation is empty or only white space."""
         for number, choice in enumerate(self.choices, 1):
             if not choice.strip():
                 raise ValueError(f"choice {number} is empty")
@@ -47,7 +47,7 @@ class Example:
 
 
 def _choose(context: str, choices: list[str], gold: int) -> Example:
-    """Return an example with a space before each choice. lm-evaluation-harness always adds this space, too."""
+    """Return an example with a space before each choice, as in lm-evaluation-harness."""
     return Example(tuple((context, " " + choice) for choice in choices), gold, tuple(choices))
 
 
@@ -63,8 +63,7 @@ def any_choices(row: Row) -> Example:
 def any_continuation(row: Row) -> Example:
     """Read ``context`` and ``continuation``.
 
-    Returns one pair. If there is no white space between the two texts, a space is added at the beginning of the
-    continuation.
+    If there is no white space between them, the continuation gets a space at its beginning.
     """
     return Example((_joined(text_field(row, "context"), text_field(row, "continuation")),))
 
@@ -72,8 +71,7 @@ def any_continuation(row: Row) -> Example:
 def any_contexts(row: Row) -> Example:
     """Read ``contexts``, ``continuation``, ``gold``: contexts, a continuation, and the index of the right context.
 
-    For each context, the example has one pair: this context and the continuation. If there is no white space between
-    them, a space is added at the beginning of the continuation.
+    If there is no white space between a context and the continuation, the continuation gets a space at its beginning.
     """
     contexts, continuation = texts_field(row, "contexts"), text_field(row, "continuation")
     pairs = tuple(_joined(context, continuation) for context in contexts)
@@ -88,7 +86,7 @@ def _joined(context: str, continuation: str) -> tuple[str, str]:
 def piqa(row: Row) -> Example:
     """Read ``goal``, ``sol1``, ``sol2``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Returns one pair per solution. The context of every pair is the question, followed by "Answer:".
+    The context of every pair is the question, followed by "Answer:".
     """
     if "query" in row:
         return _question(row, range(2, 3))
@@ -99,9 +97,8 @@ def piqa(row: Row) -> Example:
 def arc(row: Row) -> Example:
     """Read ``question``, ``choices`` and ``answerKey``, or else ``query``, ``choices`` and ``gold``.
 
-    In the first form, ``choices`` has the lists ``text`` and ``label``.
-
-    Returns one pair per answer. The context of every pair is the question, followed by "Answer:".
+    In the first form, ``choices`` has the lists ``text`` and ``label``. The context of every pair is the question,
+    followed by "Answer:".
     """
     if "query" in row:
         return _question(row, range(3, 6))
@@ -117,11 +114,8 @@ def arc(row: Row) -> Example:
 def _question(row: Row, counts: range) -> Example:
     """Read ``query``, ``choices``, ``gold`` of a task whose prompts begin with "Question: " and end with "Answer:".
 
-    If a query lacks "Answer:", the function adds this word. The query does not change if it lacks "Question: " or if
-    the number of choices is not in ``counts``; the example then has ``rendered_by_file=True``.
-
-    Args:
-        counts: the numbers of choices that the examples of the task have.
+    A missing "Answer:" is added. If "Question: " is missing, or ``counts`` lacks the number of choices, the query stays
+    as it is, and ``rendered_by_file`` is True.
     """
     example = any_choices(row)
     question = row["query"].removesuffix("\nAnswer:").removesuffix("\n")
@@ -133,8 +127,8 @@ def _question(row: Row, counts: range) -> Example:
 def hellaswag(row: Row) -> Example:
     """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Returns one pair per ending. The context of every pair consists of ``activity_label``, ``ctx_a`` and ``ctx_b``. The
-    function removes markup in brackets, such as ``[title]``.
+    The context consists of ``activity_label``, ``ctx_a`` and ``ctx_b``. Markup in brackets, such as ``[title]``, is
+    removed.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
@@ -145,7 +139,7 @@ def hellaswag(row: Row) -> Example:
 
 
 def _without_markup(text: str) -> str:
-    """Remove bracketed markup such as ``[title]``, which the WikiHow half of HellaSwag contains."""
+    """Remove markup such as ``[title]``, which the WikiHow half of HellaSwag contains."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -153,7 +147,7 @@ def _without_markup(text: str) -> str:
 def hellaswag_completion(row: Row) -> Example:
     """Read ``ctx``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    Returns one pair per ending. The context of every pair is ``ctx``. Markup in brackets is not removed.
+    The context is ``ctx``. Markup in brackets is not removed.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
@@ -164,9 +158,8 @@ def hellaswag_completion(row: Row) -> Example:
 def winogrande(row: Row) -> Example:
     """Read ``sentence`` with a _, ``option1``, ``option2``, ``answer``; or ``contexts``, ``continuation``, ``gold``.
 
-    Returns one pair per option, for partial scoring (Trinh and Le 2018). The context is the text before the ``_``,
-    followed by the option. The continuation is the text after the ``_``. Only the continuation is scored. Therefore, a
-    long or rare option does not lower the score.
+    Each context is the text before the ``_``, followed by an option. Only the text after the ``_`` is scored, so a rare
+    option does not lower the score (Trinh and Le 2018).
     """
     if "contexts" in row:
         return replace(any_contexts(row), rendered_by_file=True)
@@ -183,9 +176,8 @@ def winogrande(row: Row) -> Example:
 def lambada(row: Row) -> Example:
     """Read ``text``, whose last word becomes the continuation; or ``context`` and ``continuation``.
 
-    Returns one pair. In few-shot prompts, there are two spaces before the last word, as in lm-evaluation-harness. In
-    LAMBADA, every continuation is one word. If the continuation in the row has several words, the file may contain
-    prompts of its own. Therefore, ``rendered_by_file`` of the example is then True.
+    Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. A continuation of several words
+    may be a prompt of the file's own, so ``rendered_by_file`` is then True.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
@@ -198,7 +190,7 @@ def lambada(row: Row) -> Example:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options for running tasks, such as the number of few-shot examples."""
+    """The options for running tasks."""
 
     shots: int = 0
     limit: int | None = None  # score only this number of examples; all if None
@@ -206,14 +198,11 @@ class Settings:
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the options for one task. Its ``limit`` is the largest number of examples of this task to score."""
+        """Return the options for one task, with the task's limit as ``limit``."""
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:
-        """Return the name under which the results of a task with these options are stored.
-
-        The name consists of the task's name and all options that differ from their defaults.
-        """
+        """Return the name of the results: the task and all options that differ from their defaults."""
         shots = f"_{self.shots}shot" if self.shots else ""
         limit = f"_first{self.limit}" if self.limit else ""
         stride = f"_stride{self.stride}" if self.stride else ""
@@ -222,7 +211,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The input for preparing the examples of a task: the rows, the options and the tokenizer."""
+    """The input for preparing a task."""
 
     rows: Rows
     pool: Rows  # the rows from which few-shot examples are drawn
@@ -233,15 +222,13 @@ class TaskData:
 
 
 def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[Example], list[str]]:
-    """Convert the rows of a task to examples, and draw the few-shot examples.
+    """Convert the rows of a task to examples.
 
     Returns:
-        The examples, and for each example the text of its few-shot examples. This text is empty if the options ask for
-        no few-shot examples.
+        The examples, and the text of the few-shot examples for each of them (or "").
 
     Raises:
-        DataError: a row lacks a column that ``read`` needs, an answer is empty, or there are too few rows to draw the
-            few-shot examples from.
+        DataError: a row lacks a column, an answer is empty, or there are too few rows for the few-shot examples.
     """
     examples = _read_rows(data.rows, read, data.settings.limit, require_answers=True)
     if not data.settings.shots:
@@ -275,16 +262,12 @@ def draw_shots(
 ) -> list[Sequence[Example]]:
     """Draw ``count`` few-shot examples from ``pool`` for each example to score.
 
-    All draws use one random number generator with a fixed seed, as in lm-evaluation-harness.
+    The seed is fixed, as in lm-evaluation-harness.
 
     Args:
-        examples: the examples to score.
-        pool: the examples from which to draw.
-        count: the number of few-shot examples in each prompt.
-        spare: whether the pool can also contain the examples to score. If so, ``count + 1`` examples are drawn for each
-            prompt, because a prompt must not contain the answer to its own question. If the draw contains the example
-            to score, this example is removed. Otherwise, the last drawn example is removed. lm-evaluation-harness does
-            the same for tasks without a test split.
+        spare: whether the pool can contain the example to score. If so, ``count + 1`` examples are drawn. The example
+            to score is then removed, or the last one if it was not drawn. lm-evaluation-harness does the same for tasks
+            without a test split.
 
     Raises:
         DataError: the pool contains too few examples.

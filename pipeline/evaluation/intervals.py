@@ -1,4 +1,4 @@
-"""Compute 95% confidence intervals of results. The formulas treat the examples of a task as a random sample."""
+"""Compute 95% confidence intervals of results. The examples of a task count as a random sample."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Interval = tuple[float, float]
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Return the 95% Wilson score interval of ``successes / trials`` (Wilson 1927). The interval lies within [0, 1]."""
+    """Return the 95% Wilson score interval of ``successes / trials``, within [0, 1] (Wilson 1927)."""
     share, spread = successes / trials, Z_95**2 / trials
     centre = share + spread / 2
     half = math.sqrt(spread * (share * (1 - share) + spread / 4))
@@ -27,9 +27,9 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def normal_mean(values: Sequence[float]) -> Interval:
-    """Return the 95% interval of the mean of the values. The distribution of the mean is assumed to be normal.
+    """Return the 95% interval of the mean of the values, by the normal distribution.
 
-    If there is only one value, it is both bounds of the interval.
+    A single value is both bounds.
     """
     mean = float(np.mean(values))
     half = Z_95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -37,10 +37,7 @@ def normal_mean(values: Sequence[float]) -> Interval:
 
 
 def bootstrap_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
-    """Return the 95% bootstrap percentile interval of sum(numerators) / sum(denominators).
-
-    The random seed is fixed, so the same values always give the same interval.
-    """
+    """Return the 95% bootstrap percentile interval of sum(numerators) / sum(denominators). The seed is fixed."""
     above, below = np.asarray(numerators), np.asarray(denominators)
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     ratios = []

@@ -1,9 +1,8 @@
 """Define scoring requests, and pack requests into batches.
 
-The requests of one example often begin with the same context. The model needs to process a common beginning only once.
-Therefore, the tokens of the requests are stored as a tree. The nodes of the tree become one row of a batch, with
-parents before children. An attention mask lets each node attend only to itself and its ancestors. The scores equal
-those of a batch with a separate row for each request.
+The requests of one example often begin with the same context. A tree of tokens stores a common beginning once, so the
+model processes it only once. The nodes of a tree are one row of a batch. An attention mask lets each node attend only
+to itself and its ancestors. The scores equal those of a separate row per request.
 """
 
 from collections.abc import Sequence
@@ -22,27 +21,26 @@ LEAST_SAVING = 0.1
 
 @dataclass(frozen=True)
 class Request:
-    """The tokens of a context, and the tokens of a continuation to score after the context."""
+    """The tokens of a context, and the tokens of a continuation to score."""
 
     context: tuple[int, ...]  # at least one token
     continuation: tuple[int, ...]  # at least one token
 
     def inputs(self, context_length: int) -> tuple[int, ...]:
-        """Return the tokens that the model must read to score the continuation: at most ``context_length`` tokens.
+        """Return the tokens that the model must read to score the continuation.
 
-        The last token of the continuation is not read, because no token after it is scored. If there are too many
-        tokens, the first ones are left out.
+        The last token is not needed. If more than ``context_length`` tokens are left, the first ones are left out.
         """
         return (self.context + self.continuation)[:-1][-context_length:]
 
     def is_truncated(self, context_length: int) -> bool:
-        """Return whether the request has so many tokens that ``inputs`` leaves out the beginning of its context."""
+        """Return whether ``inputs`` leaves out the beginning of the context."""
         return len(self.context) + len(self.continuation) - 1 > context_length
 
 
 @dataclass
 class Tree:
-    """A tree of tokens for several requests, in which each common prefix is stored once. Each node is one token."""
+    """The tokens of several requests. Each node is one token. Each common prefix is stored once."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)  # the node of the previous token; -1 for the first token
@@ -53,16 +51,16 @@ class Tree:
 
     @property
     def is_chain(self) -> bool:
-        """Return whether the tree has no branches. For such a tree, the normal causal mask can be used."""
+        """Return whether the tree has no branches, so that the normal causal mask can be used."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:
         """Add the tokens of a request to the tree.
 
         Args:
-            number: the number that identifies the request in the results.
-            context_length: the largest number of tokens to add. If there are more, the first ones are left out.
-            reset_at: a token id, or None. At each token with this id, positions restart at 0.
+            number: identifies the request in the results.
+            context_length: the largest number of tokens. The first tokens of a longer request are left out.
+            reset_at: a token id at which positions restart at 0.
         """
         node, path = -1, []
         for token in request.inputs(context_length):
@@ -77,10 +75,9 @@ class Tree:
         self.scored.append((number, [self.pairs.setdefault(pair, len(self.pairs)) for pair in pairs]))
 
     def ancestors(self, width: int) -> np.ndarray:
-        """Return the attention mask of this tree, bool of shape (width, width). True allows attention.
+        """Return the attention mask, bool of shape (width, width). True allows attention.
 
-        Each token attends to itself and its ancestors. If the tree has fewer than ``width`` tokens, the rest is
-        padding. Padding tokens attend only to themselves.
+        Each token attends to itself and its ancestors. Padding attends only to itself.
         """
         mask = np.eye(width, dtype=np.bool_)
         for node, parent in enumerate(self.parents):
@@ -92,17 +89,15 @@ class Tree:
 def build_trees(
     groups: Sequence[Sequence[int]], requests: Sequence[Request], context_length: int, reset_at: int | None
 ) -> list[Tree]:
-    """Build one tree for each group of requests that have a common prefix.
+    """Build one tree per group of requests.
 
-    If a tree saves less than the fraction ``LEAST_SAVING`` of the tokens of its group, each request of the group gets
-    its own tree.
+    If a tree saves less than the fraction ``LEAST_SAVING`` of the group's tokens, each request gets its own tree.
 
     Args:
         groups: the numbers of the requests of each group.
         requests: all requests. A request's number is its index.
-        context_length: the largest number of tokens per request. If a request has more tokens, its first tokens are
-            left out.
-        reset_at: a token id, or None. At each token with this id, positions restart at 0.
+        context_length: the largest number of tokens per request. The first tokens of a longer request are left out.
+        reset_at: a token id at which positions restart at 0.
     """
 
     def build(numbers: Sequence[int]) -> Tree:
@@ -123,7 +118,7 @@ def build_trees(
 def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
     """Sort trees by decreasing length, and divide them into batches.
 
-    A batch has at most ``batch_tokens`` tokens, including padding. A tree with more tokens gets its own batch.
+    A batch has at most ``batch_tokens`` tokens, including padding. A longer tree gets its own batch.
     """
     batches: list[list[Tree]] = []
     for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
@@ -136,15 +131,13 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
     """Build the input of one forward pass.
 
-    Each node of a tree is one token (see ``Tree``). Requests that begin with the same tokens share nodes, so several
-    different targets (next tokens) can follow one node. The forward pass computes one score for each target of each
-    node. The score of a request is the sum of the scores of its targets. Requests can share scores.
+    The model returns one score per pair of a node and a target (next token). The score of a request is the sum of its
+    pairs' scores. Requests can share pairs.
 
     Returns:
-        The input, in host memory. It has one row per tree, padded on the right.
+        The input, in host memory, with one row per tree, padded on the right.
 
-        The links between requests and scores, int64 of shape (2, number of links). Each column is one link: the number
-        of a request, and the index of a score that belongs to this request.
+        The links, int64 of shape (2, links). Each column is the number of a request and the index of one of its scores.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

@@ -1,7 +1,4 @@
-"""Define two kinds of tasks: tasks whose examples have choices, and tasks whose examples have one continuation.
-
-The tasks convert their examples to scoring requests, and compute results such as accuracy from the scores.
-"""
+"""Define two kinds of tasks: examples with choices, and examples with one continuation."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -30,10 +27,7 @@ Encode = Callable[[Tokenizer, str, str], Request]
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task whose examples are already read and encoded.
-
-    The task can be measured several times, for example at each evaluation during training.
-    """
+    """A task whose examples are already read and encoded. It can be measured several times."""
 
     name: str
     facts: dict[str, Any]  # protocol, data, hash of the data, and counts
@@ -42,16 +36,16 @@ class PreparedTask:
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Score the examples. Return the attribute ``facts`` and results such as ``acc``, in one dict of JSON values.
+        """Return ``facts`` and results such as ``acc``, in one dict of JSON values.
 
-        This call is collective: every rank must make it. All ranks return the same values.
+        Every rank must call this method. All ranks return the same values.
         """
         return self.measure_examples(scorer)[0]
 
     def measure_examples(self, scorer: Scorer) -> tuple[dict[str, Any], list[Figures]]:
-        """Score the examples. Return the result of ``measure``, and the scores of each example as JSON values.
+        """Return the result of ``measure``, and the scores of each example as JSON values.
 
-        This call is collective: every rank must make it.
+        Every rank must call this method.
         """
         length = scorer.model.context_length
         truncated = sum(request.is_truncated(length) for group in self.groups for request in group)
@@ -64,11 +58,9 @@ class PreparedTask:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     """Encode a context and its continuation as one text, and split the tokens into context and continuation.
 
-    White space at the end of the context is first moved to the beginning of the continuation, because GPT-2's tokens
-    contain the space before a word and not the space after a word. Then, the context alone and the whole text are both
-    encoded. If the context alone has n tokens, the first n tokens of the whole text are the context. All further tokens
-    are the continuation. An empty context becomes ``<|endoftext|>``. In lm-evaluation-harness,
-    ``TemplateLM.loglikelihood`` and ``_encode_pair`` do the same.
+    White space at the end of the context first moves to the continuation, because GPT-2's tokens contain the space
+    before a word. The number of tokens of the context alone determines where to split. An empty context becomes
+    ``<|endoftext|>``. lm-evaluation-harness does the same (``TemplateLM.loglikelihood`` and ``_encode_pair``).
 
     Raises:
         DataError: the continuation has no token, or the context contains only white space.
@@ -102,14 +94,14 @@ def _request(context: list[int], continuation: list[int], text: str) -> Request:
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """A task in which the model chooses between several continuations or contexts. It chooses the most likely one.
+    """A task in which the model chooses the most likely of several continuations or contexts.
 
-    ``acc`` is the fraction of examples in which the right choice has the highest log-likelihood. For ``acc_norm``, the
-    log-likelihood of each choice is first divided by the length of the choice.
+    ``acc`` is the fraction of right choices. For ``acc_norm``, each log-likelihood is divided by the length of the
+    choice.
 
     Args:
-        normalised_by: the unit of the length of a choice: "characters" (as in lm-evaluation-harness) or "tokens". If
-            None, the task does not compute ``acc_norm``.
+        normalised_by: the unit of the length: "characters" (as in lm-evaluation-harness), "tokens", or None for no
+            ``acc_norm``.
     """
 
     protocol: str
@@ -135,7 +127,6 @@ class ChoiceTask:
         )
 
     def _describe(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> list[Figures]:
-        """Return the right choice, the model's choice for each accuracy, and the log-likelihoods of all choices."""
         answers = self.answers(examples, groups, scores)
         return [
             {
@@ -157,8 +148,7 @@ class ChoiceTask:
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
         """Return the index of the model's choice for each example, under the keys ``acc`` and ``acc_norm``.
 
-        If several choices have the highest score, the first of them is the model's choice. If the task does not compute
-        ``acc_norm``, this key is missing.
+        If several choices are equally likely, the first of them counts.
         """
         rows = [np.array([score.log_likelihood for score in group]) for group in scores]
         answers = {"acc": [int(row.argmax()) for row in rows]}
@@ -175,9 +165,8 @@ class ChoiceTask:
 class ContinuationTask:
     """A task with one right continuation per example.
 
-    ``acc`` is the fraction of examples for which greedy decoding generates exactly the right continuation.
-    ``perplexity`` is exp of the mean negative log-likelihood of the continuations. In this mean, long and short
-    continuations have equal weights.
+    ``acc`` is the fraction of examples for which greedy decoding generates exactly the continuation. ``perplexity`` is
+    exp of the mean negative log-likelihood per continuation, not per token.
     """
 
     protocol: str
@@ -235,7 +224,7 @@ def _read_and_encode(data: TaskData, read: Callable[[Row], Example], encode: Enc
 
 
 def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
-    """Return the name of the protocol. If a file contains prompts that differ from the task's, the name says so."""
+    """Return the name of the protocol. It says so if a file contains prompts of its own."""
     count = sum(example.rendered_by_file for example in examples)
     if not count:
         return protocol
@@ -245,7 +234,7 @@ def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
 
 
 def facts_of(protocol: str, data: TaskData, examples: int) -> dict[str, Any]:
-    """Return the entries that every task's result contains, such as the protocol and the hash of the data."""
+    """Return the entries that every task's result contains."""
     return {
         "protocol": protocol,
         "data": data.rows.origin,

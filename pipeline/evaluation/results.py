@@ -1,4 +1,4 @@
-"""Find the results of evaluations in a run folder, and format them as a table. This module does not import torch."""
+"""Find the results of evaluations in a run folder, and format them. This module does not import torch."""
 
 import json
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data
 
 
 def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results | None:
-    """Return the stored results of the given tasks for the checkpoint of ``step``.
+    """Return the stored results of the tasks for the checkpoint of ``step``.
 
-    If the results of any of the tasks are missing or belong to another step, the result is None.
+    Returns None if a result is missing or belongs to another step.
     """
     results = {}
     for task in tasks:
@@ -32,7 +32,7 @@ def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results |
 
 
 def format_table(results: Results) -> str:
-    """Return a table for a terminal. It has one line per number in the results."""
+    """Return a table for a terminal, with one line per number."""
     lines = []
     for task, result in results.items():
         lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")
@@ -53,7 +53,7 @@ def format_table(results: Results) -> str:
 
 
 def _format_losses(losses: list[float | None]) -> list[str]:
-    """Return one line per range of positions, with the mean loss. The ranges double in size: 0, 1, 2-3, 4-7, ..."""
+    """Return the mean loss of each range of positions: 0, 1, 2-3, 4-7, ..."""
     lines, low = [], 0
     while low < len(losses):
         high = min(max(2 * low, 1), len(losses))

@@ -54,32 +54,27 @@ def run_tasks(
 ) -> tuple[Results, list[Path]]:
     """Score a checkpoint on the given tasks. The main rank shows the results and writes them to files.
 
-    If ``out`` is given, the results are written only to this folder. Otherwise, they are written to the folder
-    ``evaluation/`` of the run folder and to the TensorBoard events of the run. If ``out`` is not given and the run
-    folder is not writable, the results are only shown.
+    Without ``out``, the results go to the run folder: to JSON files in ``evaluation/`` and to the TensorBoard events.
+    If the run folder is not writable or is a URL, they are only shown.
 
-    This call is collective: every rank must make it.
+    Every rank must call this function.
 
     Args:
-        checkpoint: a checkpoint folder or a run folder, or the URL of one. If it is a URL and ``out`` is None, the
-            results are only shown.
-        tasks: the names of the tasks.
-        settings: the options, such as the number of few-shot examples.
-        paths: maps tasks to data paths. For these tasks, the paths in the run's ``evaluation.data`` are ignored.
-        batch_size: the number of sequences per forward pass and rank. If None, the micro-batch size of the run is used.
-        precision: the precision of forward passes. If None, the precision of the run is used.
-        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average. With ``ema``, the
-            name of each result ends with ``_ema``.
-        examples_file: a JSONL file to write, with one line of scores per example. The task ``validation`` has no
-            examples.
-        out: a folder for the JSON files of the results.
-        show: a function that is called with the results before they are written.
+        checkpoint: a checkpoint folder or a run folder, or its URL.
+        paths: maps tasks to data paths. Other tasks use the paths in the run's ``evaluation.data``.
+        batch_size: the number of sequences per forward pass and rank. None means the run's micro-batch size.
+        precision: the precision of forward passes. None means the precision of the run.
+        weights: ``training`` for the trained weights, or ``ema`` for their moving average. With ``ema``, the name of
+            each result ends with ``_ema``.
+        examples_file: a JSONL file to write, with one line of scores per example.
+        out: a folder for the JSON files, instead of the run folder.
+        show: is called with the results before they are written.
 
     Returns:
-        A dict that maps the name of each result to the result, and a list of the files that this rank has written.
+        The results by name, and the files that this rank has written.
 
     Raises:
-        ConfigError: there is no task with one of the names, or a task does not support one of the settings.
+        ConfigError: a task does not exist, or does not support one of the settings.
         CheckpointError: the checkpoint cannot be used.
         DataError: the data of a task cannot be loaded or used.
     """
@@ -130,16 +125,16 @@ def run_tasks(
 
 
 def _find_files(tasks: Sequence[str], paths: Mapping[str, str], config: Config) -> dict[str, str]:
-    """Return the given paths, and for the other tasks the paths in the run's ``evaluation.data``."""
+    """Return the given paths, and the paths in the run's ``evaluation.data`` for the other tasks."""
     of_run = {task: path for task, path in config.evaluation.data.items() if task in tasks and task not in paths}
     return {**paths, **{task: find_path(path, config.run) for task, path in of_run.items()}}
 
 
 def _open_validation(config: Config, path: str | None) -> dict[str, ValidationData]:
-    """Open the validation split at ``path``, or of the run's dataset or mixture if ``path`` is None.
+    """Open the validation split at ``path``, or of the run's data if ``path`` is None.
 
-    Returns the splits by the names of the components of a mixture, or one split with the name "". Components without
-    scored validation targets are ignored, as during training.
+    Returns the splits by the names of the mixture's components, or one split with the name "". Components without
+    scored targets are ignored.
 
     Raises:
         DataError: a split cannot be used, or no target is scored.
@@ -178,7 +173,6 @@ def _has_scored_targets(stream: TokenStream, seq_len: int) -> bool:
 def _measure_validation(
     compute: ComputeModel, config: Config, splits: Mapping[str, ValidationData], batch_size: int, world: World
 ) -> dict[str, Any]:
-    """Score validation splits, and return the results as JSON values."""
     results = {}
     for name, (path, stream) in splits.items():
         result = score_split(compute, stream, config.seq_len, batch_size, world)
@@ -192,7 +186,7 @@ def _measure_validation(
 
 
 def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
-    """Raise ConfigError if the scores of the examples cannot be written, because scoring can take hours."""
+    """Raise ConfigError, before hours of scoring, if the scores of the examples cannot be written."""
     if set(tasks) == {VALIDATION}:
         raise ConfigError(f"--save-examples {path}: {VALIDATION} has no examples; leave it out, or name other --tasks")
     if path.is_dir() or not path.parent.is_dir() or not is_writable(path):
@@ -202,7 +196,7 @@ def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
 
 
 def _choose_folder(out: Path | None, run_folder: Path) -> Path | None:
-    """Return the folder for results before hours of scoring. Returns None if only the run folder could hold them.
+    """Return the folder for results. Returns None if the run folder is not writable.
 
     Raises:
         DataError: ``out`` is not writable, or is a file.
@@ -232,9 +226,9 @@ def _write_events(results: Results, loaded: LoadedModel) -> None:
 
 
 def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
-    """Prepare the tasks in ``evaluation.tasks``, so that they can be measured during training.
+    """Prepare the tasks in ``evaluation.tasks``, except ``validation``, to measure them during training.
 
-    The result does not contain the task ``validation``. This call is collective: every rank must make it.
+    Every rank must call this function.
 
     Raises:
         ConfigError: the model or an option does not fit a task.
@@ -251,9 +245,9 @@ def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
 
 
 def measure_tasks(tasks: Mapping[str, Prepared], backend: Backend, config: Config, world: World) -> dict[str, float]:
-    """Measure all tasks during training. Return the results under the keys that ``metrics.jsonl`` uses.
+    """Measure all tasks during training. Return the results under the keys of ``metrics.jsonl``.
 
-    This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
+    Every rank must call this function, within ``backend.evaluation_mode()``.
     """
     scorer = Scorer(backend, config.model, world, config.batch.micro_batch_size * config.seq_len)
     row: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Compute the log-likelihood of the continuation in each scoring request, for all text tasks.
+"""Compute the log-likelihood of the continuation in each scoring request.
 
 The results do not depend on the batch size or the world size.
 """
@@ -24,7 +24,7 @@ from pipeline.model.precision import ComputeModel, replicated_compute
 
 @dataclass(frozen=True)
 class Score:
-    """The score of a continuation: its log-likelihood in nats, and whether greedy decoding would generate it."""
+    """The log-likelihood of a continuation in nats, and whether greedy decoding would generate it."""
 
     log_likelihood: float
     is_greedy: bool
@@ -36,9 +36,7 @@ class Scorer:
 
     Args:
         compute: the model, in evaluation mode.
-        model: the config of the model.
-        batch_tokens: the largest number of tokens per forward pass and rank, including padding. The result does not
-            depend on this number.
+        batch_tokens: the largest number of tokens per forward pass and rank, including padding.
     """
 
     compute: Backend | ComputeModel
@@ -48,15 +46,14 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, groups: Sequence[Sequence[Request]], label: str) -> list[list[Score]]:
-        """Return the score of each request, in lists of the same shape as ``groups``. Every rank returns all scores.
+        """Return the score of each request, in lists of the same shape as ``groups``.
 
-        This call is collective: every rank must make it. The batches are distributed over the ranks. All ranks run the
-        same number of forward passes, because a forward pass is collective under FSDP and ZeRO-3. If requests of a
-        group begin with the same tokens, the model usually processes these tokens only once. Identical requests are
-        scored only once.
+        Every rank must call this method, and gets all scores. All ranks run the same number of forward passes, because
+        a forward pass is collective under FSDP and ZeRO-3.
 
         Args:
-            groups: lists of requests. The requests of an example should be in one list.
+            groups: lists of requests. Put requests that begin with the same tokens into one list, to process them
+                faster.
             label: the text to show next to the progress bar.
 
         Raises:
@@ -79,7 +76,7 @@ class Scorer:
         return [[scores[numbers[request]] for request in group] for group in groups]
 
     def _sum_scores(self, batches: Sequence[Sequence[Tree]], requests: int, label: str) -> list[list[float]]:
-        """Return the log-likelihood of each request, and the number of continuation tokens that are the argmax."""
+        """Return, per request, the log-likelihood and the number of continuation tokens that are the argmax."""
         world, device = self.world, self.world.device
         # A rank without a batch scores this token. No request uses the score.
         idle = [Tree(tokens=[0], parents=[-1], positions=[0], pairs={(0, 0): 0})]
@@ -109,20 +106,19 @@ class Scorer:
 def compute_for_scoring(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
     """Wrap a loaded model, so that it computes scores in the given precision.
 
-    On a CPU, the function also replaces the linear layers of the model by faster ones (see ``pack_linear_layers``).
+    On a CPU, the linear layers of the model are replaced by faster ones.
     """
     pack_linear_layers(model, matmul_dtype(precision))
     return replicated_compute(model, precision, device).eval()
 
 
 def _copy_batch(batch: ScoringBatch, device: torch.device) -> ScoringBatch:
-    """Copy a batch from host memory to the device."""
     tensors: dict[str, Any] = {name: None if t is None else copy_to(t, device) for name, t in vars(batch).items()}
     return replace(batch, **tensors)
 
 
 def _number_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:
-    """Assign a number to each request of a group that has no number, and return the range of the new numbers."""
+    """Assign numbers to the new requests of a group, and return their range."""
     first = len(numbers)
     for request in group:
         numbers.setdefault(request, len(numbers))

@@ -1,4 +1,4 @@
-"""Read the rows of a task from a file, or from a dataset on the Hugging Face hub."""
+"""Read the rows of a task from a file or from the Hugging Face hub."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class HubData:
-    """The location of a dataset on the Hugging Face hub. It is the location that lm-evaluation-harness uses."""
+    """The location of a dataset on the Hugging Face hub, as in lm-evaluation-harness."""
 
     address: str
     config: str | None
@@ -35,19 +35,17 @@ class HubData:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a dataset, as they are in the file or on the hub."""
-
     rows: Sequence[Row]
     origin: str
     sha256: str  # the hash of the file, or of the rows from the hub as JSON lines with sorted keys
 
     def where(self, number: int) -> str:
-        """Return a description of where a row is, for error messages. The first row has number 0."""
+        """Return where a row is, for error messages. The first row has number 0."""
         return f"{self.origin}: row {number + 1}"
 
 
 def text_field(row: Row, key: str) -> str:
-    """Return the value of a key in a row. The value must be a text.
+    """Return the text under a key of a row.
 
     Raises:
         KeyError: the key is missing.
@@ -59,7 +57,7 @@ def text_field(row: Row, key: str) -> str:
 
 
 def texts_field(row: Row, key: str) -> list[str]:
-    """Return the value of a key in a row. The value must be a list of texts.
+    """Return the list of texts under a key of a row.
 
     Raises:
         KeyError: the key is missing.
@@ -74,16 +72,16 @@ def texts_field(row: Row, key: str) -> list[str]:
 
 
 def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
-    """Return the index of the right choice, from 0 to ``count - 1``. The row stores it as a number.
+    """Return the index of the right choice, from 0 to ``count - 1``.
 
     Args:
-        key: the key of the number in the row.
+        key: the key of the choice's number in the row.
         count: the number of choices.
-        first: the number that stands for the first choice.
+        first: the number of the first choice in the row.
 
     Raises:
         KeyError: the key is missing.
-        ValueError: the value is neither an integer nor the text of an integer, or is out of range.
+        ValueError: the value is not an integer or the text of an integer, or is out of range.
     """
     match = re.fullmatch(r"(\d+)(\.0)?", str(row[key]).strip())  # Parquet files of pandas may have 1.0
     index = int(match[1]) - first if match else -1
@@ -94,19 +92,19 @@ def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
 
 
 def as_json(value: object) -> str:
-    """Return a value as shortened JSON for error messages."""
+    """Return a value as shortened JSON, for error messages."""
     return textwrap.shorten(json.dumps(value, ensure_ascii=False, default=str), 60, placeholder=" ...")
 
 
 def read_file(path: Path, *, by_line: bool = False) -> Rows:
     """Read the rows of a file.
 
-    A ``.jsonl`` or ``.json`` file must contain one JSON object per line, or one array of objects. A ``.parquet`` file
-    must contain a table. Any other file is read as UTF-8 text and gives one row, which has the single column ``text``.
+    A ``.jsonl`` or ``.json`` file contains one JSON object per line, or one array of objects. A ``.parquet`` file
+    contains a table. Any other file is UTF-8 text, and becomes one row with the column ``text``.
 
     Args:
-        by_line: whether each line of a text file becomes a row. White space at the end of a line is removed, and empty
-            lines are ignored.
+        by_line: whether each line of a text file becomes a row, without white space at its end. Empty lines are
+            ignored.
 
     Raises:
         DataError: the file cannot be read, is compressed or is empty.
@@ -171,11 +169,9 @@ def _parse_parquet(content: bytes, path: Path) -> list[Row]:
 
 
 def read_hub(data: HubData, world: World) -> Rows:
-    """Read a split of a dataset on the hub.
+    """Read a split of a dataset on the hub. The main rank downloads it.
 
-    The main rank downloads the split. Then all ranks read it from the local cache.
-
-    This call is collective: every rank must make it.
+    Every rank must call this function.
 
     Raises:
         DataError: the dataset cannot be loaded.

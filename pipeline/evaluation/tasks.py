@@ -1,8 +1,4 @@
-"""Define the text tasks that have names, and prepare tasks for scoring.
-
-A named task has a protocol, which says how examples are scored, and a dataset. A user can also score a file of their
-own.
-"""
+"""Define the text tasks that have names, and prepare tasks for scoring."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +31,7 @@ Prepared = PreparedTask | PreparedCore
 def detokenize(page: str) -> str:
     """Return a WikiText article with normal spacing: ``1 @.@ 5 m ( 5 ft )`` becomes ``1.5 m (5 ft)``.
 
-    The rules and their order are copied from the task ``wikitext`` of lm-evaluation-harness. Its rule about numbers
-    after an apostrophe is left out, because it never applies.
+    The rules and their order are those of lm-evaluation-harness, without one rule that never applies.
     """
     page = page.replace("s '", "s'")
     for mark in "-,.":
@@ -66,7 +61,7 @@ def split_pages(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NamedTask:
-    """A named task: its protocol, and its dataset, which is used if the user gives no file."""
+    """A task with a name. Its dataset on the hub is used if the user gives no file."""
 
     protocol: TaskProtocol
     hub: HubData
@@ -146,12 +141,11 @@ def check_tasks(
 ) -> None:
     """Raise ConfigError if a task cannot be run, or if an option would have no effect.
 
-    A task must be a named task or have a file. An option must have an effect on at least one of the tasks.
+    A task must be a named task or have a file.
 
     Args:
-        tasks: the tasks to run.
         files: maps tasks to the files that the user gave with ``--data``.
-        run_files: maps tasks to the files in the run's ``evaluation.data``. It may contain tasks that are not run.
+        run_files: maps tasks to the files in the run's ``evaluation.data``.
     """
     for task in tasks:
         if list(tasks).count(task) > 1:
@@ -177,14 +171,14 @@ def check_tasks(
 def prepare_task(name: str, path: str | None, settings: Settings, model: ModelConfig, world: World) -> Prepared:
     """Read and encode the examples of a task.
 
-    This call is collective: every rank must make it.
+    Every rank must call this function.
 
     Args:
-        path: the file with the examples. If None, the examples are read from the task's dataset on the hub.
+        path: the file with the examples. None means the task's dataset on the hub.
 
     Raises:
         ConfigError: the model does not have GPT-2's vocabulary, or the task does not support an option in ``settings``.
-        DataError: the file or the dataset cannot be read, or its rows do not have the form that the task needs.
+        DataError: the examples cannot be read, or do not have the form that the task needs.
     """
     if model.vocab_size != GPT2_VOCAB_SIZE:
         raise ConfigError(

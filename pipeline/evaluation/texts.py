@@ -1,4 +1,4 @@
-"""Define the tasks that measure the perplexity of whole texts. A text is scored in windows."""
+"""Measure the perplexity of whole texts, which are scored in windows."""
 
 import logging
 import math
@@ -21,11 +21,10 @@ log = logging.getLogger(__name__)
 def rolling_windows(tokens: list[int], first: int, context_length: int, stride: int) -> Iterator[Request]:
     """Split a text into windows that score each token once.
 
-    The token ``first`` is put before the text, so that the first token of the text also has a context. The first window
-    scores at most ``context_length`` tokens. Each later window scores the next ``stride`` tokens. The
-    tokens just before these ``stride`` tokens fill the rest of the window. They are not scored again.
+    The token ``first`` is the context of the text's first token. The first window scores at most ``context_length``
+    tokens. Each later window scores the next ``stride`` tokens. Earlier tokens fill the rest of the window.
 
-    ``get_rolling_token_windows`` of lm-evaluation-harness returns the same windows if its argument ``context_len`` is
+    ``get_rolling_token_windows`` of lm-evaluation-harness returns the same windows if its ``context_len`` is
     ``context_length - stride + 1``.
     """
     assert 1 <= stride <= context_length
@@ -40,13 +39,10 @@ def rolling_windows(tokens: list[int], first: int, context_length: int, stride: 
 
 @dataclass(frozen=True)
 class TextTask:
-    """A task that measures the perplexity of whole texts. All tokens of a text are scored.
+    """A task that measures the perplexity of whole texts.
 
-    The first token of a text has the context ``<|endoftext|>``.
-
-    The perplexities per word and per byte use the numbers of words and bytes in the text before ``detokenize``. Models
-    with different tokenizers can therefore be compared. Version 2 of the task ``wikitext`` in lm-evaluation-harness
-    also uses these numbers.
+    The first token of a text has the context ``<|endoftext|>``. Words and bytes are counted before ``detokenize``, as
+    in lm-evaluation-harness.
 
     Args:
         detokenize: converts a text to ordinary text before it is encoded.
@@ -60,10 +56,10 @@ class TextTask:
     def prepare(self, name: str, data: TaskData) -> PreparedTask:
         """Encode the texts and split the tokens into windows.
 
-        Empty texts are left out. The result contains the number of texts that were left out.
+        Empty texts are left out. The result contains their number.
 
         Raises:
-            DataError: a row lacks the field with the text, or all texts are empty.
+            DataError: a row has no text, or all texts are empty.
             ConfigError: ``settings`` asks for few-shot examples, or the stride is larger than the context length.
         """
         settings = data.settings
@@ -92,7 +88,6 @@ class TextTask:
         )
 
     def _read_texts(self, data: TaskData) -> tuple[list[str], int]:
-        """Return the texts to score, and the number of empty texts, which have no token to score."""
         texts = [text for number, row in enumerate(data.rows.rows) for text in self._texts_of(row, data, number)]
         filled = [text for text in texts if self.detokenize(text)]
         if not filled:
@@ -131,7 +126,7 @@ def _size(text: str) -> dict[str, int]:
 
 
 def _text_figures(texts: Sequence[str], windows: list[list[Request]], scores: Scores) -> Figures:
-    """Return the perplexity (exp of the mean loss) per token, per word and per byte, and the number of each unit."""
+    """Return the perplexity per token, per word and per byte, and the number of each unit."""
     units = _losses_of_windows(windows, scores)
     if len(units) == 1:  # the bootstrap resamples texts, or the windows of a single text
         units = [[window] for window in units[0]]

@@ -1,10 +1,10 @@
 """Measure the loss on the validation split.
 
-During training, only some batches of the split are scored. The task ``validation`` scores all batches.
+The split is divided into windows of ``seq_len`` tokens that do not overlap, so each target token is scored once. During
+training, only some windows are scored.
 
-The split is divided into windows of ``seq_len`` tokens that do not overlap, so each target token is scored once. Models
-with different tokenizers can be compared by their bits per byte. Bits per byte do not include the loss of
-``<|endoftext|>`` targets, because this token encodes no bytes of text.
+Bits per byte can be compared between models with different tokenizers. They do not include the loss of
+``<|endoftext|>`` targets, because this token encodes no bytes.
 """
 
 import math
@@ -38,13 +38,12 @@ def validate(
 ) -> dict[str, float | None]:
     """Measure the validation loss during training, on at most ``evaluation.max_batches`` batches per dataset.
 
-    This call is collective: every rank must make it. Call this function within ``backend.evaluation_mode()``.
+    Every rank must call this function, within ``backend.evaluation_mode()``.
 
     Returns:
         A dict with ``val_loss``, ``val_perplexity``, and one ``val_loss_<name>`` per dataset of a mixture. The dict is
-        empty if ``evaluation.tasks`` does not contain ``validation``, or if no dataset has a validation split. If a
-        loss mask excludes all targets of a dataset, the loss of this dataset is None, and the loss of the mixture
-        ignores this dataset.
+        empty without the task ``validation`` or without a validation split. The loss of a dataset is None if its loss
+        mask excludes all targets. The loss of the mixture ignores such datasets.
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}
@@ -62,13 +61,13 @@ def validate(
 def validate_average(
     backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World
 ) -> dict[str, float | None]:
-    """Measure the validation loss of the moving averages of the weights, in the same way as ``validate``.
+    """Measure the validation loss of the moving averages of the weights.
 
-    This call is collective: every rank must make it.
+    Every rank must call this function.
 
     Returns:
-        A dict with ``val_ema_loss``. If ``averaging.ema`` is null, or if ``validate`` would return an empty dict, the
-        dict is empty.
+        A dict with ``val_ema_loss``. The dict is empty without ``averaging.ema``, or if ``validate`` returns an empty
+        dict.
     """
     if config.averaging.ema is None or VALIDATION not in config.evaluation.tasks:
         return {}
@@ -78,7 +77,7 @@ def validate_average(
 
 
 def mixture_loss(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Return the mean of the losses on the datasets of a mixture, weighted with the weights of the datasets.
+    """Return the weighted mean of the losses on the datasets of a mixture.
 
     Datasets that are missing in ``losses`` are ignored.
     """
@@ -104,12 +103,11 @@ def score_split(
 ) -> dict[str, Any]:
     """Score a whole split. Return the loss, perplexity, bits per byte, top-1 and top-5 accuracy, and loss per position.
 
-    This call is collective: every rank must make it. Each rank scores some of the batches, and every rank returns the
-    result for all batches.
+    Every rank must call this function. Each rank scores some of the batches and returns the result for all batches.
 
     Args:
         compute: the model, on ``world.device`` and in evaluation mode.
-        batch_size: the number of sequences per forward pass and rank. The result does not depend on this number.
+        batch_size: the number of sequences per forward pass and rank. It does not change the result.
 
     Raises:
         TrainingError: the loss is not finite, or the split has no scored target.
@@ -135,12 +133,13 @@ def score_split(
 
 
 def _sum_batch(logits: Tensor, targets: Tensor, end_of_text: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return sums over the targets of a batch, by position in the window and overall.
+    """Return sums over the targets of a batch.
 
     Returns:
         By position in the window, (4, T): loss, number of targets, top-1 matches, top-5 matches.
-        Overall, (5,): the loss on ``end_of_text`` targets; the number of windows; and the sums over windows of loss^2,
-        of loss * targets, and of targets^2.
+
+        Overall, (5,): loss on ``end_of_text`` targets, number of windows, and the sums over windows of loss^2, of loss
+        * targets, and of targets^2.
     """
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"

@@ -27,14 +27,13 @@ SHORT_TEXT = (
 def rows_of_the_tokenizer(rows: int) -> int:
     """Return how many of the ``rows`` rows of an embedding belong to tokens of the tokenizer.
 
-    If ``rows`` is a little larger than GPT-2's vocabulary, the result is the size of the vocabulary, because the other
-    rows belong to added tokens or are padding. Otherwise, the result is ``rows``.
+    If there are a few more rows than GPT-2 has tokens, the rest counts as added tokens or padding.
     """
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 
 
 def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return a list with one line about all dtypes that are not fp32. If all weights are fp32, the list is empty."""
+    """Return a list with one line about all dtypes that are not fp32, or an empty list."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
     if not dtypes:
         return []
@@ -45,17 +44,15 @@ def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
 def describe_differences(
     config: ModelConfig, weights: Mapping[str, Tensor], kept_rows: int, *, exact_gelu: bool
 ) -> list[str]:
-    """Return one line per difference between a model of another program (the original) and our imported model.
+    """Return one line per difference between the original model and our imported model.
 
     Each line contains the losses of both models on a short text.
 
     Args:
-        config: the config of the original. Its ``vocab_size`` counts all rows of the stored embedding, even those that
-            our model does not keep.
-        weights: maps canonical names to the parameters of the original. Matrices have the same orientation as in our
-            model. Biases may be missing.
+        config: the config of the original. Its ``vocab_size`` counts all rows of the stored embedding.
+        weights: the parameters of the original by canonical name, in our orientation. Biases may be missing.
         kept_rows: the number of rows of the embedding that our model keeps.
-        exact_gelu: whether the original computes GELU exactly (with erf) and not with the tanh approximation.
+        exact_gelu: whether the original computes GELU with erf and not with the tanh approximation.
     """
     rows = config.vocab_size
     if not exact_gelu and kept_rows == rows:
@@ -92,7 +89,6 @@ def _assemble(config: ModelConfig, weights: Mapping[str, Tensor]) -> GPT2:
 
 
 def _tokens_for(config: ModelConfig) -> tuple[Tensor, str]:
-    """Return the tokens for a measurement, shape (1, T), and a name for the tokens."""
     if config.vocab_size >= GPT2_VOCAB_SIZE:
         ids, text = torch.tensor(SHORT_TEXT), "a short text"
     else:

@@ -1,4 +1,4 @@
-"""Define the formats of exports, and describe the result of an export. This module does not import torch."""
+"""Define the formats and the result of exports. This module does not import torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +14,6 @@ FORMATS = {HUGGING_FACE: ("float32", "bfloat16"), GGUF: ("float32", "bfloat16", 
 
 @dataclass(frozen=True)
 class Export:
-    """The result of an export: the written folder or file, its size in bytes, and messages for the user."""
-
     path: Path
     bytes: int  # the size of the file with the weights
     notes: list[str]  # messages for the user, for example about settings that the format does not have
@@ -29,7 +27,7 @@ ExportFunction = Callable[[Path | str, Path, str, str], Export]
 
 
 def describe_positions(config: ModelConfig, program: str) -> list[str]:
-    """Return a message for the user if the config sets ``reset_positions_at``, which ``program`` does not support."""
+    """Return a message for the user if ``program`` does not support the config's ``reset_positions_at``."""
     if config.reset_positions_at is None:
         return []
     return [

@@ -1,4 +1,4 @@
-"""Read a GPT-2 from the files of another program, and check its parameter names, dtypes and shapes."""
+"""Read a GPT-2 from the files of another program, and check its parameters."""
 
 import re
 import warnings
@@ -40,15 +40,10 @@ class ForeignModel:
     notes: list[str]  # messages for the user, one per difference to the model in the files
 
     def copy_elements(self, name: str, start: int, target: Tensor) -> None:
-        """Copy a range of one of our model's parameters from the file into ``target``.
+        """Copy a range of a flattened parameter into ``target``, a tensor of shape (n,) on any device.
 
-        Only the rows that contain the range are read from the file. Elements that the file does not contain become
-        zero. These are the padding rows of the vocabulary and, if the file has no biases, the elements of biases.
-
-        Args:
-            name: the canonical name of the parameter.
-            start: the index of the range's first element in the flattened parameter.
-            target: the tensor to fill, shape (n,), on any device.
+        The range begins at element ``start``. Only the rows that contain it are read. Elements that the file lacks,
+        such as padding rows, become zero.
         """
         stored = self.weights.get(name)
         available = 0 if stored is None else min(len(target), max(0, stored.numel() - start))
@@ -61,8 +56,6 @@ class ForeignModel:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of importing a model: the checkpoint in the new run folder, and messages for the user."""
-
     saved: SavedCheckpoint
     notes: list[str]  # messages for the user about the conversion
 
@@ -71,7 +64,7 @@ class Conversion:
 
 
 class SettingsObject:
-    """An object with the values of a pickled ``GPTConfig`` of nanoGPT.
+    """The settings of a pickled ``GPTConfig`` of nanoGPT, as attributes.
 
     The unpickler creates this object instead of a ``GPTConfig``, so that no code in the file is executed.
     """
@@ -80,15 +73,11 @@ class SettingsObject:
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
     """Load a dict from a file of ``torch.save``. The tensors are memory-mapped. No code in the file is executed.
 
-    nanoGPT's files contain an object of its class ``GPTConfig``. In the result, a ``SettingsObject`` with the same
-    attributes replaces this object.
-
-    Args:
-        expected: what kind of file is expected, for the error message.
+    A ``SettingsObject`` replaces each ``GPTConfig`` of nanoGPT. ``expected`` describes the right kind of file in error
+    messages.
 
     Raises:
-        CheckpointError: the file does not contain a dict that ``torch.save`` wrote, is damaged, or contains objects
-            that are neither tensors nor plain values.
+        CheckpointError: the file is damaged, or contains anything else than a dict of tensors and plain values.
     """
     try:
         content = _load_pickle(path, [])
@@ -108,7 +97,7 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
 
     Raises:
         UnpicklingError: the file contains an object of another class. The message names the class after ``GLOBAL``.
-        CheckpointError: ``torch.save`` did not write the file, or the file is damaged.
+        CheckpointError: the file cannot be read.
     """
     try:
         with warnings.catch_warnings(), safe_globals([(SettingsObject, name) for name in classes]):
@@ -127,14 +116,13 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
 
 
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the parameters of a state dict. The result maps canonical names to tensors.
+    """Return the parameters of a state dict by canonical name.
 
-    The output layer and the embedding share a weight, which is in the result only once. Attention masks are left out,
-    because they are not parameters.
+    The result contains no output layer, which shares its weight with the embedding, and no attention masks.
 
     Raises:
-        CheckpointError: the token embedding is missing, a value is not a tensor of finite floats, a parameter is
-            stored twice, an attention mask is not causal, or the output layer differs from the embedding.
+        CheckpointError: the token embedding is missing, a value is not a tensor of finite floats, a parameter is stored
+            twice, an attention mask is not causal, or the output layer differs from the embedding.
     """
     weights: dict[str, Tensor] = {}
     for key, value in state_dict.items():
@@ -160,9 +148,9 @@ def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, T
 
 
 def canonical_name(key: str) -> str:
-    """Return the canonical name of the parameter with the given key.
+    """Return the canonical name of a parameter.
 
-    The key may begin with ``transformer.`` and with the prefixes that wrappers such as DDP add.
+    The key may have the prefix ``transformer.`` and the prefixes of wrappers such as DDP.
     """
     while prefix := next(filter(key.startswith, _WRAPPER_PREFIXES), None):
         key = key.removeprefix(prefix)
@@ -170,12 +158,12 @@ def canonical_name(key: str) -> str:
 
 
 def list_keys(content: Mapping[Any, Any]) -> str:
-    """Return a text with the first keys of a dict, for an error message about a missing key."""
+    """Return the first keys of a dict, for an error message."""
     return f"its keys are {list_names(repr(str(key)) for key in content)}" if content else "it is empty"
 
 
 def _require_causal(what: str, mask: Any) -> None:
-    """Raise CheckpointError if a buffer with the name of the causal mask contains another mask."""
+    """Raise CheckpointError if a stored causal mask is another mask."""
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.layout == torch.strided and mask.device.type == "cpu":
         causal = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
         if not torch.equal(mask.bool(), causal.expand(mask.shape)):
@@ -186,8 +174,7 @@ def require_finite_floats(what: str, value: Any) -> Tensor:
     """Return a value as a detached tensor.
 
     Raises:
-        CheckpointError: the value is not a dense CPU tensor of 16-bit to 64-bit floats, or an element is NaN or
-            infinite.
+        CheckpointError: the value is not a dense CPU tensor of 16-bit to 64-bit floats, or an element is not finite.
     """
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{what} must be Tensor, found {type(value).__name__}")
@@ -204,9 +191,9 @@ def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str,
     Call this function before you create a model with these sizes.
 
     Args:
-        where: the file or section that contains the sizes, for the error message.
-        sizes: maps names of sizes in ``ModelConfig`` to the sizes in the file.
-        keys: maps names of sizes in ``ModelConfig`` to their keys in the file.
+        where: the place of the sizes, for the error message.
+        sizes: the sizes in the file, by their names in ``ModelConfig``.
+        keys: the keys of the sizes in the file, by their names in ``ModelConfig``.
     """
     width = sizes["n_embd"]
     for name, key in (("wte.weight", "vocab_size"), ("wpe.weight", "context_length")):
@@ -227,8 +214,8 @@ def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expec
     """Raise CheckpointError if ``weights`` does not have exactly the names and shapes in ``expected``.
 
     Args:
-        where: the file that contains the weights, for the error message.
-        source: the file or section that contains the sizes of the model, for the error message.
+        where: the file with the weights, for the error message.
+        source: the place of the model's sizes, for the error message.
     """
     unknown = {name: weights[name] for name in weights if name not in expected}
     for name in [*expected, *weights]:
@@ -243,26 +230,22 @@ def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expec
 
 
 def model_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Return a dict that maps the canonical names of our parameters to their shapes, including the padding rows."""
+    """Return the shapes of our parameters by canonical name, including the padding rows."""
     return {name: list(p.shape) for name, p in allocate_model(config, "meta").named_parameters()}
 
 
 def preset_of(sizes: dict[str, int]) -> dict[str, str]:
-    """Return ``{"preset": name}`` if a preset has exactly these sizes. Otherwise, return an empty dict."""
+    """Return ``{"preset": name}`` if a preset has exactly these sizes, and {} otherwise."""
     return next(({"preset": name} for name, preset in MODEL_PRESETS.items() if preset.items() <= sizes.items()), {})
 
 
 def read_padded(
     tensors: Mapping[str, Mapping[str, Tensor]], shapes: dict[str, list[int]], kind: str, name: str
 ) -> Tensor:
-    """Return a tensor in the shape that our model needs. Padding rows are zero.
-
-    If ``tensors`` does not contain the tensor, all rows are zero.
+    """Return a tensor in the shape that our model needs. Padding rows and missing tensors are zero.
 
     Args:
         tensors: maps kinds (``weight``, ``exp_avg`` or ``exp_avg_sq``) to dicts from canonical names to tensors.
-        kind: the kind of the tensor.
-        name: the canonical name of the parameter.
     """
     tensor = tensors.get(kind, {}).get(name)
     if tensor is not None and list(tensor.shape) == shapes[name]:

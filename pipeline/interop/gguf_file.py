@@ -1,6 +1,6 @@
-"""Export a checkpoint as a GGUF file for llama.cpp. The file is written by llama.cpp's own package ``gguf``.
+"""Export a checkpoint as a GGUF file for llama.cpp.
 
-Names, keys and dtypes are those of llama.cpp's ``convert_hf_to_gguf.py`` for GPT-2.
+Names, keys and dtypes are those of llama.cpp's ``convert_hf_to_gguf.py``.
 """
 
 from pathlib import Path
@@ -55,15 +55,15 @@ def export_gguf(checkpoint: Path | str, out: Path, dtype: str, weights: str = "t
     If the export fails, ``out`` does not exist.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
+        checkpoint: a checkpoint folder, or a run folder for its newest good checkpoint.
         out: a path at which nothing exists.
-        dtype: ``float32``, ``float16`` or ``bfloat16``. Biases, LayerNorms and the position embedding are always in
-            float32, because llama.cpp expects this.
-        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
+        dtype: ``float32``, ``float16`` or ``bfloat16``. Vectors and the position embedding are always in float32, as
+            llama.cpp expects.
+        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: there is no good checkpoint, it does not have these weights, ``out`` exists, the vocabulary is
-            not GPT-2's, or a weight is too large for float16.
+        CheckpointError: there is no good checkpoint with these weights, ``out`` exists, the vocabulary is not GPT-2's,
+            or a weight is too large for float16.
         DataError: the file could not be written.
     """
     if out.exists():
@@ -117,12 +117,11 @@ def _write_file(path: Path, source: Path, config: Config, dtype: str, weights: s
 
 
 def _kind_of(name: str, shape: list[int], dtype: str) -> str:
-    """Return the key of ``_DTYPES`` for a parameter. llama.cpp adds vectors and positions in float32."""
     return "float32" if len(shape) == 1 or name == _POSITIONS else dtype
 
 
 def _to_numpy(name: str, parameter: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """Return the elements of a parameter in the dtype of the file. NumPy has no bf16, so 16 bits become int16.
+    """Return a parameter in the dtype of the file. NumPy has no bf16, so 16-bit floats are returned as int16.
 
     Raises:
         CheckpointError: a value is too large for the dtype.

@@ -37,24 +37,19 @@ _MOST_NEW_TOKENS = 256  # the default of the harness for tasks that do not set a
 
 @register_model(HARNESS_MODEL)
 class CheckpointModel(LM):  # type: ignore[misc]
-    """Lets lm-evaluation-harness evaluate the model of a checkpoint. The model runs in one process.
-
-    This class builds prompts, divides long texts into windows, and computes log-likelihoods in the same way as
-    ``launch/evaluate.py``.
+    """Lets lm-evaluation-harness evaluate a checkpoint, in one process and with the prompts of ``launch/evaluate.py``.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder. For a run folder, the newest good checkpoint is used.
-        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
-        precision: the precision of forward passes. If None, the precision of the run is used.
-        batch_size: the number of sequences of full context length per batch. A batch of shorter sequences contains more
-            of them. ``auto`` means the micro-batch size of the run. When the model generates, ``batch_size`` is the
-            number of prompts per batch.
+        checkpoint: a checkpoint folder, or a run folder for its newest good checkpoint.
+        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
+        precision: the precision of forward passes. None means the precision of the run.
+        batch_size: the number of prompts or full-length sequences per batch. ``auto`` means the run's micro-batch size.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         max_batch_size: not used. The harness always passes this argument.
 
     Raises:
         ConfigError: an argument is not valid, or a launcher has started several processes.
-        CheckpointError: the checkpoint cannot be used, or the vocabulary of the model is not GPT-2's.
+        CheckpointError: the checkpoint cannot be used, or the vocabulary is not GPT-2's.
     """
 
     def __init__(
@@ -82,8 +77,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return the log-likelihood in nats of each continuation, and whether greedy decoding would generate it.
 
-        Args:
-            requests: the arguments of each request are a context and a continuation.
+        The arguments of each request are a context and a continuation.
 
         Raises:
             DataError: a continuation has no token, or more tokens than the context of the model.
@@ -109,10 +103,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood in nats of each text. Long texts are scored in windows that do not overlap.
 
-        The first token of a text has the context ``<|endoftext|>``. The log-likelihood of an empty text is 0.
-
-        Args:
-            requests: the first argument of each request is its text.
+        The first argument of each request is the text. Its first token has the context ``<|endoftext|>``.
         """
         length = self.config.model.context_length
         texts = [self._tokenizer.encode(request.args[0]).tolist() for request in requests]
@@ -121,14 +112,12 @@ class CheckpointModel(LM):  # type: ignore[misc]
         return [sum(score.log_likelihood for _ in of_text for score in next(scores)) for of_text in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return a completion of each prompt. It ends before ``<|endoftext|>`` or before the first stop text.
+        """Return a completion of each prompt. It ends before ``<|endoftext|>`` or the first stop text.
 
-        If a prompt and its completion do not fit into the context of the model, the beginning of the prompt is removed,
-        as the harness does.
+        The beginning of a prompt is removed if prompt and completion do not fit into the model's context.
 
-        Args:
-            requests: the arguments of each request are a prompt and the options ``until``, ``max_gen_toks``,
-                ``do_sample``, ``temperature``, ``top_k`` and ``top_p``. Other options are not used.
+        The arguments of each request are a prompt and the options ``until``, ``max_gen_toks``, ``do_sample``,
+        ``temperature``, ``top_k`` and ``top_p``. Other options are not used.
         """
         by_options: dict[str, tuple[SampleConfig, list[int]]] = {}
         for number, request in enumerate(requests):
@@ -155,7 +144,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Return the name that identifies the tokenizer in the harness's cache of requests."""
+        """Return the key of the tokenizer in the harness's cache of requests."""
         return "gpt2"
 
     def get_model_info(self) -> dict[str, Any]:
@@ -181,7 +170,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
 def _join_alone(device: str) -> World:
     """Return the world of a single process on a device.
 
-    The environment variables of launchers are not set, because ``transformers`` would then expect several processes.
+    This function sets no launcher variables, because ``transformers`` would then expect several processes.
     """
     _check_choice("device", device, get_args(Device))
     if launched_world_size() > 1:

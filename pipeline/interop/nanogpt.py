@@ -1,8 +1,8 @@
 """Import nanoGPT's ``ckpt.pt``: the weights, AdamW's moments, and those settings that a run config also has.
 
-The file contains a dict with the keys ``model`` (a state dict), ``optimizer`` (the state dict of AdamW),
-``model_args``, ``iter_num`` and ``config``. In the files ``model_*.pt`` of build-nanogpt, ``config`` contains the sizes
-of the model, and ``step`` contains the step. Matrices have the same orientation as in this project.
+The file contains a dict with the keys ``model`` and ``optimizer`` (state dicts), ``model_args``, ``iter_num`` and
+``config``. In build-nanogpt's ``model_*.pt``, ``config`` contains the sizes of the model, and ``step`` replaces
+``iter_num``. Matrices have our orientation.
 """
 
 from __future__ import annotations
@@ -51,11 +51,10 @@ _WEIGHTS_ONLY = "remove 'optimizer' from the file to import its weights alone"
 
 
 def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
-    """Convert a ``ckpt.pt`` of nanoGPT to a new run folder that contains its model and its settings.
+    """Convert a ``ckpt.pt`` of nanoGPT to a new run folder.
 
     Raises:
-        CheckpointError: the file is not a ``ckpt.pt``, is damaged, contains code, or contains a wrong tensor; or the
-            run folder already has checkpoints or cannot be written.
+        CheckpointError: the file is not a valid ``ckpt.pt``, or the run folder has checkpoints or cannot be written.
         ConfigError: a setting in the file is not valid in a run config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
@@ -74,17 +73,17 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
 
 
 def read_nanogpt_model(path: Path) -> ForeignModel:
-    """Read only the model in a file of nanoGPT, without the moments and the settings.
+    """Read only the model in a file of nanoGPT.
 
     Raises:
-        CheckpointError: the file is not a ``ckpt.pt``, is damaged, contains code, or contains a wrong tensor.
+        CheckpointError: the file is not a valid ``ckpt.pt``.
         ConfigError: a size of the model is not valid for this program.
     """
     return _read_model(open_nanogpt_file(path))[0]
 
 
 def _read_model(file: NanoGptFile) -> tuple[ForeignModel, ModelConfig]:
-    """Return the model that this project uses, and the config of the model in the file."""
+    """Return our model, and the config of the model in the file."""
     section = file.content.section("model")
     weights = read_named_weights(section.where, section.content)
     sizes = {ours: file.model_args.require(theirs, int) for ours, theirs in _SIZE_KEYS.items()}
@@ -103,12 +102,11 @@ def _read_model(file: NanoGptFile) -> tuple[ForeignModel, ModelConfig]:
 
 
 def _name_of(path: Path) -> str:
-    """Return the name of a run that is imported from a file: the names of its folder and of the file."""
     return "/".join(path.resolve().parts[-2:])
 
 
 def _stored_shapes(stored: ModelConfig, model_args: Section) -> dict[str, list[int]]:
-    """Return the shapes that the file must contain, without our padding rows. No biases if ``bias`` is False."""
+    """Return the shapes that the file must contain. Without ``bias``, biases are missing."""
     has_biases = model_args.get("bias", bool) is not False
     shapes = {**model_shapes(stored), "wte.weight": [stored.vocab_size, stored.n_embd]}
     return {name: shape for name, shape in shapes.items() if has_biases or not name.endswith(".bias")}
@@ -141,7 +139,7 @@ def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, n
 def _translate_schedule(settings: Section, notes: list[str]) -> dict[str, Any]:
     """Return a schedule with the same learning rates.
 
-    The run ends at the end of the decay, even if nanoGPT would train longer at the lowest learning rate.
+    The run ends with the decay, even if nanoGPT would train longer at the lowest learning rate.
     """
     default, max_iters = ScheduleConfig(), settings.get("max_iters", int)
     if settings.content.get("decay_lr") is False:
@@ -189,12 +187,12 @@ def _training_state(file: NanoGptFile, config: Config, updates: int | None, note
 def _read_moments(
     file: Section, stored_shapes: Mapping[str, list[int]], kept_rows: int
 ) -> tuple[dict[str, dict[str, Tensor]], int | None]:
-    """Return AdamW's moments by canonical name, and its step count. Returns ({}, None) if the file has no moments.
+    """Return AdamW's moments by canonical name, and its step count, or ({}, None) if the file has no moments.
 
     Only the first ``kept_rows`` rows of the embedding's moments are returned.
 
-    AdamW numbers the parameters in this order: parameters with at least two dimensions, then all other parameters. Each
-    group has the order of the model's parameters.
+    AdamW first numbers the parameters with at least two dimensions, and then all others. Both groups have the order of
+    the model's parameters.
     """
     if file.content.get("optimizer") is None:
         return {}, None

@@ -1,4 +1,4 @@
-"""Open nanoGPT's ``ckpt.pt`` or build-nanogpt's ``model_*.pt``. The values in it are checked when they are read."""
+"""Open nanoGPT's ``ckpt.pt`` or build-nanogpt's ``model_*.pt``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Section:
     content: dict[Any, Any]
 
     def get(self, key: Any, kind: type[Any]) -> Any | None:
-        """Return the value of a key. If the key is missing, return None.
+        """Return the value of a key, or None if the key is missing.
 
         If ``kind`` is float, the value may also be an int.
 
@@ -46,7 +46,7 @@ class Section:
         return self.get(key, kind)
 
     def section(self, key: Any) -> Section:
-        """Return the dict that is stored under a key, as a ``Section``.
+        """Return the dict under a key, as a ``Section``.
 
         Raises:
             CheckpointError: the key is missing, or the value is not a dict.
@@ -56,7 +56,7 @@ class Section:
 
 @dataclass(frozen=True)
 class NanoGptFile:
-    """The content of a file of nanoGPT or build-nanogpt. The fields have the names that nanoGPT uses."""
+    """The content of a file of nanoGPT or build-nanogpt, under nanoGPT's names."""
 
     path: Path
     content: Section
@@ -77,12 +77,11 @@ class NanoGptFile:
 def open_nanogpt_file(path: Path) -> NanoGptFile:
     """Open a model file of nanoGPT or build-nanogpt. Tensors are memory-mapped, and no code in the file is executed.
 
-    In files of nanoGPT, the key ``config`` contains the settings of the run. In files of build-nanogpt, it contains the
-    sizes of the model.
+    The key ``config`` contains the settings of the run in nanoGPT's files, and the sizes of the model in
+    build-nanogpt's.
 
     Raises:
-        CheckpointError: the file does not come from these programs, is damaged, or contains objects that are neither
-            tensors nor plain values.
+        CheckpointError: the file is damaged, or does not come from these programs.
     """
     content = Section(str(path), load_pickled_tensors(path, _EXPECTED))
     config = content.content.get("config")

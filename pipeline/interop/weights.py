@@ -23,8 +23,6 @@ from pipeline.model.parameter_state import WEIGHT
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The weights in an open folder or file. The function ``copy_elements`` reads a range of one parameter."""
-
     path: Path  # a checkpoint folder, a Hugging Face folder, or a file
     step: int | None  # the step of the run that wrote the weights; None if the step is not known
     config: ModelConfig
@@ -37,8 +35,7 @@ class WeightSource:
 def locate_weights(place: Path | str) -> Path:
     """Return the path to pass to ``open_weights``.
 
-    If ``place`` is a run folder, the result is its newest undamaged checkpoint. If ``place`` is a URL, the result is a
-    copy of the weights on this machine (see ``locate_weights_of``). Otherwise, the result is ``place``.
+    For a run folder, this is the newest undamaged checkpoint. For a URL, it is a copy on this machine.
 
     Raises:
         CheckpointError: the path contains no weights, or the checkpoint is damaged.
@@ -57,12 +54,10 @@ def locate_weights(place: Path | str) -> Path:
 
 
 def open_weights(path: Path) -> WeightSource:
-    """Open the weights at a path that ``locate_weights`` has returned.
-
-    This function does not verify the hashes in a checkpoint, because ``locate_weights`` has already verified them.
+    """Open the weights at a path that ``locate_weights`` has returned, without verifying their hashes again.
 
     Raises:
-        CheckpointError: the weights cannot be read, or are not the weights of a GPT-2.
+        CheckpointError: the weights cannot be read, or are not those of a GPT-2.
         ConfigError: the model's config is not valid for this program.
     """
     if path.is_file():

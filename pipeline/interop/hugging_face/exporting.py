@@ -44,15 +44,13 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
     If the export fails, ``out`` does not change.
 
     Args:
-        checkpoint: a checkpoint folder or a run folder, or its URL. For a run folder, the newest good checkpoint is
-            used.
+        checkpoint: a checkpoint folder, or a run folder for its newest good checkpoint. It may be a URL.
         out: a folder that does not exist or is empty.
-        dtype: the dtype of the exported weights, one of ``FORMATS[HUGGING_FACE]``.
-        weights: ``training`` for the weights that are trained, or ``ema`` for their moving average.
+        dtype: one of ``FORMATS[HUGGING_FACE]``.
+        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: there is no good checkpoint, it does not have these weights, or ``out`` is a file, or is a
-            folder that is not empty.
+        CheckpointError: there is no good checkpoint with these weights, or ``out`` is a file or not empty.
         DataError: the folder could not be written, or another process is writing to it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -87,7 +85,7 @@ def _notes(config: ModelConfig) -> list[str]:
 
 
 def _stream_weights(source: Path, config: ModelConfig, dtype: torch.dtype, weights: str) -> dict[str, StreamedTensor]:
-    """Return all parameters by their names in ``transformers``. Each parameter is read when it is written."""
+    """Return all parameters by their names in ``transformers``. They are read when they are written."""
     shapes, exported_shapes = model_shapes(config), stored_shapes(config)
     pieces = pieces_of_weights(source, shapes, weights)
 

@@ -1,7 +1,6 @@
-"""Import a ``GPT2LMHeadModel`` or ``GPT2Model`` into a new run, from a folder or from the Hugging Face hub.
+"""Import a GPT-2 into a new run, from a Hugging Face folder or from the hub.
 
-The weights may be in ``model.safetensors`` or in ``pytorch_model.bin``. They may also be divided into several files of
-one of these formats, with an index file.
+The weights are in ``model.safetensors`` or ``pytorch_model.bin``, or in several such files with an index file.
 """
 
 import logging
@@ -53,7 +52,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def import_folder(source: str, run_folder: Path) -> Conversion:
-    """Write a Hugging Face model into a new run folder, as a checkpoint of step 0 and a ``config.json`` for training.
+    """Write a Hugging Face model into a new run folder, as a checkpoint of step 0 and a ``config.json``.
 
     The optimizer state in the checkpoint is zero.
 
@@ -61,8 +60,8 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
         source: a folder, or the name of a model on the hub.
 
     Raises:
-        CheckpointError: the model cannot be found, is not a GPT-2, or is damaged. If the run folder already has
-            checkpoints or cannot be written, this error is also raised.
+        CheckpointError: the model cannot be found, is damaged or not a GPT-2, or the run folder has checkpoints or
+            cannot be written.
         ConfigError: a setting of the model is not valid in a run config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
@@ -81,7 +80,6 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
 
 
 def _name_of(source: str) -> str:
-    """Return the name of a run that is imported from a folder or from a model of the hub."""
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
@@ -110,10 +108,7 @@ def read_folder(folder: Path) -> ForeignModel:
 
 
 def has_model(folder: Path) -> bool:
-    """Return whether a folder contains a file with a name that Hugging Face uses for weights.
-
-    An example of such a name is ``model.safetensors``.
-    """
+    """Return whether a folder contains a file with a name such as ``model.safetensors``."""
     return any((folder / f"{name}{ending}").is_file() for name in _WEIGHT_FILES for ending in ("", _INDEX_ENDING))
 
 
@@ -121,7 +116,7 @@ def find_folder(source: str) -> Path:
     """Return ``source`` if it is a local folder. Otherwise, download the model from the hub and return its folder.
 
     Raises:
-        CheckpointError: the local folder does not exist, and the model cannot be downloaded from the hub.
+        CheckpointError: the folder does not exist, or the download failed.
     """
     path = Path(source)
     if path.exists() or not _HUB_NAME.fullmatch(source) or source.startswith("."):
@@ -147,7 +142,7 @@ def find_folder(source: str) -> Path:
 
 
 def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Return the parameters by canonical name, in our orientation. All are mapped."""
+    """Return the parameters by canonical name, in our orientation."""
     tensors: dict[str, Any] = {}
     for path in _weight_files(folder):
         if path.suffix == ".bin":
@@ -162,7 +157,7 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that contain the weights. If the folder has both formats, return the safetensors files."""
+    """Return the files that contain the weights. Prefer safetensors files."""
     for name in _WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name]

@@ -1,4 +1,4 @@
-"""Convert between our model and GPT-2 in ``transformers``: tensor names, tensor shapes and ``config.json``."""
+"""Convert names, shapes and ``config.json`` between our model and GPT-2 in ``transformers``."""
 
 import json
 from typing import Any
@@ -39,7 +39,7 @@ _GPT2_SETTINGS = {
 
 
 def hugging_face_name(name: str) -> str:
-    """Return the key under which the files of ``GPT2LMHeadModel`` store a parameter."""
+    """Return the name of a parameter in the files of ``GPT2LMHeadModel``."""
     return TRANSFORMER_PREFIX + name
 
 
@@ -49,7 +49,7 @@ def is_transposed(name: str) -> bool:
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Return a dict that maps canonical names to the shapes in which ``transformers`` stores the parameters."""
+    """Return the shapes in which ``transformers`` stores the parameters, by canonical name."""
     shapes = {**model_shapes(config), "wte.weight": [config.vocab_size, config.n_embd]}
     return {name: shape[::-1] if is_transposed(name) else shape for name, shape in shapes.items()}
 
@@ -73,10 +73,7 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def to_generation_json(config: ModelConfig) -> dict[str, Any]:
-    """Return the content of ``generation_config.json``.
-
-    If the model has GPT-2's vocabulary, the content includes the id of ``<|endoftext|>``.
-    """
+    """Return the content of ``generation_config.json``. Without GPT-2's vocabulary, its token ids are null."""
     token = END_OF_TEXT if config.vocab_size == GPT2_VOCAB_SIZE else None
     return dict.fromkeys(_SPECIAL_KEYS, token)
 
@@ -87,7 +84,7 @@ def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> d
     Messages for the user are appended to ``notes``.
 
     Raises:
-        CheckpointError: the model is not a GPT-2, or a size is not valid. The message names the key.
+        CheckpointError: the model is not a GPT-2, or a size is not valid.
     """
     for key, expected in _GPT2_SETTINGS.items():
         # A missing key has GPT-2's value. Only model_type is required.
@@ -108,7 +105,6 @@ def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> d
 
 
 def _note_special_tokens(content: dict[str, Any], notes: list[str]) -> None:
-    """Append a line if texts begin or end with another token than with ``END_OF_TEXT``."""
     ids = {key: content[key] for key in _SPECIAL_KEYS if content.get(key) not in (None, END_OF_TEXT)}
     if ids:
         given = ", ".join(f"{key} {value}" for key, value in ids.items())
@@ -123,7 +119,7 @@ def _positive(content: dict[str, Any], key: str, where: str) -> int:
 
 
 def _dropout(content: dict[str, Any], notes: list[str]) -> int | float:
-    """Return the dropout rate, or 0 if the three rates differ. The rate affects only training."""
+    """Return the dropout rate, or 0 if the three rates differ."""
     rates = [content.get(key, 0.0) for key in _DROPOUT_KEYS]
     if len(set(map(str, rates))) > 1 or not isinstance(rates[0], (int, float)):
         notes.append(f"dropout: {', '.join(_DROPOUT_KEYS)} are {rates}, here it is one number; set to 0")

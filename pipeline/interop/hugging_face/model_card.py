@@ -1,4 +1,4 @@
-"""Write the ``README.md`` of an exported model, with training settings, loss curve and evaluation results."""
+"""Write the ``README.md`` of an exported model."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -47,10 +47,9 @@ _OPTIMIZER_NAMES = {"adamw": "AdamW", "muon": "Muon for the matrices of the bloc
 
 
 def model_card(checkpoint: Path, state: TrainingState, config: Config, weights: str) -> dict[str, bytes]:
-    """Return the files of the model card: a Markdown file with metadata for the hub, and a picture of the loss curve.
+    """Return the files of the model card by name: a Markdown file and a picture of the loss curve.
 
-    The result maps file names to contents. If matplotlib is not installed, or if the run folder has no metrics, there
-    is no picture.
+    There is no picture without matplotlib or without metrics in the run folder.
     """
     from huggingface_hub import ModelCardData  # slow to import
 
@@ -78,7 +77,7 @@ def model_card(checkpoint: Path, state: TrainingState, config: Config, weights: 
 
 
 def _draw_curve(rows: list[dict[str, Any]], name: str) -> bytes | None:
-    """Return a PNG of the loss against the steps. Returns None if there is no loss or matplotlib is not installed."""
+    """Return a PNG of the loss curve. Returns None if there is no loss or matplotlib is not installed."""
     try:
         from pipeline.report.drawing import draw  # imports matplotlib, which is optional and slow to import
     except ImportError:
@@ -109,7 +108,7 @@ def _training(state: TrainingState, config: Config, weights: str, changes: list[
 
 
 def _curve(rows: list[dict[str, Any]], *, has_picture: bool) -> str:
-    """Return a table of losses at steps that are spread evenly over the run and include the last step."""
+    """Return a table of losses at evenly spread steps, including the last step."""
     train, validation = (
         {row["step"]: f"{row[key]:.4f}" for row in rows if row.get(key) is not None} for key in ("loss", "val_loss")
     )
@@ -124,7 +123,6 @@ def _curve(rows: list[dict[str, Any]], *, has_picture: bool) -> str:
 
 
 def _evaluation(run_folder: Path, step: int, weights: str) -> str:
-    """Return a table of the tasks that were evaluated at this step with these weights."""
     cells: list[tuple[str, ...]] = []
     for path in sorted((run_folder / EVALUATION_FOLDER).glob("*.json")):
         with suppress(CheckpointError):  # after a crash, a file can be incomplete

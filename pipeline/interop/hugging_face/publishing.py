@@ -18,14 +18,11 @@ _LONGEST_REASON = 160
 
 
 def check_access(name: str) -> None:
-    """Raise CheckpointError if an upload cannot work. Call this function before the export, which can take long.
-
-    Args:
-        name: ``MODEL`` or ``USER/MODEL``.
+    """Check that an upload can work. Call this function before the export, which can take long.
 
     Raises:
-        CheckpointError: the name is not valid, there is no token, or the hub does not answer or does not accept the
-            token.
+        CheckpointError: the name is not ``MODEL`` or ``USER/MODEL``, there is no token, or the hub does not answer or
+            rejects the token.
     """
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -45,16 +42,15 @@ def check_access(name: str) -> None:
 def push_to_hub(export: Path, name: str, *, private: bool) -> str:
     """Upload an exported folder or file, and return the URL of the model on the hub.
 
-    If the model does not exist on the hub, it is created. If it exists, uploaded files replace files of the same names,
-    and all other files do not change.
+    The model is created if it does not exist. Uploaded files replace files of the same names.
 
     Args:
         name: ``MODEL`` or ``USER/MODEL``.
-        private: whether to create the model as private.
+        private: whether the model must be private.
 
     Raises:
-        CheckpointError: the hub refuses the upload or does not answer. If ``private`` is True, a model that already
-            exists and is public also causes this error.
+        CheckpointError: the hub refuses the upload or does not answer, or ``private`` is True and a public model has
+            this name.
     """
     later = f"; the export is in {export}: upload it later with: hf upload {name} {export}"
     with _one_line_errors(name, later) as api:

@@ -1,4 +1,4 @@
-"""Create the files of GPT-2's tokenizer that ``AutoTokenizer`` and other programs read."""
+"""Create the files of GPT-2's tokenizer that other programs read."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ _TOKENIZER_FILE = "tokenizer.json"
 
 
 def tokenizer_files(context_length: int) -> dict[str, str]:
-    """Return a dict that maps the file names of the tokenizer to the contents of the files."""
+    """Return the contents of the tokenizer's files by file name."""
     vocabulary, merges = vocabulary_and_merges()
     special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_TOKEN)
     settings = {
@@ -36,9 +36,9 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
 
 
 def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return GPT-2's vocabulary and merges, with all tokens written in printable characters.
+    """Return GPT-2's vocabulary (token to id) and merges, in printable characters.
 
-    The vocabulary maps each token to its id. A merge is a pair of tokens that form a longer token.
+    A merge is a pair of tokens that form a longer token.
     """
     tokens = load_tokenizer().token_bytes
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -48,7 +48,6 @@ def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _vocabulary() -> dict[str, int]:
-    """Return the ids of all tokens in printable characters."""
     show = _printer()
     vocabulary = {show(token): rank for rank, token in enumerate(load_tokenizer().token_bytes)}
     return {**vocabulary, END_OF_TEXT_TOKEN: END_OF_TEXT}
@@ -61,11 +60,10 @@ def _printer() -> Callable[[bytes], str]:
 
 
 def describe_other_tokenizer(folder: Path) -> str | None:
-    """Return a line for the user if the tokenizer in a folder is not GPT-2's.
+    """Return a line for the user if the tokenizer in a folder is not GPT-2's, and None otherwise.
 
-    Otherwise, the result is None. A tokenizer counts as GPT-2's if it contains all tokens of GPT-2 with the same ids.
-    It may contain further tokens. If the folder has no tokenizer, or if GPT-2's vocabulary cannot be loaded for the
-    comparison, the result is also None.
+    GPT-2's tokenizer with further tokens counts as GPT-2's. If there is no tokenizer, or GPT-2's cannot be loaded, the
+    result is None.
 
     Raises:
         CheckpointError: a file of the tokenizer is malformed.
@@ -87,7 +85,7 @@ def describe_other_tokenizer(folder: Path) -> str | None:
 
 
 def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Return the ids of all tokens of a folder's tokenizer and the file that lists them, or None if no file does."""
+    """Return the file that lists the tokens of a folder's tokenizer, and the ids by token, or None if no file does."""
     path = folder / VOCABULARY_FILE
     if path.is_file():
         return path, read_json_object(path)
@@ -102,7 +100,7 @@ def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the two tokens that form a token, by encoding the token with the merges of lower ranks."""
+    """Return the two tokens that form a token, by applying the merges of lower ranks."""
     pieces = [bytes([byte]) for byte in token]
     while len(pieces) > 2:
         pair_ranks = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(pieces)]
@@ -112,7 +110,6 @@ def _last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def _tokenizer_json(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, Any]:
-    """Return the contents of ``tokenizer.json``, in the format of the library ``tokenizers``."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end_of_text = {
         "id": END_OF_TEXT,
