@@ -33,12 +33,11 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
 
 
 def main() -> NoReturn:
-    """Run the command that the first argument names, and exit with its status."""
     run_command(lambda: run_subcommand(sys.argv[1:]))
 
 
 def run_subcommand(arguments: Sequence[str]) -> object:
-    """Import the module of the command that the first argument names, and call its ``main``.
+    """Run the command that the first argument names.
 
     Raises:
         UserError: the first argument is neither a command nor ``--help`` or ``--version``.

@@ -39,7 +39,6 @@ class _StoreEveryValue(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Store the values of one occurrence."""
         if self.was_given and self.nargs not in ("+", "*"):
             raise argparse.ArgumentError(self, "is given more than once; give it once")
         if self.was_given:
@@ -65,10 +64,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("action", None, _StoreEveryValue)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parse a command line. Options of an earlier command line do not count as given.
-
-        ``argparse`` calls this method from ``parse_args``, and for each sub-command.
-        """
+        """Parse a command line. Options of an earlier command line do not count as given."""
         for action in self._actions:
             if isinstance(action, _StoreEveryValue):
                 action.was_given = False
@@ -79,7 +75,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options ``--config``, ``--set`` and ``--deepspeed`` of all commands that need a run config."""
+    """Add the options of all commands that need a run config."""
     parser.add_argument(
         "--config",
         nargs="+",
@@ -102,7 +98,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--checkpoint``, ``--weights`` and ``--device``, the options of commands that read a trained model."""
+    """Add the options of all commands that read a trained model."""
     from pipeline.config.schema import Device
 
     parser.add_argument(
@@ -117,7 +113,6 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--weights``, which selects either the trained weights or their moving average."""
     parser.add_argument(
         "--weights",
         default="training",
@@ -132,7 +127,6 @@ def path_or_url(text: str) -> Path | str:
 
 
 def _option_type(parse: Callable[[str], _T], is_valid: Callable[[_T], bool], expected: str) -> Callable[[str], _T]:
-    """Return an argparse type that parses and checks a value."""
 
     def parse_option(text: str) -> _T:
         with suppress(ValueError, ArithmeticError):
@@ -180,10 +174,9 @@ non_empty_text = _option_type(_valid_text, bool, "at least one character of vali
 
 
 class _PipeHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines above the progress bars. After the reader of a pipe has ended, drops them."""
+    """Writes log lines above the progress bars. If the reader of a pipe has ended, the lines are lost."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Remove the progress bars from the terminal, write a log line, and draw the bars again."""
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 
@@ -194,8 +187,6 @@ class _PipeHandler(logging.StreamHandler[TextIO]):
 
 
 class _HighlightingFormatter(logging.Formatter):
-    """Highlights warnings and errors, for a terminal."""
-
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
         return highlighted(line) if record.levelno >= logging.WARNING else line
@@ -207,7 +198,6 @@ def highlighted(text: str) -> str:
 
 
 def print_warning(text: str) -> None:
-    """Print a warning to standard error, highlighted on a terminal."""
     line = f"warning: {text}"
     print(highlighted(line) if shows_colours(sys.stderr) else line, file=sys.stderr)
 
@@ -232,9 +222,9 @@ def start_logging() -> None:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Return a context manager for imports of slow packages, which disables garbage collection to save time.
+    """Return a context manager that disables garbage collection, so that imports of slow packages take less time.
 
-    After the block, the collector ignores the imported objects, which mostly exist until the process ends.
+    After the block, the collector ignores the imported objects.
     """
     gc.disable()
     try:
@@ -288,8 +278,8 @@ def _flush_stdout(status: int) -> int:
 def _exit(status: int) -> NoReturn:
     """End the process after all files are closed.
 
-    With several ranks, skip the shutdown of the interpreter. A gloo thread that requests the GIL during the shutdown
-    would abort the process (pytorch/pytorch#179291, #190489).
+    With several ranks, skip the shutdown of the interpreter. During the shutdown, a gloo thread may request the GIL,
+    which aborts the process (pytorch/pytorch#179291, #190489).
     """
     if launched_world_size() == 1:
         sys.exit(status)

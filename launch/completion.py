@@ -40,10 +40,7 @@ def build_parser() -> ArgumentParser:
 
 
 def completion_script(shell: str) -> str:
-    """Return a completion script for the given shell.
-
-    It contains all commands, options and keys, so that the shell need not start Python to complete a word.
-    """
+    """Return a completion script for the given shell, with all commands, options and keys."""
     root = build_root_parser()
     for action in _actions(root):
         _propose_values(action)
@@ -52,7 +49,7 @@ def completion_script(shell: str) -> str:
 
 
 def build_root_parser() -> ArgumentParser:
-    """Return a parser that has the parser of each command as a sub-command. Imports the modules of all commands."""
+    """Return a parser that has the parser of each command as a sub-command."""
     root = ArgumentParser(prog=PROJECT, description="", example="")
     root.add_argument("--version", action="version", help="show the version")
     commands = root.add_subparsers(metavar="COMMAND")
@@ -83,7 +80,6 @@ def _subparsers(action: argparse.Action) -> dict[str, ArgumentParser]:
 
 
 def _propose_values(action: argparse.Action) -> None:
-    """Tell shtab which values the shell proposes for an option or argument."""
     if action.dest == "set":
         action.choices = [f"{key}=" for key in _keys_with_values()]
     elif action.dest == "config":
@@ -100,7 +96,7 @@ def _keys_with_values() -> list[str]:
 
 
 def _propose_configs() -> dict[str, object]:
-    """Return the completion of ``--config`` for each shell: the names of shipped configs, and JSON files."""
+    """Return the completion of ``--config`` for each shell."""
     names = " ".join(sorted(shipped_configs()))
     function = "_gpt2_pipeline_config_file"
     bash = f"""

@@ -81,11 +81,7 @@ def _add_keys(commands: Any) -> None:
 
 
 def write_first_config(path: Path) -> None:
-    """Write a config file with the keys of ``FIRST_KEYS`` and their default values.
-
-    Raises:
-        UserError: the file exists already, or cannot be written.
-    """
+    """Write the keys of ``FIRST_KEYS`` and their defaults into a new file. Raises UserError if this fails."""
     content: dict[str, dict[str, Any]] = {}
     defaults = dump_config(Config())
     for key in FIRST_KEYS:

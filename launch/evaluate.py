@@ -129,7 +129,6 @@ def _task_and_path(assignment: str) -> tuple[str, str]:
 
 
 def _by_task(parser: ArgumentParser, option: str, values: list[tuple[str, _T]]) -> dict[str, _T]:
-    """Return task -> value for an option. More than one value for a task is an error."""
     by_task = dict(values)
     for task in by_task:
         if [name for name, _ in values].count(task) > 1:

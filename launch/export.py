@@ -83,7 +83,6 @@ def _export(parser: ArgumentParser, arguments: argparse.Namespace) -> None:
 
 
 def _find_export(file_format: str) -> ExportFunction:
-    """Return the function that exports a checkpoint to a format."""
     if file_format == HUGGING_FACE:
         from pipeline.interop.hugging_face.exporting import export_checkpoint
 

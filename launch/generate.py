@@ -128,13 +128,11 @@ def build_parser() -> ArgumentParser:
 
 
 def _continue(writer: Writer, sample: SampleConfig, prompt: str, seed: int) -> Generator[str]:
-    """Yield a prompt, then the pieces of its completion."""
     yield prompt
     yield from writer.stream(prompt, sample, seed)
 
 
 def _ask() -> str:
-    """Read a prompt. On a terminal, show where to type, and end the line if there is no prompt."""
     is_terminal = sys.stdin.isatty()
     try:
         return input("> " if is_terminal else "")

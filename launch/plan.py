@@ -202,8 +202,7 @@ def _picture_path(text: str) -> Path:
 def divide_equally(config: Config, world_size: int) -> Config:
     """Return the config with a micro-batch size that divides the sequences of a rank per step.
 
-    If the size in the config does not divide them, the result has the largest smaller size that does. If there is none,
-    the config is returned unchanged.
+    This is the largest such size up to the size in the config. If there is none, the config is returned unchanged.
     """
     sequences, rest = divmod(config.batch.tokens_per_step, config.seq_len * world_size)
     size = config.batch.micro_batch_size
@@ -216,8 +215,7 @@ def divide_equally(config: Config, world_size: int) -> Config:
 def with_backend(config: Config, name: str) -> Config:
     """Return the config with the backend of the shipped config ``name``, such as ``zero2_offload``.
 
-    A config that already uses this backend is returned unchanged. For DeepSpeed, the ZeRO stage and the offload must
-    also be the same.
+    A config that already uses this backend is returned unchanged. DeepSpeed backends differ in ZeRO stage and offload.
     """
     backend = load_config([shipped_configs()[name]]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":

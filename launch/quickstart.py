@@ -92,7 +92,7 @@ def choose_settings(given: Sequence[str], config: Config, deadline: float) -> li
     Args:
         given: the user's values of ``--set``. The result begins with them.
         config: the config with the user's values.
-        deadline: the value of ``time.perf_counter()`` at which all stages should have ended.
+        deadline: the end of all stages, on the clock ``time.perf_counter()``.
     """
     begun = Path(config.run.out_dir) / CONFIG_FILE
     if begun.exists():
@@ -139,9 +139,6 @@ def choose_precision(device: str) -> str:
 def measure_step(settings: Sequence[str]) -> tuple[float, float]:
     """Train a few steps in a temporary run folder, to measure how long a step takes.
 
-    Args:
-        settings: the values for ``--set``.
-
     Returns:
         The seconds per step, and the seconds of the train command for everything else.
     """
@@ -161,23 +158,14 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
 
 
 def fit_steps(config: Config, step_s: float, left_s: float) -> int:
-    """Return how many steps fit into the remaining time, but at most one pass over the data.
-
-    Args:
-        step_s: the seconds per step.
-        left_s: the seconds that remain for training.
-    """
+    """Return how many steps fit into the remaining time, but at most one pass over the data."""
     assert config.data.path is not None
     one_pass = load_manifest(config.data.path).tokens_of("train") // config.batch.tokens_per_step
     return max(FEWEST_STEPS, min(one_pass, int(left_s / step_s)))
 
 
 def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
-    """Return parsed options of the command ``run`` that train the quickstart's model in one process.
-
-    Args:
-        settings: the values for ``--set``.
-    """
+    """Return parsed options of the command ``run`` that train the quickstart's model in one process."""
     return argparse.Namespace(config=CONFIGS, set=list(settings), deepspeed=None, processes=1)
 
 
@@ -190,13 +178,7 @@ def write_report(config: Config) -> str:
 
 
 def summarize(config: Config, text: str, seconds: float, report: str) -> str:
-    """Return the last lines that the command prints: the generated text, the loss, and commands to try next.
-
-    Args:
-        text: the generated text.
-        seconds: the time that all stages took.
-        report: the path of the report, or how to get it.
-    """
+    """Return the last lines that the command prints: the generated text, the loss, and commands to try next."""
     run_folder = config.run.out_dir
     losses = [row["val_loss"] for row in read_metrics(Path(run_folder)) if row.get("val_loss") is not None]
     tokens = config.schedule.max_steps * config.batch.tokens_per_step
@@ -222,7 +204,7 @@ def summarize(config: Config, text: str, seconds: float, report: str) -> str:
 
 
 def boxed(text: str, title: str) -> str:
-    """Return a text in a box that is BOX_WIDTH characters wide. Long lines are wrapped."""
+    """Return a text, with wrapped lines, in a box of BOX_WIDTH characters."""
     inner = BOX_WIDTH - 4
     lines = [
         part
@@ -246,11 +228,7 @@ def _prints_lines() -> bool:
 
 
 def command(name: str, *arguments: str) -> str:
-    """Return a command line of ``gpt2-pipeline`` that the user can type.
-
-    Args:
-        name: the name of the command, such as ``train``.
-    """
+    """Return a command line of ``gpt2-pipeline`` that the user can type."""
     return shlex.join([PROJECT, name, *arguments])
 
 

@@ -32,7 +32,6 @@ def build_parser() -> ArgumentParser:
 
 
 def add_processes_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option ``--processes``: the number of processes that ``train`` starts."""
     parser.add_argument(
         "--processes",
         type=positive_int,
@@ -60,7 +59,7 @@ def train(
 
     Args:
         arguments: the parsed options of the command ``run``.
-        overrides: config overrides that are added to those of ``--set``.
+        overrides: added to those of ``--set``.
         start: options of ``launch/train.py`` that say where the run starts.
         stage: the heading to print.
     """
@@ -85,7 +84,7 @@ def evaluate(config: Config) -> None:
 
 
 def sample(config: Config) -> str:
-    """Generate a completion with the settings of the config section ``sample``, and return it."""
+    """Return a completion with the settings of the config section ``sample``."""
     options = ["--checkpoint", config.run.out_dir, "--seed", str(config.run.seed), "--device", config.run.device]
     options += _options(config.sample.model_dump(exclude={"stop"}, exclude_none=True))
     options += [f"--stop={text}" for text in config.sample.stop]
@@ -102,8 +101,7 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str], 
     Args:
         stage: the heading to print.
         launcher: the beginning of the command line, before the script.
-        returns_output: if True, the command's standard output is returned instead of printed. Otherwise, the result is
-            "".
+        returns_output: if True, standard output is returned instead of printed. Otherwise, the result is "".
     """
     print(f"\n== {stage}", flush=True)
     command = [*launcher, str(Path(__file__).resolve().parent / script), *options]
@@ -120,9 +118,9 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str], 
 
 @contextmanager
 def _signals_belong_to(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Leave signals to a process, which may save before it ends.
+    """Leave Ctrl-C and SIGTERM to a process, which may save before it ends.
 
-    Ignore Ctrl-C, because the process receives it, too. Forward SIGTERM to the process.
+    Ctrl-C is ignored here, because the process receives it too. SIGTERM is forwarded.
     """
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda number, _: process.send_signal(number)}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -220,7 +220,6 @@ class ProgressLines:
             print(self.summary(), file=sys.stderr, flush=True)
 
     def summary(self) -> str:
-        """Return one line with the finished bytes, the elapsed time and the speed."""
         megabytes = self._bytes / 1e6
         elapsed_s = 0.0 if self._started_s is None else time.monotonic() - self._started_s
         return f"{self._done} {megabytes:,.1f} MB in {elapsed_s:.1f} s, {megabytes / max(elapsed_s, 1e-9):,.0f} MB/s"

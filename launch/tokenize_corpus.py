@@ -105,11 +105,7 @@ def build_parser() -> ArgumentParser:
 
 
 def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:
-    """Return the values of ``--task`` and ``--tasks``, or None if this process encodes all chunks.
-
-    Args:
-        share: the value of ``--task``: which share of the chunks this process encodes.
-        shares: the value of ``--tasks``: the number of shares.
+    """Check and return ``--task`` and ``--tasks``. Without them, return None, and this process encodes all chunks.
 
     Raises:
         DataError: only one of the options is given, ``--task`` is out of range, or the engine is ``ray``.

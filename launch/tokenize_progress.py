@@ -32,19 +32,14 @@ class ProgressDisplay(Observer):
         self._bar = tqdm(bar_format="{desc} [{elapsed}]", file=sys.stderr, disable=not sys.stderr.isatty())
 
     def noticed(self, line: str) -> None:
-        """Print a message for the user about the input."""
         tqdm.write(line, file=sys.stderr)
 
     def planned(self, estimate: Estimate) -> None:
-        """Print the estimate."""
         self._text_bytes = estimate.text_bytes
         tqdm.write(str(estimate), file=sys.stderr)
 
     def progressed(self, progress: Contents) -> None:
-        """Show the progress.
-
-        At the first call, ``progress`` contains only chunks that an earlier, interrupted command has finished.
-        """
+        """Show the progress. The first call has only the chunks of an earlier, interrupted command."""
         self._now = progress
         if self._at_start is None:
             self._at_start = progress
@@ -56,18 +51,16 @@ class ProgressDisplay(Observer):
             print(self._line(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the progress bar, which stays visible."""
         self._bar.close()
 
     def encoded_megabytes(self) -> float:
-        """Return how many megabytes of text this command has encoded so far."""
+        """Return how many megabytes of text this command has encoded."""
         return (self._now.utf8_bytes - (self._at_start or Contents()).utf8_bytes) / 1e6
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self._started_s
 
     def speed(self) -> str:
-        """Return the encoding speed with its unit, such as ``12.0 MB/s``."""
         return f"{self.encoded_megabytes() / max(self.elapsed_s(), 1e-9):.1f} MB/s"
 
     def _line(self) -> str:

@@ -1,4 +1,4 @@
-"""Average the weights of several checkpoints of a run, and write the result into a new run folder."""
+"""Average the weights of several checkpoints of a run."""
 
 import logging
 from collections.abc import Sequence
@@ -32,22 +32,18 @@ log = logging.getLogger(__name__)
 def average_checkpoints(
     run: Path, run_folder: Path, *, last: int | None = None, steps: Sequence[int] | None = None
 ) -> SavedCheckpoint:
-    """Write a new run whose weights are the mean of several checkpoints' weights (Izmailov et al. 2018).
+    """Average the weights of several checkpoints of ``run``, and write a new run into ``run_folder``.
 
     Moving averages of the weights (``averaging.ema``) are averaged too, if all checkpoints have one. All other values
-    come from the newest of the averaged checkpoints. Only one parameter is in memory at a time.
+    come from the newest of the checkpoints. Only one parameter is in memory at a time.
 
     Args:
-        run: the run folder that has the checkpoints.
-        run_folder: the folder of the new run.
         last: average this number of the newest checkpoints, at least 2. Give either ``last`` or ``steps``.
-        steps: the steps of the checkpoints to average.
 
     Raises:
         CheckpointError: the run lacks these checkpoints, one is damaged, their parameters have different shapes, or the
             new run cannot be written.
-        ConfigError: the newest checkpoint's config is not valid for this program, or another process uses
-            ``run_folder``.
+        ConfigError: the newest checkpoint's config is not valid, or another process uses ``run_folder``.
     """
     require_new_run_folder(run_folder)
     folders = _choose_checkpoints(run, last, steps)

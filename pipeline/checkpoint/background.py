@@ -37,7 +37,6 @@ class BackgroundSaver:
     Args:
         config: the resolved config, which each checkpoint contains.
         asynchronous: if False, ``start`` returns only after the checkpoint is complete.
-        mirror: uploads each saved checkpoint. If None, nothing is uploaded.
     """
 
     def __init__(
@@ -68,8 +67,7 @@ class BackgroundSaver:
         This call is collective: every rank must make it.
 
         Returns:
-            The outcome of the previous save, or an empty list if there is none that ``poll`` or ``wait`` has not
-            returned.
+            The outcome of the previous save, or an empty list if the outcome was already returned.
         """
         started = time.perf_counter()
         outcomes = self.wait()
@@ -82,7 +80,6 @@ class BackgroundSaver:
         return outcomes
 
     def _write(self, snapshot: Snapshot) -> SavedCheckpoint:
-        """Write the checkpoint, then wake the mirror. Runs in the saver's thread."""
         arguments = (self.run_folder, snapshot, self.config, self.cpu_world, self.keep_last)
         if self.mirror is None:
             return write_checkpoint(*arguments)
@@ -93,7 +90,7 @@ class BackgroundSaver:
     def poll(self) -> list[SaveOutcome]:
         """Return the outcome of the last save, or an empty list while the save is running. Does not wait.
 
-        Each outcome is returned once. Ranks can finish a save at different times, so some ranks may get an empty list.
+        Each outcome is returned once. Ranks can finish a save at different times.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
@@ -110,10 +107,10 @@ class BackgroundSaver:
 
 
 class SnapshotTaker:
-    """Copies the weights and optimizer state that this rank saves to host memory.
+    """Copies the weights and optimizer state that this rank saves to host memory, pinned if they are on a GPU.
 
     A snapshot is valid until the next one, because all snapshots share their buffers. With AdamW, the buffers need 12
-    bytes per weight that this rank saves. For a state on a GPU, the buffers are pinned.
+    bytes per weight that this rank saves.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:
@@ -122,7 +119,7 @@ class SnapshotTaker:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, state: TrainingState) -> Snapshot:
-        """Copy the weights and optimizer state that this rank must save. Return the copy together with ``state``."""
+        """Copy the weights and optimizer state that this rank saves. Return the copy together with ``state``."""
         shapes = {name: list(shape) for name, shape in self.backend.parameter_shapes.items()}
         groups: TensorGroups = {group: {} for group in GROUPS}
         sources: dict[str, Tensor] = {}
@@ -143,10 +140,9 @@ class SnapshotTaker:
 
 
 def fragments_to_write(backend: Backend, world: World) -> list[Fragment]:
-    """Return the fragments that this rank must write into a checkpoint.
+    """Return the fragments (ranges of parameters) that this rank must write into a checkpoint.
 
-    A fragment is a range of a parameter with its optimizer state. If several ranks hold the same elements, each of them
-    writes an equal share.
+    If several ranks hold the same elements, each of them writes an equal share.
     """
     fragments = backend.fragments()
     copy, copies = world.rank // backend.ranks_per_copy, world.size // backend.ranks_per_copy

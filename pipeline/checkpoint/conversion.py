@@ -32,15 +32,14 @@ _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
     """Copy a checkpoint into a new run folder, with the files that a single rank would have written.
 
-    The training state and the stored config do not change. In the new ``config.json``, ``run.out_dir`` is the new
-    folder.
+    In the new ``config.json``, ``run.out_dir`` is the new folder. The config in the checkpoint does not change.
 
     Args:
         source: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
 
     Raises:
         CheckpointError: the source cannot be used, ``run_folder`` already has checkpoints, or writing failed.
-        ConfigError: the source's config is not valid for this program, or another process uses ``run_folder``.
+        ConfigError: the source's config is not valid, or another process uses ``run_folder``.
     """
     require_new_run_folder(run_folder)
     folder = locate_checkpoint(source)
@@ -60,7 +59,6 @@ def config_of_new_run(folder: Path, stored_config: dict[str, Any], run_folder: P
 
     Args:
         folder: the checkpoint folder, for error messages.
-        stored_config: the config in the checkpoint, as JSON values.
 
     Raises:
         ConfigError: the stored config is not valid for this program.
@@ -83,12 +81,12 @@ def write_new_run(
 
     Args:
         config: the config for ``config.json``.
-        shapes: maps canonical names to the shapes of all parameters.
+        shapes: the shapes of all parameters, by canonical name.
         read: called with (kind, canonical name) just before a tensor is written, and returns this tensor. The kind is
             ``weight`` or the name of an optimizer tensor, such as ``exp_avg``.
         stored_config: the config to store in the checkpoint. If None, ``config`` is stored.
-        state_names: maps each parameter to the names of its optimizer tensors. If None, ``config.optimizer`` decides.
-        averaged_steps: if the weights are a mean of checkpoints, their steps.
+        state_names: the names of each parameter's optimizer tensors. If None, ``config.optimizer`` decides.
+        averaged_steps: the steps of the averaged checkpoints if the weights are a mean.
 
     Raises:
         CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written.
@@ -117,7 +115,7 @@ def require_new_run_folder(run_folder: Path) -> None:
     """Raise an error if a new run cannot be written to a path.
 
     Raises:
-        CheckpointError: the path is a checkpoint, is not a folder, or is a run folder that has checkpoints.
+        CheckpointError: the path is a checkpoint, a file, or a run folder that has checkpoints.
         DataError: the path is not writable.
     """
     if run_folder.exists() and not run_folder.is_dir() or (run_folder / MANIFEST_FILE).exists():

@@ -44,10 +44,8 @@ class Block:
 def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: World) -> Path:
     """Download a checkpoint into a run folder that all ranks share, verify it, and return its folder there.
 
-    A damaged checkpoint of the same step in the run folder is replaced. If the run folder has no metrics, they are
-    downloaded too. The run folder records that the URL belongs to the run.
-
-    This call is collective: every rank must make it.
+    A damaged checkpoint of the same step is replaced. If the run folder has no metrics, they are downloaded too. The
+    run folder records that the URL belongs to the run. This call is collective: every rank must make it.
 
     Raises:
         DamagedAtUrlError: the downloaded files differ from the manifest. The run folder has not changed.
@@ -83,24 +81,16 @@ def share_of_blocks(checkpoint: RemoteCheckpoint, rank: int, size: int) -> list[
 
 
 def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
-    """Divide files into blocks for the download.
-
-    Args:
-        files: maps file names to their entries in the checkpoint's manifest.
-    """
+    """Divide files into blocks for the download. ``files`` has the manifest's entries by file name."""
     for name, entry in files.items():
         for start in range(0, entry["bytes"], BLOCK_BYTES):
             yield Block(name, start, min(start + BLOCK_BYTES, entry["bytes"]))
 
 
 def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Create the files of a checkpoint with their final sizes, before the download. Empties ``folder`` first.
+    """Create a checkpoint's files with their final sizes, in an emptied folder.
 
-    Args:
-        files: maps file names to their entries in the checkpoint's manifest.
-
-    Raises:
-        OSError: the disk is too small.
+    Raises OSError if the disk is too small.
     """
     make_empty_folder(folder)
     for name, entry in files.items():

@@ -116,7 +116,7 @@ def _require_content(run: RunReport) -> RunReport:
 
 
 def _inspect_url(url: str) -> CheckpointReport | RunReport:
-    """Describe a checkpoint or a run at a URL. Needs a listing, and two requests per checkpoint."""
+    """Describe a checkpoint or a run at a URL."""
     run, step = parse_url(url)
     found = run.list()
     if step is not None:
@@ -208,7 +208,6 @@ def _sizes_per_rank(files: dict[str, Any], file_sizes: Mapping[str, int]) -> lis
 
 
 def _content_rows(contents: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the label and the text of each line of the report."""
     step, without_update = contents["step"], contents["step"] - contents["updates"]
     yield "step", f"{step:,}" + (f", {without_update:,} of them without an update" if without_update else "")
     for key in ("updates", "samples", "tokens"):

@@ -74,9 +74,9 @@ def checkpoint_of_step(run_folder: Path, step: int) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is a checkpoint folder. The checkpoint may be damaged.
+    """Return whether a path is a checkpoint folder, which may be damaged.
 
-    A run folder is not a checkpoint folder. Neither is a folder of token shards, although it has a ``manifest.json``.
+    A folder of token shards is not a checkpoint folder, although it has a ``manifest.json``.
     """
     return (path / STATE_FILE).is_file() or ((path / MANIFEST_FILE).is_file() and not _holds_shards(path))
 
@@ -187,7 +187,6 @@ def check_manifest(manifest: dict[str, Any], path: Path | str) -> dict[str, Any]
 
 
 def _check_state_names(state_names: dict[str, list[str]], parameters: dict[str, list[int]]) -> None:
-    """Raise ValueError or TypeError if the manifest's ``optimizer_state`` is malformed."""
     if state_names.keys() != parameters.keys():
         raise ValueError("optimizer_state and parameters name different parameters")
     for name, kinds in state_names.items():
@@ -201,21 +200,13 @@ def describe_readable_versions() -> str:
 
 
 def bytes_of_tensors(folder: Path) -> int:
-    """Return the total size in bytes of all ranks' tensor files, according to the manifest.
-
-    Raises:
-        CheckpointError: the manifest cannot be read.
-    """
+    """Return the size of all tensor files according to the manifest. Raises CheckpointError if it cannot be read."""
     files = read_manifest(folder)["files"]
     return sum(entry["bytes"] for name, entry in files.items() if parse_tensor_file(name))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that contains one JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, cannot be read, or does not contain a JSON object.
-    """
+    """Read a file that contains one JSON object. Raises CheckpointError if this fails."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -224,10 +215,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: str | bytes, path: Path | str) -> dict[str, Any]:
-    """Parse the text of a JSON object. ``path`` is the place of the text, for error messages.
+    """Parse the text of a JSON object. Raises CheckpointError if this fails.
 
-    Raises:
-        CheckpointError: the text is not a JSON object.
+    Args:
+        path: the place of the text, for error messages.
     """
     try:
         content = json.loads(text)
@@ -246,10 +237,7 @@ def size_of_file(path: Path) -> int:
 
 
 def size_of_folder(folder: Path) -> int:
-    """Return the total size in bytes of all files in a folder and its subfolders.
-
-    A file that another process deletes during the call counts as 0 bytes.
-    """
+    """Return the total size in bytes of a folder and its subfolders. Files may disappear during the call."""
     return sum(size_of_file(Path(parent, name)) for parent, _, files in os.walk(folder) for name in files)
 
 

@@ -29,16 +29,14 @@ _POSITIONS = "wpe.weight"
 def load_training_state(folder: Path, backend: Backend, rank: int | None = None) -> TrainingState:
     """Load a checkpoint into the backend, and return its training state.
 
-    This rank's weights, its optimizer state, the optimizer's step count and the loss scale are restored.
-
     If another optimizer wrote the checkpoint, only the weights are loaded. The optimizer then starts with zero state at
     step count 0, and ``optimizer_start`` in the result is the run's number of updates.
 
     If the backend averages the weights but the checkpoint has no average, the average starts as a copy of the weights.
 
     Args:
-        rank: if the two files of this rank contain all that the rank needs, only these files are read. If ``rank`` is
-            None, the headers of all ranks' files are read and checked.
+        rank: the rank whose files are tried first. If they contain all that the rank needs, no other file is read. If
+            None, the headers of all files are read and checked.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model. If a file could not be read, the backend
@@ -94,7 +92,6 @@ def _kinds_by_parameter(index: PieceIndex) -> dict[str, set[str]]:
 
 
 def _log_average(folder: Path, *, is_stored: bool, is_kept: bool) -> None:
-    """Log if the average of the weights starts or stops at this checkpoint."""
     if is_kept and not is_stored:
         log.info("%s: has no average of the weights; the average starts as a copy of the weights", folder)
     if is_stored and not is_kept:
@@ -102,10 +99,9 @@ def _log_average(folder: Path, *, is_stored: bool, is_kept: bool) -> None:
 
 
 def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "training") -> None:
-    """Copy the weights of a checkpoint into the parameters of a model.
+    """Copy the weights of a checkpoint into the parameters of a model, given by canonical name.
 
     Args:
-        parameters: maps canonical names to whole parameters.
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
@@ -121,10 +117,10 @@ def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "tr
 def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) -> dict[str, list[Piece]]:
     """Return the stored pieces of each parameter, by canonical name.
 
-    A piece is a whole parameter, or a range of its flattened elements that one rank has stored.
+    A piece is a stored range of a parameter's flattened elements.
 
     Args:
-        shapes: maps canonical names to the shapes of the model's parameters.
+        shapes: the shapes of the model's parameters, by canonical name.
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
@@ -141,7 +137,7 @@ def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) 
 
 
 def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
-    """Read all pieces of a parameter from their files, and return the whole parameter in fp32."""
+    """Read all pieces of a parameter, and return the whole parameter in fp32."""
     parameter = torch.empty(shape)
     copy_overlap(parameter.view(-1), 0, pieces)
     return parameter
@@ -150,19 +146,19 @@ def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
 def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
     """Check that a checkpoint fits a model, and return the index of its pieces.
 
-    A piece is a whole parameter, or a range of its flattened elements that one rank has stored.
+    A piece is a stored range of a parameter's flattened elements.
 
     Args:
-        shapes: maps canonical names to the shapes of the model's parameters.
+        shapes: the shapes of the model's parameters, by canonical name.
 
     Raises:
-        CheckpointError: the checkpoint has other names or shapes than ``shapes``, or a file is damaged.
+        CheckpointError: the checkpoint belongs to another model, or a file is damaged.
     """
     return index_pieces(folder, read_manifest_of_model(folder, shapes))
 
 
 def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
-    """Return the manifest of a checkpoint. Raises CheckpointError if the checkpoint does not fit the model."""
+    """Return the manifest of a checkpoint. Raises CheckpointError if the checkpoint belongs to another model."""
     manifest = read_manifest(folder)
     stored = manifest["parameters"]
     for name in [*shapes, *stored]:
@@ -176,12 +172,12 @@ def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> dict[s
 
 
 def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Copy a range of a flattened parameter from its stored pieces into ``target``.
+    """Copy a range of a flattened parameter from its stored pieces into ``target``. Read only the rows that it needs.
 
     Args:
         target: the tensor to fill, shape (n,), on any device.
         start: the index of the range's first element in the flattened parameter.
-        pieces: all stored pieces of the parameter. Only the rows that the range needs are read.
+        pieces: all stored pieces of the parameter.
     """
     for piece in pieces:
         low, high = max(piece.start, start), min(piece.stop, start + target.numel())
@@ -191,7 +187,7 @@ def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
 
 
 def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
-    """Return elements ``low`` to ``high - 1`` of a flattened parameter. Read only the rows that contain them."""
+    """Return elements ``low`` to ``high - 1`` of a flattened parameter."""
     stored = file.get_slice(piece.key)
     row = torch.Size(stored.get_shape()[1:]).numel()
     low, high = low - piece.start, high - piece.start
@@ -202,7 +198,7 @@ def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, and the checkpoint and config from which it was loaded."""
+    """A model in evaluation mode, with its checkpoint and config."""
 
     model: GPT2
     config: Config  # the config of the run that trained the model
@@ -211,10 +207,7 @@ class LoadedModel:
 
     @property
     def run_folder(self) -> Path:
-        """Return the folder for results, such as those of an evaluation.
-
-        This is the run folder of the checkpoint. A checkpoint outside a run folder uses its own folder.
-        """
+        """Return the folder for results: the run folder, or the checkpoint folder if there is no run folder."""
         return run_folder_of(self.checkpoint)
 
 
@@ -226,7 +219,7 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: the path has no undamaged checkpoint, or the checkpoint has no moving average.
+        CheckpointError: there is no undamaged checkpoint, or it has no moving average.
         ConfigError: the config in the checkpoint is not valid for this program.
     """
     folder = locate_weights_of(path)
@@ -239,12 +232,7 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
 
 
 def load_text_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
-    """Load a model with ``load_model``, and check that it has GPT-2's vocabulary.
-
-    Raises:
-        CheckpointError: the model has another vocabulary, or ``load_model`` raises this error.
-        ConfigError: the config in the checkpoint is not valid for this program.
-    """
+    """Load a model as ``load_model`` does. Raises CheckpointError if its vocabulary is not GPT-2's."""
     loaded = load_model(path, device, weights)
     if loaded.config.model.vocab_size != GPT2_VOCAB_SIZE:
         raise CheckpointError(

@@ -60,8 +60,7 @@ class Mirror:
     """Uploads a run's checkpoints to a URL, and deletes old checkpoints there by the same rules as on the disk.
 
     Call ``request`` after each save. The ranks then upload the checkpoints that the URL lacks, the newest first. A
-    failed upload is tried again after the next save. A checkpoint that was deleted from the disk is not uploaded any
-    more.
+    failed upload is tried again after the next save, unless the checkpoint was deleted from the disk.
 
     Args:
         timeout_s: the longest time for one upload, and for the wait at the end of the run.
@@ -87,7 +86,6 @@ class Mirror:
         self._thread = threading.Thread(target=run, name="mirror", daemon=True)
 
     def start(self) -> None:
-        """Start this rank's thread."""
         self._thread.start()
 
     def request(self) -> None:
@@ -105,8 +103,7 @@ class Mirror:
     def pinned(self) -> Iterator[Set[int]]:
         """Return a context manager. Delete checkpoints from the disk only in its ``with`` block.
 
-        The ``with`` block gets the steps of the checkpoints that are being uploaded. Do not delete these checkpoints.
-        No further upload begins during the block.
+        The block gets the steps of the checkpoints that are being uploaded. Do not delete these checkpoints.
         """
         with self._lock:
             yield frozenset(self._uploading)
@@ -117,7 +114,7 @@ class Mirror:
         Every rank must call this method at the end of a run. It returns the outcomes that ``poll`` has not returned.
 
         Args:
-            wait: a function that is called about twice per second during the wait.
+            wait: called about twice per second during the wait.
         """
         self._ending.set()
         self._due.set()
@@ -183,11 +180,7 @@ class Mirror:
         return listed
 
     def _pair(self, found: Mapping[int, Mapping[str, int]]) -> None:
-        """Record in the run folder that the URL belongs to this run.
-
-        Raises:
-            CheckpointError: the URL already has checkpoints of another run.
-        """
+        """Record that the URL belongs to this run. Raises CheckpointError if another run has checkpoints there."""
         if self._is_paired:
             return
         complete = [step for step, files in found.items() if MANIFEST_FILE in files]
@@ -232,7 +225,7 @@ class Mirror:
         return step in self._known
 
     def _upload(self, step: int, found: dict[int, dict[str, int]]) -> tuple[int, dict[int, dict[str, int]]]:
-        """Run one round. Returns the number of bytes that all ranks uploaded, and the new list of files at the URL."""
+        """Run one round. Returns the number of bytes that all ranks uploaded, and the files at the URL."""
         folder = checkpoint_folder(self.run_folder, step)
         manifest_bytes = (folder / MANIFEST_FILE).read_bytes()
         files = read_manifest(folder)["files"]
@@ -288,7 +281,6 @@ class Mirror:
                 remote.delete(step, files)
 
     def _upload_metrics(self) -> None:
-        """Upload ``metrics.jsonl`` if the run has saved a checkpoint."""
         with suppress(FileNotFoundError):
             if list_checkpoints(self.run_folder):
                 self._open().write_metrics((self.run_folder / METRICS_FILE).read_bytes())
@@ -315,8 +307,8 @@ class Mirror:
     def _upload_share(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> str:
         """Upload this rank's tensor files. Returns the problem in one line, or "".
 
-        The rank uploads the files of every rank r with r modulo the world size equal to its own rank. The world size
-        may have changed after the save.
+        The files of rank r belong to rank r modulo the world size, because the world size may have changed since the
+        save.
         """
         folder = checkpoint_folder(self.run_folder, step)
         try:
@@ -333,7 +325,7 @@ class Mirror:
 
 
 def _wait_for_file(path: Path) -> None:
-    """Wait at most ``_VISIBLE_S`` seconds until this host sees a file that another host has renamed."""
+    """Wait until this host sees a file that another host has renamed."""
     deadline = time.monotonic() + _VISIBLE_S
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(_POLL_S / 5)

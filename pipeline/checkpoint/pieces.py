@@ -47,7 +47,7 @@ PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
 def group_of(kind: str) -> str:
-    """Return the group whose file stores tensors of a kind: ``weights`` or ``moments``.
+    """Return the group of tensors of a kind: ``weights`` or ``moments``.
 
     Args:
         kind: ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
@@ -56,7 +56,7 @@ def group_of(kind: str) -> str:
 
 
 def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> str:
-    """Return the key under which a safetensors file stores a piece.
+    """Return the key under which a safetensors file stores a piece of a parameter.
 
     Args:
         kind: ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
@@ -68,11 +68,7 @@ def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Return a context manager that opens a safetensors file, memory-mapped.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """Return a context manager that memory-maps a safetensors file. Raises CheckpointError if this fails."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -88,7 +84,7 @@ def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] 
             exactly once.
 
     Raises:
-        CheckpointError: a header differs from the manifest or is damaged, a tensor is not fp32, or elements are missing
+        CheckpointError: a header is damaged or differs from the manifest, a tensor is not fp32, or elements are missing
             or stored twice.
     """
     shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}

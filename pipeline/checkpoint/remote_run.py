@@ -42,7 +42,7 @@ class RemoteCheckpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Return the total size in bytes of the files that the manifest names."""
+        """Return the size of all files except the manifest."""
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
 
     def find_size_damage(self) -> str | None:
@@ -71,10 +71,7 @@ class RemoteRun:
         return checkpoint_url(self.url, step)
 
     def list(self) -> dict[int, dict[str, int]]:
-        """Return step -> file name -> size in bytes for all checkpoints, including incomplete ones.
-
-        One request lists up to 1000 files.
-        """
+        """Return step -> file name -> size in bytes for all checkpoints, including incomplete ones."""
         found: dict[int, dict[str, int]] = {}
         for path, size in self.folder.sizes().items():
             parent, _, rest = path.partition("/")
@@ -85,17 +82,12 @@ class RemoteRun:
         return found
 
     def open(self, step: int, sizes: Mapping[str, int]) -> RemoteCheckpoint:
-        """Read and check the manifest of a checkpoint.
-
-        Args:
-            sizes: maps file names to sizes in bytes, as in the result of ``list``.
-        """
+        """Read and check the manifest of a checkpoint. ``sizes`` has the file sizes from ``list``."""
         content = self._read(step, MANIFEST_FILE)
         place = f"{self.checkpoint_url(step)}/{MANIFEST_FILE}"
         return RemoteCheckpoint(self, step, content, check_manifest(parse_json_object(content, place), place), sizes)
 
     def read_state(self, step: int) -> StateFile:
-        """Read the ``state.json`` of a checkpoint."""
         place = f"{self.checkpoint_url(step)}/{STATE_FILE}"
         return check_state_file(parse_json_object(self._read(step, STATE_FILE), place), place)
 
@@ -110,11 +102,7 @@ class RemoteRun:
         return content
 
     def upload(self, step: int, path: Path, entry: Mapping[str, Any]) -> None:
-        """Upload a file of a checkpoint. Read it back, and compare its size and hash with ``entry``.
-
-        Args:
-            entry: the entry of the file in the checkpoint's manifest.
-        """
+        """Upload a file of a checkpoint. Read it back, and compare it with ``entry``, its entry in the manifest."""
         name = _prefix(step) + path.name
         self.folder.upload(path, name)
         if self.folder.sha256(name, entry["bytes"]) != entry["sha256"]:
@@ -126,7 +114,7 @@ class RemoteRun:
         """Complete a checkpoint: check the sizes of all uploaded files, and write the manifest.
 
         Args:
-            files: maps the names of all other files to their entries in the manifest.
+            files: the manifest's entries by file name.
 
         Returns:
             The sizes of all files of all checkpoints, as ``list`` returns them.
@@ -148,11 +136,7 @@ class RemoteRun:
         self.folder.remove_existing({name})
 
     def delete(self, step: int, sizes: Mapping[str, int]) -> None:
-        """Delete a checkpoint, its manifest first. After an interruption, the checkpoint counts as incomplete.
-
-        Args:
-            sizes: maps file names to sizes in bytes, as in the result of ``list``.
-        """
+        """Delete a checkpoint, its manifest first. ``sizes`` has the file sizes from ``list``."""
         if MANIFEST_FILE in sizes:
             self.folder.remove_existing({_prefix(step) + MANIFEST_FILE})
         self.folder.remove_existing({_prefix(step) + name for name in sizes if name != MANIFEST_FILE})

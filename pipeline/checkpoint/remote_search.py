@@ -11,10 +11,9 @@ log = logging.getLogger(__name__)
 
 
 def find_checkpoints(url: str) -> list[RemoteCheckpoint]:
-    """Return the undamaged checkpoints at a URL, newest first. Compares file sizes, but no hashes.
+    """Return the undamaged checkpoints at the URL of a run or a checkpoint, newest first.
 
-    Args:
-        url: the URL of a run, or of one checkpoint.
+    Compares file sizes, but no hashes.
 
     Raises:
         CheckpointError: the URL has no undamaged checkpoint.
@@ -36,10 +35,7 @@ def complete_steps(found: Mapping[int, Mapping[str, int]]) -> list[int]:
 def open_undamaged(
     run: RemoteRun, found: Mapping[int, Mapping[str, int]], steps: Iterable[int]
 ) -> list[RemoteCheckpoint]:
-    """Open the checkpoints of the given steps, and return the undamaged ones.
-
-    In an undamaged checkpoint, the manifest can be read and all files have the right sizes. A warning is logged for
-    each damaged checkpoint.
+    """Open the checkpoints of the given steps. Leave out and log those with a bad manifest or wrong file sizes.
 
     Args:
         found: the result of ``RemoteRun.list``.

@@ -1,6 +1,6 @@
 """Delete old checkpoints. If a run continues from an earlier step, rename the checkpoints of later steps.
 
-A *milestone* is a checkpoint that is never deleted as old. Its step is a multiple of ``checkpoint.keep_every_steps``.
+A *milestone* is a checkpoint whose step is a multiple of ``checkpoint.keep_every_steps``. Milestones are not deleted.
 """
 
 import itertools
@@ -46,9 +46,6 @@ def remove_leftovers(run_folder: Path) -> None:
     """Delete the incomplete folders that interrupted saves and deletions have left.
 
     Do not call this function while a checkpoint is being saved.
-
-    Raises:
-        OSError: a folder cannot be deleted.
     """
     for leftover in list_leftovers(run_folder):
         _remove_folder(leftover)
@@ -60,9 +57,6 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
     Args:
         origin: the checkpoint from which the run continues. If ``origin`` is in another run folder, a checkpoint of
             ``step`` in ``run_folder`` belongs to another history, and is renamed too.
-
-    Raises:
-        OSError: a folder cannot be renamed.
     """
     for folder in list_checkpoints(run_folder):
         other_branch = origin is not None and step_of(folder) == step and folder.resolve() != origin.resolve()
@@ -79,11 +73,7 @@ def _unused_abandoned_path(folder: Path) -> Path:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint. After an interruption, the remaining files do not count as a checkpoint.
-
-    Raises:
-        OSError: the checkpoint cannot be deleted.
-    """
+    """Delete a checkpoint. After an interruption, the remaining files do not count as a checkpoint."""
     # Do not use hidden_partial_path(folder): it may contain a new checkpoint of this step.
     temporary = folder.with_name(f".{folder.name}.deleted.partial")
     if temporary.exists():
@@ -101,9 +91,9 @@ def _remove_folder(folder: Path) -> None:
 
 
 def surplus_steps(steps: Iterable[int], newest: int, keep_last: int, best: int | None) -> list[int]:
-    """Return the steps whose checkpoints are not needed, in ascending order. The caller must still keep milestones.
+    """Return the steps up to ``newest`` whose checkpoints are not needed, in ascending order.
 
-    Checkpoints of steps after ``newest`` are never in the result.
+    The caller must keep milestones, which are multiples of ``checkpoint.keep_every_steps``.
 
     Args:
         newest: the step of the newest verified checkpoint.
@@ -124,7 +114,6 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
     - the checkpoints of the steps in ``pinned``.
 
     Raises:
-        OSError: a checkpoint cannot be deleted.
         CheckpointError: the state of ``verified`` cannot be read.
     """
     folders = {step_of(folder): folder for folder in list_checkpoints(run_folder)}
@@ -136,7 +125,7 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
 def is_milestone(folder: Path) -> bool:
     """Return whether the step of a checkpoint is a multiple of its ``checkpoint.keep_every_steps``.
 
-    Old milestones are not deleted. If ``state.json`` is damaged, the result is False.
+    If ``state.json`` is damaged, the result is False.
     """
     with suppress(CheckpointError):
         return is_state_of_milestone(read_state_file(folder))
@@ -144,7 +133,7 @@ def is_milestone(folder: Path) -> bool:
 
 
 def is_state_of_milestone(state: StateFile) -> bool:
-    """Return whether the step in ``state.json`` is a multiple of ``checkpoint.keep_every_steps``."""
+    """Return whether the step is a multiple of ``checkpoint.keep_every_steps``."""
     every_steps = config_section(state.config, "checkpoint").get("keep_every_steps")
     return isinstance(every_steps, int) and every_steps > 0 and state.step % every_steps == 0
 
@@ -153,10 +142,7 @@ def best_step(newest: Path) -> int | None:
     """Return the step with the run's lowest validation loss, or None if ``checkpoint.keep_best`` is not true.
 
     Args:
-        newest: the newest checkpoint of the run.
-
-    Raises:
-        CheckpointError: ``state.json`` cannot be read.
+        newest: the newest checkpoint of the run. If its ``state.json`` cannot be read, CheckpointError is raised.
     """
     state = read_state_file(newest)
     keeps_best = config_section(state.config, "checkpoint").get("keep_best")
@@ -182,8 +168,8 @@ class Pruning:
 def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
     """Delete everything in a run's ``checkpoints`` except the newest ``keep`` checkpoints that pass verification.
 
-    Milestones (``checkpoint.keep_every_steps``) and the best checkpoint (``checkpoint.keep_best``) are kept too if they
-    pass verification.
+    Undamaged milestones (``checkpoint.keep_every_steps``) and the best checkpoint (``checkpoint.keep_best``) are kept
+    too.
 
     Args:
         dry_run: if True, only report what would be deleted.

@@ -83,8 +83,8 @@ def write_checkpoint(
 
     Args:
         config: the resolved config to store in the checkpoint.
-        pinned: returns a context manager that gives the steps whose checkpoints must not be deleted. Old checkpoints
-            are deleted inside its ``with`` block.
+        pinned: returns a context manager, in whose block old checkpoints are deleted. The block gets the steps whose
+            checkpoints must not be deleted.
 
     Raises:
         CheckpointError: a rank could not write a file, or read back different bytes. The incomplete folder is removed,
@@ -125,20 +125,15 @@ def write_checkpoint(
 def on_main_rank(world: World, step: Callable[[], None]) -> None:
     """Call ``step`` on the main rank. This call is collective: every rank must make it.
 
-    Raises:
-        CheckpointError: ``step`` failed. All ranks raise this error.
+    If ``step`` fails, all ranks raise CheckpointError.
     """
     on_every_rank(world, step if world.is_main else lambda: None)
 
 
 def on_every_rank(world: World, step: Callable[[], Result]) -> Result:
-    """Call ``step`` on every rank, and return this rank's result.
+    """Call ``step`` on every rank, and return this rank's result. This call is collective.
 
-    If ``step`` fails on one rank, all ranks raise an error, so that no rank hangs in the next collective call. This
-    call is collective: every rank must make it.
-
-    Raises:
-        CheckpointError: ``step`` failed on a rank. The message names the failed ranks and the reasons.
+    If ``step`` fails on one rank, all ranks raise CheckpointError, so that no rank hangs in the next collective call.
     """
     result: Result | None = None
     problem = None
@@ -177,11 +172,7 @@ def complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot: 
 
 
 def publish_checkpoint(aside: Path, folder: Path) -> None:
-    """Rename the temporary folder ``aside`` to ``folder``. An existing ``folder`` is replaced.
-
-    Raises:
-        OSError: a folder cannot be deleted or renamed.
-    """
+    """Rename the temporary folder ``aside`` to ``folder``. An existing ``folder`` is replaced."""
     if folder.exists():  # damaged: otherwise the run would have continued from this checkpoint
         delete_checkpoint(folder)
     publish_folder(aside, folder)

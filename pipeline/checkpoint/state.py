@@ -74,20 +74,16 @@ _STATE_FILE_SCHEMA = TypeAdapter(StateFile)
 
 
 def read_state_file(folder: Path) -> StateFile:
-    """Read the ``state.json`` of a checkpoint.
-
-    Raises:
-        CheckpointError: the file is missing or malformed.
-    """
+    """Read the ``state.json`` of a checkpoint. Raises CheckpointError if it is missing or malformed."""
     path = folder / STATE_FILE
     return check_state_file(read_json_object(path), path)
 
 
 def check_state_file(content: dict[str, Any], path: Path | str) -> StateFile:
-    """Check the content of a ``state.json``. ``path`` is the place of the file, for error messages.
+    """Check the content of a ``state.json``. Raises CheckpointError if it is malformed.
 
-    Raises:
-        CheckpointError: the content is malformed.
+    Args:
+        path: the place of the file, for error messages.
     """
     try:
         # Strict validation accepts a list in place of a tuple only in JSON text.
@@ -101,8 +97,7 @@ def check_state_file(content: dict[str, Any], path: Path | str) -> StateFile:
 def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
     """Read a checkpoint's training state and its resolved config.
 
-    Raises:
-        CheckpointError: ``state.json`` is missing or malformed.
+    Raises CheckpointError if ``state.json`` is missing or malformed.
     """
     content = read_state_file(folder)
     state = TrainingState(**{field.name: getattr(content, field.name) for field in fields(TrainingState)})
@@ -110,9 +105,9 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
 
 
 def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the section ``key`` of a stored config, or an empty dict if it is missing or not a dict.
+    """Return the section ``key`` of a stored config, or an empty dict if there is no such dict.
 
-    Another version of this program may have written the config, so it need not be valid.
+    Another version of this program may have written the config.
     """
     section = content.get(key)
     return section if isinstance(section, dict) else {}

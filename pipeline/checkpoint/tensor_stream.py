@@ -43,8 +43,7 @@ def write_tensors(
 ) -> dict[str, Any]:
     """Write and fsync a safetensors file, and read it back. Only one tensor is in memory at a time.
 
-    The file contains the length of the header (8 bytes), the header (JSON), and the elements of all tensors, sorted by
-    key. If all tensors have one dtype, the safetensors library would write the same bytes.
+    If all tensors have one dtype, the safetensors library would write the same bytes.
 
     Returns:
         The size and the SHA-256 of the file, as in a checkpoint's manifest.

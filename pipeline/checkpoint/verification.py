@@ -48,16 +48,13 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _find_first(find: Callable[[Item], str | None], items: Iterable[Item]) -> str | None:
-    """Return the first problem that ``find`` returns for an item, or None. Checks several items in parallel."""
+    """Return the first problem that ``find`` returns for an item, or None. Checks items in parallel."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return next(filter(None, list(threads.map(find, items))), None)
 
 
 def _find_not_finite(path: Path) -> str | None:
-    """Return a description of the first tensor with NaN or infinite elements, or None.
-
-    Raises CheckpointError if the file cannot be read.
-    """
+    """Return a description of the first tensor with NaN or infinite elements, or None."""
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             if problem := describe_not_finite(file.get_tensor(key)):
@@ -66,11 +63,7 @@ def _find_not_finite(path: Path) -> str | None:
 
 
 def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
-    """Return a message if a file is missing, is a link, or has the wrong size. Otherwise, return None.
-
-    Args:
-        entry: the entry of the file in the checkpoint's manifest.
-    """
+    """Return a message if a file is missing, a link, or of another size than in its manifest entry, else None."""
     if path.is_symlink():
         return f"{path}: is a link, which may point outside the folder; expected a file"
     if not path.is_file():
@@ -92,10 +85,7 @@ def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def newest_good_checkpoint(run_folder: Path) -> Path | None:
-    """Return the newest checkpoint in which ``find_damage`` finds no problem, or None.
-
-    A warning is logged for each damaged checkpoint that is newer.
-    """
+    """Return the newest undamaged checkpoint (see ``find_damage``), or None. Log newer, damaged checkpoints."""
     for folder in reversed(list_checkpoints(run_folder)):
         problem = find_damage(folder)
         if problem is None:
@@ -121,10 +111,7 @@ def locate_checkpoint(path: Path) -> Path:
 
 
 def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
-    """Verify a checkpoint, or all checkpoints of a run, oldest first.
-
-    Args:
-        print_line: called with one line per checkpoint, and with a last line about the amount of data and the speed.
+    """Verify a checkpoint, or all checkpoints of a run, oldest first. Print one line per checkpoint and the speed.
 
     Raises:
         CheckpointError: the path contains no checkpoint, or a checkpoint is damaged.

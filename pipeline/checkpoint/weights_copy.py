@@ -40,9 +40,8 @@ _LOCK_FILE = "copy.lock"
 def locate_weights_of(place: Path | str) -> Path:
     """Return a folder on this machine with an undamaged checkpoint, for commands that only read the weights.
 
-    For a path, this is ``locate_checkpoint(place)``. For a URL, the weights are copied without the optimizer's state.
-    All processes on this machine share the copy, and only the newest copy per URL is kept. The weights are downloaded
-    again only if the checkpoint at the URL has changed.
+    From a URL, the weights are copied without the optimizer's state, and only if the checkpoint there has changed. All
+    processes on this machine share the copy. Only the newest copy per URL is kept.
 
     Args:
         place: the path or URL of a checkpoint folder or a run folder.
@@ -89,8 +88,7 @@ def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> Path:
 def _without_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest without the optimizer's state.
 
-    If the checkpoint has a moving average of the weights, the result has all files. The average is in the same files as
-    the optimizer's state.
+    If there is a moving average of the weights, keep all files, because it is in the files of the optimizer's state.
     """
     has_average = any(EMA in kinds for kinds in manifest["optimizer_state"].values())
     content = {

@@ -11,8 +11,8 @@ _UNSET = object()
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return the differences of two resolved configs: dotted key -> text such as ``0.001 -> 0.0001``, sorted.
 
-    A key in only one config is ignored, because the configs may be from different versions of this program. Only keys
-    of ``backend.deepspeed`` always count.
+    Except in ``backend.deepspeed``, keys in only one config are ignored, because the program's version may have
+    changed.
     """
     old, new = dict(dotted_keys(before)), dict(dotted_keys(now))
     changes = {}

@@ -1,4 +1,4 @@
-"""Check DeepSpeed's own JSON config, which is the section ``backend.deepspeed``. Does not import DeepSpeed."""
+"""Check DeepSpeed's own JSON config in ``backend.deepspeed``, without importing DeepSpeed."""
 
 import difflib
 import json
@@ -143,10 +143,7 @@ def changes_of_numbers(backend: BackendConfig) -> list[str]:
 
 
 def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
-    """Return the keys in a config file that belong to DeepSpeed's own JSON config.
-
-    If the file is a run config, the list is empty.
-    """
+    """Return the keys of DeepSpeed's own JSON config in a config file. For a run config, the list is empty."""
     own = [key for key in content if key in (*PASSED_THROUGH, *OWNED_BY_RUN, *MONITORS)]
     sections = [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]
     return [] if sections else [key for key in own if key not in Config.model_fields]

@@ -1,7 +1,7 @@
 """Load a :class:`~pipeline.config.schema.Config` from JSON files and ``--set`` overrides, and validate it.
 
-Later files override earlier files, and ``--set`` overrides all files. One ConfigError reports all mistakes in one line.
-For each mistake, it contains the dotted key, the file that sets the key, and what is expected.
+One ConfigError reports all mistakes in one line. For each mistake, it names the dotted key, the file that sets the key,
+and what is expected.
 """
 
 import difflib
@@ -59,9 +59,7 @@ def load_config_with_origins(
 ) -> tuple[Config, dict[str, str]]:
     """Load a config as ``load_config`` does, and also return where each key was set.
 
-    Returns:
-        The config, and a dict from dotted keys to origins. An origin is a file or ``--set``. Keys with default values
-        are not in the dict.
+    The second result maps dotted keys to a file or ``--set``. It does not contain keys with default values.
     """
     paths = [find_config(file) for file in files]
     sources = [(partial(_read_run_config, path), str(path)) for path in paths]
@@ -80,22 +78,16 @@ def load_config_with_origins(
 
 
 def keys_of_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the dotted keys in overrides of the form ``section.key=value``.
-
-    Raises:
-        ConfigError: an override does not have this form.
-    """
+    """Return the dotted keys in overrides of the form ``section.key=value``. Raises ConfigError for any other form."""
     return [key for override in overrides for key, _ in dotted_keys(_parse_override(override))]
 
 
 def config_from_json(content: dict[str, Any], origin: str) -> Config:
-    """Build a config from the JSON values of a resolved config, for example from a checkpoint.
+    """Build a config from JSON values, for example from a checkpoint. Raises ConfigError if they are not valid.
 
     Args:
+        content: a resolved config, which contains all keys.
         origin: the file that contains the config, for error messages.
-
-    Raises:
-        ConfigError: the config is not valid.
     """
     config, _ = _resolve([(content, origin)])
     return config
@@ -107,7 +99,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield all dotted keys that a section of the schema allows, including the names of nested sections.
+    """Yield all dotted keys of a section of the schema, including nested sections.
 
     In a key, ``*`` represents any index of a list.
 

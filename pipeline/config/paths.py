@@ -16,11 +16,8 @@ def with_working_dir(config: Config) -> Config:
 def find_path(path: str, run: RunConfig) -> str:
     """Return the path of a file or folder that a config names. A URL is returned unchanged.
 
-    A relative path is searched in the current folder, then in the folder in which the run was started. This allows you
-    to evaluate and resume a run from any folder. If both folders are the same, the path need not exist.
-
-    Args:
-        run: the section ``run`` of the config, with the folder in which the run was started.
+    A relative path is searched in the current folder, then in the folder in which the run was started. If both folders
+    are the same, the path need not exist.
 
     Raises:
         DataError: the two folders differ, and neither contains the path.

@@ -26,7 +26,6 @@ Do not edit this page. Change the schema in `pipeline/config/schema.py`, then ru
 
 
 def config_reference() -> str:
-    """Return a Markdown page with all config keys, their defaults and their meanings."""
     lines = [_INTRODUCTION]
     for name, meaning, keys in _sections():
         lines += [f"## {name}\n", f"{_fill(meaning, LINE_COLUMNS)}\n", "| key | default | meaning |", "|---|---|---|"]
@@ -41,13 +40,13 @@ def config_reference() -> str:
 
 
 def format_keys(wanted: str = "") -> str:
-    """Return a text for a terminal that describes config keys: their defaults and their meanings.
+    """Return a text for a terminal with the defaults and meanings of config keys.
 
     Args:
         wanted: a section or a key, such as ``run`` or ``run.compile``. Empty for all keys.
 
     Raises:
-        ConfigError: there is no such section or key. The message names the sections.
+        ConfigError: there is no such section or key.
     """
     described = [row for _, _, keys in _sections() for row in keys]
     shown = [row for row in described if not wanted or f"{row[0]}.".startswith(f"{wanted}.")]
@@ -86,7 +85,7 @@ def _fill(text: str, columns: int, indent: int = 0) -> str:
 
 
 def _choices(annotation: Any) -> str:
-    """Return the choices of a literal as text, also if it is inside a list or a union. Returns "" without a literal."""
+    """Return the choices of a literal, which may be inside a list or a union, as text. Otherwise, return ""."""
     if get_origin(annotation) is Literal:
         return f"One of {', '.join(f'`{json.dumps(choice)}`' for choice in get_args(annotation))}."
     return next(filter(None, map(_choices, get_args(annotation))), "")

@@ -1,7 +1,4 @@
-"""Define the schema of the run config. The default values are the recipe for GPT-2 124M.
-
-This module is the only place that defines defaults and meanings of settings.
-"""
+"""Define the schema of the run config. The default values are the recipe for GPT-2 124M."""
 
 from __future__ import annotations
 
@@ -35,7 +32,6 @@ NonEmptyText = Annotated[str, Field(min_length=1)]
 
 
 def _require_path(text: str) -> str:
-    """Return the text, or raise ValueError if no file can have this name."""
     if "\0" in text:
         raise ValueError("no file can have this name, because it holds a NUL character")
     return text
@@ -81,7 +77,7 @@ def describe_model(model: Mapping[str, Any]) -> str:
     """Return a model's preset and the sizes that differ from it.
 
     Args:
-        model: the section ``model`` of a resolved config. Keys may be missing if another version wrote the config.
+        model: the section ``model`` of a resolved config, in which keys of other versions may be missing.
     """
     preset = str(model.get("preset", "unknown"))
     sizes = next((sizes for name, sizes in MODEL_PRESETS.items() if name == preset), {})
@@ -210,11 +206,10 @@ class ModelConfig(Section):
         return self
 
     def __str__(self) -> str:
-        """Return the preset, and the sizes that differ from it, such as ``gpt2-tiny with n_layer 6, n_embd 384``."""
         return describe_model(self.model_dump())
 
     def recomputes_block(self, index: int) -> bool:
-        """Return whether the backward pass recomputes the activations of the block with this index."""
+        """Return whether the backward pass recomputes the activations of this block."""
         every = int(self.activation_checkpointing)
         return every > 0 and index % every == 0
 
@@ -464,7 +459,6 @@ class BackendConfig(Section):
 
     @property
     def zero(self) -> dict[str, Any]:
-        """Return the section ``zero_optimization`` of DeepSpeed's JSON config."""
         return dict(self.deepspeed.get("zero_optimization", {}))
 
     @property

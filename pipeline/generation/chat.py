@@ -26,12 +26,11 @@ class Chat:
     There, each message begins with a heading line such as ``### User:``. An answer ends at ``<|endoftext|>`` or before
     the next heading line.
 
-    With the template "messages", an answer also ends at the empty line after a message. Its two line feeds are one
-    token. An empty line between two paragraphs is two tokens, and does not end the answer.
+    With the template "messages", an answer also ends at the empty line after a message, whose two line feeds are one
+    token. An empty line between paragraphs is two tokens, and does not end the answer.
 
     Args:
-        template: the kind of data that the model was trained on. With "instruction", the model sees only the last
-            message, because each training document has only one question.
+        template: the kind of training data. With "instruction", the model sees only the last message.
         system: the text of a first message with the role "system", only for "messages".
     """
 
@@ -47,7 +46,7 @@ class Chat:
         self._history: list[list[int]] = []  # the tokens of each finished exchange, oldest first
 
     def answer(self, message: str, seed: int) -> Generator[str]:
-        """Yield the model's answer to a message in pieces of text, each as soon as it is generated."""
+        """Yield the model's answer in pieces of text, each as soon as it is generated."""
         question = self._encode_question(message)
         prompt = [END_OF_TEXT, *self._recall(question), *question]
         answer = ""

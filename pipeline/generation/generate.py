@@ -18,9 +18,8 @@ PADDING = 0  # any id: no token attends to it
 def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
     """Draw the next token at random from its logits, and return the token's id.
 
-    ``top_k`` keeps the most likely tokens. Of these tokens, ``top_p`` keeps the most likely ones until their total
-    probability reaches ``top_p`` (nucleus sampling, Holtzman et al. 2020). With temperature 0, the most likely token is
-    returned.
+    ``top_k`` keeps the most likely tokens. Of these, ``top_p`` keeps the most likely ones until their total probability
+    reaches ``top_p`` (Holtzman et al. 2020). With temperature 0, the most likely token is returned.
 
     Args:
         logits: fp32 of shape (V,), on the CPU.
@@ -52,13 +51,12 @@ def generate_batch(
 ) -> Iterator[dict[int, int]]:
     """Continue several prompts at the same time. Yield at most ``sample.max_new_tokens`` times.
 
-    Each prompt is a row of the batch with its own random generator. The tokens of a row do not depend on other rows,
-    except for rounding.
+    Each prompt is a row of the batch with its own random generator. Except for rounding, the tokens of a row do not
+    depend on other rows.
 
     Args:
         model: the model, in evaluation mode.
-        prompts: the token ids of each prompt, at least one id per prompt. If a text is longer than the context, the
-            model sees only its last tokens.
+        prompts: the token ids of each prompt, at least one. Of a text longer than the context, the model sees the end.
         sample: the options for sampling. ``prompt`` and ``stop`` are not used.
         ends: token ids that end a row. They are not yielded.
         stopped: rows that get no further tokens. The caller may add rows between two yields.
@@ -89,7 +87,7 @@ class Decoder:
 
     Args:
         rows: the number of texts.
-        longest: the largest number of tokens in a text, including generated tokens.
+        longest: the number of tokens in the longest text, including generated tokens.
     """
 
     def __init__(self, model: GPT2, rows: int, longest: int) -> None:
@@ -104,8 +102,7 @@ class Decoder:
         """Return the logits for the next token of each text, fp32 of shape (B, V), on the CPU.
 
         Args:
-            texts: the token ids of each whole text. From the second call on, each text must have one more token than
-                before.
+            texts: the token ids of each whole text. With each call, every text grows by one token.
         """
         starts = [window_start(len(text), self.model.config.context_length) for text in texts]
         if starts == self._starts:
@@ -130,8 +127,8 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the next token of a text.
 
-    A text longer than the context begins at a multiple of half the context length. The index therefore changes rarely,
-    which saves time because each change requires a new key-value cache.
+    If the text is longer than the context, the index is a multiple of half the context length. It changes rarely,
+    because each change requires a new key-value cache.
 
     Args:
         length: the number of tokens in the text.

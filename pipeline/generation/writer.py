@@ -32,7 +32,6 @@ def load_writer(
 
     Args:
         checkpoint: a checkpoint folder, or a run folder, whose newest good checkpoint is used. Also a URL.
-        dtype: the dtype of weights and matrix products, ``fp32`` or ``bf16``.
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
         prompts: the usual number of prompts per call, for which generation is fastest.
 
@@ -48,8 +47,6 @@ def load_writer(
 
 class Writer:
     """Completes prompts with a model and GPT-2's tokenizer.
-
-    The methods ignore ``prompt`` in their argument ``sample``.
 
     Args:
         sample: default options for callers, from the config of the run. The methods do not use them.
@@ -67,7 +64,7 @@ class Writer:
     def stream_tokens(
         self, prompt: list[int], sample: SampleConfig, seed: int, ends: AbstractSet[int] = ENDS
     ) -> Iterator[str]:
-        """Yield the completion of a prompt, which is given as token ids, in pieces of text.
+        """Yield the completion of a prompt of token ids, in pieces of text.
 
         Args:
             ends: token ids that end the completion. Their text is not yielded.
@@ -76,14 +73,11 @@ class Writer:
             yield piece
 
     def complete(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
-        """Return the completions of several prompts, in the same order. All prompts are in one batch."""
+        """Return the completions of several prompts, computed in one batch."""
         return self.complete_tokens([self.tokenizer.encode(prompt).tolist() for prompt in prompts], sample, seed)
 
     def complete_tokens(self, prompts: list[list[int]], sample: SampleConfig, seed: int) -> list[str]:
-        """Return the completions of several prompts, which are given as token ids, in the same order.
-
-        All prompts are in one batch.
-        """
+        """Return the completions of several prompts of token ids, computed in one batch."""
         completions = [""] * len(prompts)
         for row, piece in self._generate(prompts, sample, seed, ENDS):
             completions[row] += piece
@@ -116,7 +110,7 @@ class TextStream:
 
     Args:
         token_bytes: the bytes of each token, by token id.
-        stops: texts before which the stream ends. No text may be empty.
+        stops: texts before which the stream ends.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
@@ -167,8 +161,6 @@ def prompt_loop(
     Args:
         complete: takes a prompt and a seed, and yields pieces of text to show.
         seed: the seed for the first prompt. The seed increases by 1 per prompt.
-        ask: returns the next prompt.
-        show: shows a piece of text.
     """
     while True:
         try:
@@ -191,7 +183,7 @@ def complete_while_training(backend: Backend, config: Config, world: World) -> s
     """Return the prompt in the config section ``sample``, followed by its completion.
 
     This call is collective: every rank must make it, within ``backend.evaluation_mode()``. It is slow, because there is
-    no key-value cache while a backend wraps the model. All ranks run ``max_new_tokens`` forward passes.
+    no key-value cache while a backend wraps the model.
     """
     sample, tokenizer = config.sample, load_tokenizer()
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))

@@ -1,4 +1,4 @@
-"""Define the colors of the page and the charts. Each color has a light and a dark variant."""
+"""Define the colors of the page and the charts."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,6 @@ class Colour:
 
     @property
     def css(self) -> str:
-        """Return the CSS variable with this color's variant for the page's color scheme."""
         return f"var(--{self.name})"
 
 

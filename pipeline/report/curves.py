@@ -10,8 +10,6 @@ MOST_POINTS = 2000  # points per curve, more than a screen can show
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis of a chart. ``key`` is a key of the metrics."""
-
     key: str
     label: str
     unit: float = 1.0  # the values are divided by this number
@@ -65,10 +63,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
-    """Return a chart of the training and validation losses of all runs.
-
-    If a run has a moving average of its weights (EMA), its validation losses are shown too.
-    """
+    """Return a chart of the training and validation losses, also of the moving averages of weights (EMA)."""
     curves = []
     for i, run in enumerate(runs):
         curves += _curve(i, f"{run.label}, training", run.rows, axis, "loss")
@@ -84,7 +79,7 @@ def _training_chart(runs: Sequence[Run], name: str, title: str, key: str, **look
 
 
 def _difference_chart(runs: Sequence[Run]) -> Chart:
-    """Return the chart of each run's training loss minus the first run's, at the steps that both runs have logged."""
+    """Return the chart of each run's training loss minus the first run's, at the steps that both have logged."""
     reference = {row["step"]: row["loss"] for row in runs[0].rows if row.get("loss") is not None}
     curves = []
     for i, run in enumerate(runs[1:], start=1):
@@ -98,7 +93,7 @@ def _difference_chart(runs: Sequence[Run]) -> Chart:
 
 
 def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, **look: bool) -> list[Curve]:
-    """Return a list with the curve of a key, or an empty list if no row has a number for this key."""
+    """Return a list with the curve of a key, or an empty list if there are no values."""
     points = thin_out(
         [
             (row[axis.key] / axis.unit, row[key])
@@ -110,10 +105,7 @@ def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, **lo
 
 
 def thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most ``MOST_POINTS`` points of a curve, so that the curve looks nearly the same.
-
-    The points are divided into ranges. The lowest and the highest point of each range are kept.
-    """
+    """Return at most ``MOST_POINTS`` points of a curve: the lowest and the highest point of each range."""
     if len(points) <= MOST_POINTS:
         return points
     ranges = MOST_POINTS // 2

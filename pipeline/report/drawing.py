@@ -54,8 +54,6 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn chart, as SVG for the HTML page and as PNG."""
-
     name: str  # the file name without its suffix
     svg: str  # an <svg> element that uses the page's CSS variables
     png: bytes
@@ -115,10 +113,7 @@ def _shape_axes(axes: Axes, chart: Chart) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return at most ``MOST_TICKS`` ticks for a logarithmic axis from ``low`` to ``high``.
-
-    On a short axis, there can be fewer than ``FEWEST_TICKS``.
-    """
+    """Return at most ``MOST_TICKS`` ticks for a logarithmic axis from ``low`` to ``high``."""
     exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
     ticks: list[float] = []
     for multiples in reversed(TICK_MULTIPLES):

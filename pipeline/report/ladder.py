@@ -1,7 +1,6 @@
 """Compare the branches of a long run, in a table and a chart.
 
-A branch continues the long run from one of its steps, and lets the learning rate decay. The comparison shows the
-validation loss before and after the decay.
+A branch continues the long run from one of its steps, and lets the learning rate decay.
 """
 
 import json
@@ -45,7 +44,6 @@ def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[s
     """Write a table of the branches as Markdown and JSON, and a chart of validation loss against tokens.
 
     Args:
-        out: the folder for the files.
         stable: the run folder of the long run.
 
     Returns:
@@ -92,7 +90,7 @@ def _format_table(rungs: Sequence[Rung]) -> str:
 
 
 def _draw_chart(stable: list[tuple[int, float]], rungs: Sequence[Rung]) -> bytes | None:
-    """Return a PNG of the validation loss against tokens, or None if there is no loss or no matplotlib."""
+    """Return a PNG of the validation loss against tokens, or None without a loss or matplotlib."""
     try:
         from pipeline.report.drawing import draw  # imports matplotlib, which is optional
     except ImportError as error:

@@ -50,10 +50,7 @@ class RunSummary:
 def summarize_runs(folder: Path) -> list[RunSummary]:
     """Return the runs in a folder and in its sub-folders, the most recently active first.
 
-    Runs without metrics are included, such as imported models and averages of checkpoints.
-
-    Raises:
-        ReportError: there is no run.
+    Runs without metrics are included, such as imported models. If there is no run, ReportError is raised.
     """
     names = (METRICS_FILE, CHECKPOINTS_FOLDER, CONFIG_FILE)
     paths = {path for depth in ("", "*/", "*/*/") for name in names for path in folder.glob(f"{depth}{name}")}
@@ -121,7 +118,6 @@ def _file_sizes(folder: Path) -> Iterator[int]:
 
 
 def format_table(runs: Sequence[RunSummary]) -> str:
-    """Return the runs as a table of text with aligned columns."""
     table = [_COLUMNS, *(_cells(run) for run in runs)]
     widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
     lines = []

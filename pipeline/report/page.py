@@ -57,10 +57,7 @@ td { white-space: pre-line; }
 
 
 def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write the HTML page and the PNG files of a report on one or several runs.
-
-    Returns:
-        The paths of the written files, the HTML page first.
+    """Write the HTML page and the PNG files of a report. Return their paths, the HTML page first.
 
     Raises:
         ReportError: matplotlib is not installed, or a run folder cannot be used.
@@ -121,7 +118,6 @@ def _generated_texts(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _swatch(run: int) -> str:
-    """Return a square in the color of a run."""
     return f'<span class="swatch" style="background: {colours.RUNS[run % len(colours.RUNS)].css}"></span>'
 
 

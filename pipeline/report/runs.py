@@ -17,8 +17,6 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """The settings, metrics and results in a run folder."""
-
     label: str  # unique among the runs of a report
     settings: dict[str, str]  # dotted key -> JSON value, resolved
     rows: list[Row]

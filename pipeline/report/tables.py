@@ -74,7 +74,6 @@ def _format_time(iso: str) -> str:
 
 
 def _describe_data(settings: Mapping[str, str]) -> str:
-    """Return the path of the data, or the paths of a mixture, one per line."""
     path, mixture = (json.loads(settings.get(key, "null")) for key in ("data.path", "data.mixture"))
     return "\n".join(component["path"] for component in mixture) if mixture else path or ""
 
@@ -85,7 +84,7 @@ def _describe_start(step: int, backend: str, world_size: int, device: str, **_: 
 
 
 def evaluation_table(runs: Sequence[Run]) -> Table:
-    """Return a table with all results of all tasks, and with the data and protocol of each task."""
+    """Return a table with all results of all tasks."""
     table = Table([run.label for run in runs])
     for task in dict.fromkeys(task for run in runs for task in run.results):
         results = [run.results.get(task, {}) for run in runs]
@@ -98,7 +97,7 @@ def evaluation_table(runs: Sequence[Run]) -> Table:
 
 
 def _format(value: Any) -> str:
-    """Format a number, an interval of two numbers, a text or texts as a cell. Other values give an empty cell."""
+    """Format a value as a cell. Objects and null give an empty cell."""
     if isinstance(value, float):
         text = f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.4g}"
         return text.replace("-", "\N{MINUS SIGN}")

@@ -23,13 +23,12 @@ STALE_AFTER_S = 600.0
 class HeartbeatFile:
     """Writes the step, the state and the time to ``heartbeat.json`` in the run folder.
 
-    Only the main thread writes, so the time becomes old if this thread is stuck. A new state is written at once.
-    Otherwise, a write follows at most every ``INTERVAL_S`` seconds. The file is replaced atomically, without fsync,
-    which can be slow.
+    Only the main thread writes, so the time becomes old if this thread is stuck. A new state is written at once. Other
+    writes follow at most every ``INTERVAL_S`` seconds. The file is replaced atomically, without fsync, which can be
+    slow.
 
     Args:
-        run_folder: None on all ranks except the main rank, which then write nothing.
-        now: returns the time in seconds.
+        run_folder: the run folder on the main rank. If None, nothing is written.
     """
 
     def __init__(self, run_folder: Path | None, now: Callable[[], float] = time.monotonic) -> None:
@@ -44,8 +43,7 @@ class HeartbeatFile:
     def starting(self, step: int) -> Iterator[None]:
         """Return a context manager for the whole run, which first writes the state ``starting``.
 
-        If the ``with`` block fails in the state ``starting``, the earlier file is restored. A run that fails this early
-        has changed nothing else.
+        If the ``with`` block fails in this state, the earlier file is restored.
         """
         before = self._path.read_bytes() if self._path and self._path.exists() else None
         self.enter("starting", step)
@@ -58,11 +56,10 @@ class HeartbeatFile:
             raise
 
     def enter(self, state: str, step: int) -> None:
-        """Write a new state.
+        """Write a new state, after ``step`` finished steps.
 
         Args:
             state: ``starting``, ``training``, ``evaluating``, ``saving``, ``finished``, ``interrupted`` or ``failed``.
-            step: the number of finished steps.
         """
         has_changed = state != self._state or not self._next_write
         self._state = state

@@ -19,7 +19,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     """Return a context manager that locks a run folder. The kernel releases the lock of a dead process.
 
     Raises:
-        ConfigError: another process holds the lock. The message names the host and the process.
+        ConfigError: another process holds the lock.
     """
     holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
     try:
@@ -36,10 +36,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a process holds the lock of a run folder.
-
-    If the lock file names another host, the result is True, because the processes there are not visible.
-    """
+    """Return whether a process holds the lock of a run folder. A process on another host always counts."""
     try:
         holder = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))
         is_here, pid = holder["host"] == socket.gethostname(), int(holder["pid"])

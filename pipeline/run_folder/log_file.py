@@ -16,7 +16,7 @@ LOGGED_PACKAGES = ("pipeline", "data_tools", "launch")
 class RunLog(logging.Handler):
     """Appends log lines to ``train.log``. Until ``open`` is called, the lines wait in memory.
 
-    A line that cannot be written, for example on a full disk, is missing in the file.
+    Lines that cannot be written, for example on a full disk, are lost.
     """
 
     def __init__(self, rank: int) -> None:
@@ -27,7 +27,6 @@ class RunLog(logging.Handler):
         self._path: Path | None = None
 
     def open(self, run_folder: Path) -> None:
-        """Write the waiting lines into ``train.log``. Write each later line at once."""
         self._path = run_folder / LOG_FILE
         for line in self._waiting:
             self._append(line)
@@ -48,10 +47,9 @@ class RunLog(logging.Handler):
 
 @contextmanager
 def run_log(rank: int) -> Iterator[RunLog]:
-    """Return a context manager that gives a ``RunLog`` and sends all log lines of its block to it.
+    """Return a context manager that gives a ``RunLog``, which receives all log lines of the block.
 
-    If the block raises an error, the error is logged too: a ``UserError`` as one line, any other error with its
-    traceback.
+    An error in the block is logged too: a ``UserError`` as one line, any other error with its traceback.
     """
     handler = RunLog(rank)
     loggers = [logging.getLogger(name) for name in LOGGED_PACKAGES]

@@ -35,15 +35,12 @@ def check_sinks(names: Sequence[str], project: str) -> None:
 def create_sinks(names: Sequence[str], run_folder: Path, project: str, *, waits_for_checkpoint: bool) -> list[Sink]:
     """Create the sinks with the given names (see ``logging.sinks``).
 
-    The sink of ``metrics.jsonl`` is first, because other sinks read this file. If the user has disabled W&B, the result
-    has no W&B sink.
+    The sink of ``metrics.jsonl`` is first, because other sinks read this file. If the user has disabled W&B, its sink
+    is left out.
 
     Args:
         project: the value of ``logging.project``.
         waits_for_checkpoint: the value of ``logging.wait_for_checkpoint``.
-
-    Raises:
-        KeyError: there is no sink with this name.
     """
     create: dict[str, Callable[[], Sink]] = {
         "jsonl": lambda: MetricsFile(run_folder),

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 class Console(Sink):
     """Logs the rows that have a loss, with the time of day and the estimated time left.
 
-    On a terminal, the last line of standard error is a progress bar.
+    On a terminal, it also shows a progress bar.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Console(Sink):
         self._bar.close()
 
     def _estimate_left_s(self, row: Row) -> float | None:
-        """Return the estimated seconds until the last step, or None if the row does not tell.
+        """Return the estimated seconds until the last step, or None.
 
         The first training row is not used, because its steps may include compilation.
         """

@@ -21,8 +21,7 @@ _FIRST_COLUMNS = ("step", "elapsed_s")
 class CsvFile(Sink):
     """Appends rows to ``metrics.csv``, with one column per key.
 
-    A new key or deleted rows make the sink write the whole table again from ``metrics.jsonl``. Rows that a full or
-    read-only disk refuses are added by the next write that succeeds.
+    After a new key, deleted rows or a failed write, the whole table is written again from ``metrics.jsonl``.
     """
 
     def __init__(self, run_folder: Path) -> None:
@@ -44,7 +43,6 @@ class CsvFile(Sink):
         self._is_current = False
 
     def _write_table(self) -> None:
-        """Write the rows of ``metrics.jsonl``, which include the newest row."""
         rows = read_metrics(self._run_folder)
         self._columns = list(dict.fromkeys([*_FIRST_COLUMNS, *(key for row in rows for key in row)]))
         header = dict(zip(self._columns, self._columns, strict=True))

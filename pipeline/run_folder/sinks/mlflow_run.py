@@ -26,10 +26,7 @@ _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "superseded": "KIL
 
 
 def check_mlflow(experiment: str) -> None:
-    """Raise ConfigError if a run cannot be sent to MLflow.
-
-    The package or the tracking URI is missing, the URI is invalid, or the experiment's name is too long.
-    """
+    """Raise ConfigError if a run cannot be sent to MLflow, for example because the tracking URI is missing."""
     try:
         import mlflow
     except ImportError as error:
@@ -55,7 +52,7 @@ def check_mlflow(experiment: str) -> None:
 class MlflowRun(Service):
     """A run in MLflow. Numbers are sent as metrics, completions as text files, other values as tags.
 
-    Null values are left out, because MLflow has no null.
+    Null values are left out.
     """
 
     name = "mlflow"

@@ -32,11 +32,7 @@ class Service(ABC):
 
     @abstractmethod
     def connect(self, config: dict[str, Any], run_id: str | None) -> str:
-        """Continue the service's run ``run_id``, or create a run if None. Return the id of the run.
-
-        Args:
-            config: the resolved run config.
-        """
+        """Continue the service's run ``run_id``, or create a run if None. Return the id of the run."""
 
     @abstractmethod
     def send(self, rows: Sequence[Row]) -> None:
@@ -58,8 +54,8 @@ class ServiceSink(Sink):
     therefore sent only after a checkpoint of its step or of a later step. Otherwise, each row is sent at once. If rows
     that were already sent are deleted, all remaining rows go to a new run of the service.
 
-    ``NAME_run.json`` in the run folder stores the id of the service's run and the number of sent rows. The next start
-    of the run sends the missing rows, even if the run is complete.
+    ``NAME_run.json`` in the run folder stores how many rows were sent. The next start of the run sends the missing
+    rows, even if the run is complete.
     """
 
     def __init__(self, service: Service, run_folder: Path, *, waits: bool) -> None:
@@ -124,7 +120,6 @@ class ServiceSink(Sink):
         self._queue(next(later, len(self._held)))
 
     def _queue(self, count: int) -> None:
-        """Queue the first ``count`` rows that are held."""
         rows, self._held = self._held[:count], self._held[count:]
         if rows:
             self._queued += len(rows)
@@ -219,7 +214,6 @@ class _Caught:
         """Enter the block."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        """Count an error, and continue after the block."""
         if isinstance(error, Exception):
             self._sink.count_failure(error)
             return True

@@ -12,12 +12,11 @@ class Sink:
     """
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:
-        """Prepare to receive rows. Delete all rows that the run will write again.
+        """Prepare to receive rows. Delete all rows of steps after ``resumed_step``, which the run will write again.
 
         Args:
             config: the resolved run config.
-            resumed_step: the step of the checkpoint from which the run resumes. Delete the rows of later steps. If 0,
-                the run starts from scratch: delete all rows.
+            resumed_step: the step of the checkpoint from which the run resumes. If 0, delete all rows.
         """
 
     def write(self, row: Row) -> None:
@@ -30,10 +29,9 @@ class Sink:
         """Delete the rows of all steps after ``step``. The run has gone back to its checkpoint of ``step``."""
 
     def settle(self, step: int) -> None:
-        """Receive the step of a checkpoint that was saved.
+        """Receive the step of a saved checkpoint.
 
-        If the run resumes from this checkpoint, only rows of later steps are deleted. A service can send all other rows
-        now.
+        Rows up to this step are not deleted if the run resumes from the checkpoint. A service can send these rows now.
         """
 
     def end(self, summary: Row) -> None:

@@ -151,10 +151,6 @@ def hyperparameters(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, bo
     """Return the names and values that TensorBoard's page HPARAMS shows for a run.
 
     ``backends`` names all backends of the run, because a run can be resumed with another backend.
-
-    Args:
-        config: the resolved run config.
-        rows: the rows of metrics so far.
     """
     starts = [row["started"] for row in rows if "started" in row]
     backends = dict.fromkeys(f"{start['backend']}, {start['world_size']} x {start['device']}" for start in starts)

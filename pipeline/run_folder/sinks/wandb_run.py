@@ -18,11 +18,7 @@ _MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 
 
 def check_wandb(project: str) -> None:
-    """Raise ConfigError if W&B cannot be used here.
-
-    The package is missing, a setting or the project's name is invalid, or the user is not logged in. Offline mode needs
-    no login.
-    """
+    """Raise ConfigError if W&B cannot be used here, for example because the user is not logged in."""
     try:
         import wandb
     except ImportError as error:
