@@ -179,11 +179,16 @@ def prompt_loop(
         seed += 1
 
 
-def complete_while_training(backend: Backend, config: Config, world: World) -> str:
+def complete_while_training(
+    backend: Backend, config: Config, world: World, is_cancelled: Callable[[], bool] = lambda: False
+) -> str | None:
     """Return the prompt in the config section ``sample``, followed by its completion.
 
     This call is collective: every rank must make it, within ``backend.evaluation_mode()``. It is slow, because there is
     no key-value cache while a backend wraps the model.
+
+    Args:
+        is_cancelled: called before each token. If it returns True on all ranks, the result is None.
     """
     sample, tokenizer = config.sample, load_tokenizer()
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))
@@ -191,6 +196,8 @@ def complete_while_training(backend: Backend, config: Config, world: World) -> s
     new: list[int] = []
     for _ in range(sample.max_new_tokens):
         world.progress.pass_mark()
+        if is_cancelled():
+            return None
         window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
         new.append(draw(backend(window, method="logits")[0, -1].float().cpu(), sample, generator))
     completion = TextStream(tokenizer.token_bytes, sample.stop)

@@ -1,8 +1,10 @@
 """Handle signals that ask a run to stop, so that all ranks stop after the same step."""
 
+import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pipeline.distributed.environment import launcher_name
 from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
+
+log = logging.getLogger(__name__)
 
 #: Sent by schedulers, by Ctrl-C, by a terminal that closes, and by Slurm with --signal=USR1@120 before the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -36,6 +40,7 @@ class StopRequest:
         self.received = 0  # number of the signal that this rank has received, or 0; other ranks may not know it yet
         self._received_at = 0.0
         self._is_agreed = False
+        self._answering: threading.Thread | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -68,6 +73,8 @@ class StopRequest:
                 for number, handler in before.items():
                     signal.signal(number, handler)
                 thread.stop()
+                if self._answering:
+                    self._answering.join(timeout=_ONE_REQUEST_S)
 
     def _record(self, number: int) -> None:
         if number not in STOP_SIGNALS:
@@ -75,22 +82,21 @@ class StopRequest:
         now = time.monotonic()
         if not self.received:
             self.received, self._received_at = number, now
-            self._answer(signal.Signals(number))
+            # The log can wait for the reader of a pipe, but a second Ctrl-C must not wait for the log.
+            self._answering = threading.Thread(target=self._answer, args=(signal.Signals(number),), daemon=True)
+            self._answering.start()
         elif number == signal.SIGINT and now - self._received_at > _ONE_REQUEST_S:
-            self._print("error: interrupted again, stopped without saving")
+            _print("error: interrupted again, stopped without saving")
             os._exit(128 + signal.SIGINT)  # the main thread may not run again for minutes
 
     def _answer(self, number: signal.Signals) -> None:
         """Say what happens next. One rank per node answers, because a terminal belongs to one node."""
         if self._world.local_rank == 0:
+            say = log.warning if self._world.is_main else _print  # other ranks log only errors
             again = "; press Ctrl-C again to stop now without saving" if number is signal.SIGINT else ""
-            self._print(f"{number.name} received: finishing the step, then saving{again}")
+            say(f"{number.name} received: finishing the step, then saving{again}")
             if launcher := launcher_name():
-                self._print(_LAUNCHER_NOTES[launcher])
-
-    def _print(self, line: str) -> None:
-        with suppress(OSError):  # the terminal or the reader of the pipe may be gone
-            print(line, file=sys.stderr, flush=True)
+                say(_LAUNCHER_NOTES[launcher])
 
     def agreed(self) -> signal.Signals | None:
         """Return a signal that any rank has received, or None. All ranks return the same signal.
@@ -100,3 +106,8 @@ class StopRequest:
         number = self._world.max(self.received)
         self._is_agreed = bool(number)
         return signal.Signals(number) if number else None
+
+
+def _print(line: str) -> None:
+    with suppress(OSError):  # the terminal or the reader of the pipe may be gone
+        print(line, file=sys.stderr, flush=True)

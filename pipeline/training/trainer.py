@@ -170,9 +170,10 @@ class Trainer:
                 self.log_step(trained)
             if evaluates:
                 self.evaluate()
+                received = received or self.stop_request.agreed()
             self.record.write_saves(self.saver.poll())
             self._write_uploads()
-            if saves or (evaluates and self._saves_after_evaluation()):
+            if saves or received or (evaluates and self._saves_after_evaluation()):
                 self.save()
             if received:
                 return received
@@ -413,8 +414,10 @@ class Trainer:
                     figures = measure_tasks(self.tasks, self.backend, self.config, self.world)
                     self.record.write({"step": self.state.step, **figures})
                 if self.config.evaluation.sample:
-                    text = complete_while_training(self.backend, self.config, self.world)
-                    self.record.write({"step": self.state.step, SAMPLE_KEY: text})
+                    stop = self.stop_request
+                    text = complete_while_training(self.backend, self.config, self.world, lambda: bool(stop.agreed()))
+                    if text is not None:
+                        self.record.write({"step": self.state.step, SAMPLE_KEY: text})
         self._has_evaluated = True
 
     def _check_ceiling(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -106,35 +108,58 @@ def test_a_signal_that_nohup_ignores_stays_ignored(world: World) -> None:
 
 
 class TestAnswer:
-    """A signal is answered at once."""
+    """A signal is answered at once, by a line of the log."""
 
-    def test_while_the_main_thread_runs_no_python(
-        self, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_while_the_main_thread_runs_no_python(self, world: World, tmp_path: Path) -> None:
         answer = tmp_path / "answer"
         script = f"kill -TERM {os.getpid()}; for i in $(seq 600); do test -s {answer} && exit; sleep 0.05; done; exit 1"
-        with answer.open("w") as stderr:
-            monkeypatch.setattr("sys.stderr", stderr)
-            with StopRequest(world).listening():
-                status = ctypes.CDLL(None).system(script.encode())
+        handler = logging.FileHandler(answer)
+        interruption.log.addHandler(handler)
+        with StopRequest(world).listening():
+            status = ctypes.CDLL(None).system(script.encode())
+        interruption.log.removeHandler(handler)
+        handler.close()
         assert status == 0, "no answer while the main thread was in one call of C"
 
-    def test_ctrl_c(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_ctrl_c(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
         with StopRequest(world).listening():
             send(signal.SIGINT)
-        assert capsys.readouterr().err == (
-            "SIGINT received: finishing the step, then saving; press Ctrl-C again to stop now without saving\n"
-        )
+        assert caplog.messages == [
+            "SIGINT received: finishing the step, then saving; press Ctrl-C again to stop now without saving"
+        ]
 
-    def test_other_signals_are_not_keys(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_other_signals_are_not_keys(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
         with StopRequest(world).listening():
             send(signal.SIGUSR1)
-        assert capsys.readouterr().err == "SIGUSR1 received: finishing the step, then saving\n"
+        assert caplog.messages == ["SIGUSR1 received: finishing the step, then saving"]
 
-    def test_one_rank_per_node_answers(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-        with StopRequest(replace(world, local_rank=1)).listening():
-            send(signal.SIGINT)
-        assert capsys.readouterr().err == ""
+    def test_one_rank_per_node_answers(
+        self, world: World, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The first rank of another node prints its answer, because it logs only errors."""
+        printed = []
+        for local_rank in (0, 1):
+            with StopRequest(replace(world, rank=4, local_rank=local_rank)).listening():
+                send(signal.SIGUSR1)
+            printed.append(capsys.readouterr().err)
+        assert printed == ["SIGUSR1 received: finishing the step, then saving\n", ""]
+        assert not caplog.messages
+
+    def test_a_second_ctrl_c_does_not_wait_for_the_log(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The log can wait for the reader of a pipe."""
+        ended = threading.Event()
+        monkeypatch.setattr("os._exit", lambda status: ended.set())
+        monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.0)
+        caplog.handler.acquire()
+        try:
+            with StopRequest(world).listening():
+                send(signal.SIGINT)
+                send(signal.SIGINT)
+                assert ended.wait(timeout=30)
+        finally:
+            caplog.handler.release()
 
     @pytest.mark.parametrize(
         ("variables", "note"),
@@ -147,7 +172,7 @@ class TestAnswer:
         self,
         world: World,
         monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+        caplog: pytest.LogCaptureFixture,
         variables: dict[str, str],
         note: str,
     ) -> None:
@@ -157,7 +182,7 @@ class TestAnswer:
         with StopRequest(world).listening():
             send(signal.SIGINT)
         assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN, "the launcher's SIGTERM may come late"
-        answer, launcher, *rest = capsys.readouterr().err.splitlines()
+        answer, launcher, *rest = caplog.messages
         assert "finishing the step" in answer and note in launcher and "traceback" in launcher and not rest
 
 

@@ -323,6 +323,20 @@ class TestStop:
         assert step_of(newest) == 6 and find_damage(newest) is None
         assert 6 in rows_with(trainer, "loss")
 
+    def test_a_signal_during_an_evaluation_stops_before_the_next_step(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer(checkpoint={"every_steps": STEPS})
+        plain = trainer.evaluate
+
+        def evaluate() -> None:
+            if trainer.state.step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            plain()
+
+        trainer.evaluate = evaluate  # type: ignore[method-assign]
+        with pytest.raises(Interrupted, match=f"SIGTERM received: stopped after step 5 of {STEPS}, "):
+            trainer.fit()
+        assert read_state(list_checkpoints(trainer.run_folder)[-1])[0].step == 5
+
     def test_after_a_signal_the_end_is_written_before_the_wait_for_the_upload(
         self, make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
