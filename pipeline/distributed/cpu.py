@@ -1,4 +1,4 @@
-"""Configure this process on its host: the number of threads, the cores, and the memory allocator."""
+"""Configure the threads, the cores and the memory allocator of this process."""
 
 import ctypes
 import os
@@ -14,9 +14,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def configure_cpu(world: World) -> str:
-    """Configure the memory allocator, the threads and the cores of this process. Call this before large computations.
+    """Configure the memory allocator, the threads and the cores of this process. Return a line for the log.
 
-    Returns a description of the threads and cores, for the log. This call is collective: every rank must make it.
+    Call this function before large computations. Every rank must make this call.
     """
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -24,17 +24,15 @@ def configure_cpu(world: World) -> str:
 
 
 def share_cores(world: World) -> str:
-    """Divide the cores of this host among its ranks. Return a description of this rank's threads and cores for the log.
+    """Divide the cores of this host among its ranks, with one thread per core. Return a line for the log.
 
-    This call is collective: every rank must make it. Each rank uses one thread for each of its cores.
+    Every rank must make this call.
 
-    Ranks that compute on the CPU are also bound to their cores. Otherwise, their threads would move between cores and
-    would lose the contents of the caches. Ranks that compute on a GPU are not bound, because their process also
-    contains the threads of NCCL, which need other cores. Such a rank needs its CPU threads only to update offloaded
-    state.
+    Ranks that compute on the CPU are bound to their cores, so that the caches keep their contents. Ranks on a GPU are
+    not bound, because the threads of NCCL need other cores.
 
-    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads and is not bound to cores. If a
-    launcher has already bound each rank to its own cores, the ranks keep these cores.
+    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads and is not bound. If a launcher has
+    already bound each rank to its own cores, the ranks keep these cores.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)
@@ -54,13 +52,11 @@ def share_cores(world: World) -> str:
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
-    """Return the cores for one rank of a host.
+    """Return the cores for one rank of a host. The cores are adjacent, because adjacent cores share caches.
 
-    The cores of a rank are adjacent, because adjacent cores share caches. If there are fewer cores than ranks, several
-    ranks get the same core.
+    If there are fewer cores than ranks, several ranks get the same core.
 
     Args:
-        cores: all cores of the host.
         index: the number of the rank on this host, counted from 0.
         ranks: the number of ranks on this host.
     """
@@ -84,12 +80,11 @@ def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
 def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
-    By default, glibc gets every block of more than 32 MiB from the kernel, and gives the block back when it is freed.
-    The kernel clears the memory of every new block. Blocks for logits and gradients are larger than 32 MiB. To clear
-    them in every step would take a fifth of the time of a step.
+    By default, glibc gives freed blocks of more than 32 MiB back to the kernel, which clears each new block. Clearing
+    the blocks of logits and gradients would take a fifth of each step.
 
-    This call also makes all threads use the main arena of malloc, because malloc can keep large freed blocks only
-    there. By default, Gloo's threads use other arenas, and would therefore not keep their large receive buffers.
+    All threads now use the main arena of malloc, because only this arena can keep large blocks. Gloo's receive buffers
+    are such blocks.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -24,29 +24,28 @@ ProductShape = tuple[int, int, int]
 CEILING_SECONDS = 0.6
 _CEILING_SQUARES = {"cuda": (8192,), "mps": (2048,), "cpu": (1024, 1536, 2048)}
 _CEILING_ROUNDS = 3
-_SMALL_SQUARE, _SMALL_REPEATS = 256, 8  # takes under a second, also on a CPU without instructions for the dtype
-_LONGEST_PRODUCT = 0.2  # largest share of the measurement's time that one product may take on a CPU
+_SMALL_SQUARE, _SMALL_REPEATS = 256, 8  # under a second on any CPU, for any dtype
+_LONGEST_PRODUCT = 0.2  # one product's largest share of the measurement's time, on a CPU
 
 
 def configure_allocator() -> None:
-    """Make torch allocate GPU memory in segments that can grow.
+    """Make torch allocate GPU memory in segments that can grow. If the user has set allocator options, do nothing.
 
-    Call this function before the first allocation on a GPU. Evaluation and generation use tensors of many sizes. If
-    segments had fixed sizes, the memory of a freed tensor would often be too small for the next one. If the user has
-    already set options of torch's allocator, this call does nothing.
+    Call this function before the first allocation on a GPU. If segments had a fixed size, the memory of a freed tensor
+    would often be too small for the next one.
     """
     set_allocator_default("expandable_segments:True")
 
 
 def matmul_dtype(precision: str) -> torch.dtype:
-    """Return the dtype in which matrix products are computed. ``precision`` is the value of ``run.precision``."""
+    """Return the dtype of matrix products for a value of ``run.precision``."""
     return {"fp32": torch.float32, "amp_fp16": torch.float16}.get(precision, torch.bfloat16)
 
 
 def describe_fp32_products(precision: str, device: torch.device) -> str:
     """Return a text for the log that says whether a GPU uses TF32 for matrix products in fp32.
 
-    If the device is not a GPU, or if the precision is not ``fp32``, the text is empty.
+    For other devices and precisions, the text is empty.
     """
     if device.type != "cuda" or precision != "fp32":
         return ""
@@ -63,12 +62,11 @@ def measure_matmul_ceiling(
 ) -> float:
     """Measure the FLOP/s of matrix products on one rank. Return the speed of the fastest shape.
 
-    The function measures products of large square matrices. On a CPU, it also measures ``shapes``, because the fastest
-    size differs from CPU to CPU: for some sizes, torch does not use all threads. The memory of the results is reused.
-    Published values are not used, because the speed depends on the power limit and on the number of threads.
+    The function measures large square matrices. On a CPU, it also measures ``shapes``, because the fastest size differs
+    from CPU to CPU. Published speeds ignore power limits and the number of threads.
 
     Args:
-        shapes: further products to measure on a CPU, such as the products of a model's linear layers.
+        shapes: further products to measure on a CPU, such as those of a model's linear layers.
         seconds: about how long the measurement takes.
     """
     candidates = [(n, n, n) for n in _CEILING_SQUARES[device.type]]
@@ -99,7 +97,7 @@ class _Product:
         self._result = torch.empty(m, n, device=device, dtype=dtype)
 
     def measure(self, seconds: float) -> float:
-        """Compute the product once, or repeatedly for this number of seconds. Return the FLOP/s."""
+        """Repeat the product for this number of seconds, at least once. Return the FLOP/s."""
         repeats, elapsed, start = 0, 0.0, time.perf_counter()
         while repeats == 0 or elapsed < seconds:
             torch.mm(self._a, self._b, out=self._result)
@@ -109,12 +107,12 @@ class _Product:
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for sums of many numbers. This is fp64, or fp32 on MPS, which does not support fp64."""
+    """Return the dtype for sums of many numbers: fp64, or fp32 on MPS, which has no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def device_name(device: torch.device) -> str:
-    """Return the product name of a GPU. For other devices, return the device type and the machine's architecture."""
+    """Return the product name of a GPU. For other devices, return the type and the machine's architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
@@ -131,8 +129,7 @@ def synchronize(device: torch.device) -> None:
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from host memory to a device.
 
-    If the device is a GPU, the tensor is first copied to pinned memory. Without pinned memory, the call would wait
-    until the GPU has finished all queued work.
+    A copy to a GPU goes through pinned memory. Otherwise, the call would wait for all work that is queued on the GPU.
     """
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -153,7 +150,7 @@ class LateValue:
     def read(self) -> float:
         """Wait until the number is on the host, and return it.
 
-        The call does not wait for work that was queued on the device after this object was created.
+        The call does not wait for work that was queued after this object was created.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -163,9 +160,8 @@ class LateValue:
 class PeakMemory:
     """The peak memory of this process.
 
-    On a GPU, the peak is the largest memory in use since this object was created. Memory that is allocated inside a
-    block of ``ignored`` does not count. On a CPU, the peak is the largest memory in use since the process was started,
-    because the kernel stores only this value.
+    On a GPU, the peak is the largest memory in use since this object was created. Blocks of ``ignored`` do not count.
+    On a CPU, the peak is counted since the process started, because the kernel stores only this value.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -179,10 +175,7 @@ class PeakMemory:
 
     @contextmanager
     def ignored(self) -> Iterator[None]:
-        """Return a context manager. Memory that is allocated inside its ``with`` block does not count in the peak.
-
-        On a CPU, the context manager has no effect.
-        """
+        """Return a context manager. On a GPU, allocations inside its ``with`` block do not count in the peak."""
         self._earlier_bytes = self.read()
         yield
         self._forget()
@@ -195,8 +188,7 @@ class PeakMemory:
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process in bytes.
 
-    If ``device`` is a GPU, this is the allocated memory of the GPU. If ``device`` is the CPU, this is the resident
-    memory of the process.
+    On a GPU, this is the allocated GPU memory. On a CPU, this is the resident memory.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -207,7 +199,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def compiler_works(device: torch.device) -> bool:
-    """Return whether ``torch.compile`` can compile and run a trivial function. If it cannot, log the reason."""
+    """Return whether ``torch.compile`` works on the device. If it does not work, log the reason."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001 - the toolchain may raise anything

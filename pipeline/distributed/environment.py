@@ -18,51 +18,48 @@ _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MAS
 
 
 def launched_rank() -> int:
-    """Return the rank of this process. If no launcher started the process, return 0."""
+    """Return the rank of this process, or 0 without a launcher."""
     return _number(_RANK, 0) if launched_world_size() > 1 else 0
 
 
 def launched_world_size() -> int:
-    """Return the number of processes of the run. If no launcher started this process, return 1."""
+    """Return the number of processes of the run, or 1 without a launcher."""
     return _number(_WORLD_SIZE, 1)
 
 
 def launched_local_rank() -> int:
-    """Return the rank of this process on its node. If no launcher started the process, return 0."""
+    """Return the rank of this process on its node, or 0 without a launcher."""
     return _number(_LOCAL_RANK, 0)
 
 
 def _number(name: str, default: int) -> int:
-    """Return the value of a variable, or the default if it is no number. ``check_launcher`` reports it."""
+    """Return the value of a variable, or the default if the value is not a number (``check_launcher`` reports that)."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
 
 
 def master_address() -> tuple[str, int]:
-    """Return the host and the port of the key-value store through which the ranks find each other."""
+    """Return the host and the port of the key-value store that the ranks share."""
     return os.environ[_MASTER_ADDR], int(os.environ[_MASTER_PORT])
 
 
 def launcher_holds_store() -> bool:
-    """Return whether the launcher serves the key-value store of the ranks. If not, rank 0 must serve the store."""
+    """Return whether the launcher serves the key-value store of the ranks. If not, rank 0 must serve it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def launcher_variables() -> dict[str, str]:
-    """Return those environment variables of this process that launchers set, with their values."""
+    """Return the launcher's environment variables in this process, with their values."""
     return {name: os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ}
 
 
 def unset_command() -> str:
-    """Return a shell command that unsets the environment variables that ``launcher_variables`` returns."""
+    """Return a shell command that unsets the launcher's environment variables."""
     return f"unset {' '.join(launcher_variables())}"
 
 
 def check_launcher() -> None:
-    """Raise ConfigError if a launcher's environment variables are wrong or contradict each other.
-
-    The variables can contradict each other if some are left over from another launcher.
-    """
+    """Raise ConfigError if a launcher's environment variables are wrong or contradict each other."""
     if problem := _find_contradiction(launcher_variables()):
         raise ConfigError(
             f"{problem}; if the variable is left over from another launcher: {unset_command()}; "
@@ -92,10 +89,7 @@ def launcher_restarts() -> int:
 
 
 def launch_id() -> str | None:
-    """Return an id of this launch, which does not change when the launcher restarts the processes.
-
-    Only torchrun gives such an id. The result is None if another launcher, or no launcher, started this process.
-    """
+    """Return torchrun's id of this launch, which stays the same after a restart. Without torchrun, return None."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
@@ -109,7 +103,7 @@ def launcher_name() -> str | None:
 def requested_threads() -> int | None:
     """Return the number of threads per process that the user has set with ``OMP_NUM_THREADS``, or None.
 
-    If torchrun has started several processes, a value of 1 counts as not set, because torchrun sets 1 by default.
+    torchrun sets 1 by default if it starts several processes. This value does not count.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
@@ -122,15 +116,12 @@ def wants_colours() -> bool:
 
 
 def cache_folder() -> Path:
-    """Return this user's folder for files that the project can download again. The folder need not exist yet."""
+    """Return this user's folder for files that can be downloaded again. The folder need not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", PROJECT)
 
 
 def set_gloo_interface(name: str) -> bool:
-    """Set the network interface for Gloo, and return True.
-
-    If the user has already set an interface, change nothing and return False.
-    """
+    """Set the network interface for Gloo, and return True. If the user has already set one, return False."""
     if _GLOO_INTERFACE in os.environ:
         return False
     os.environ[_GLOO_INTERFACE] = name
@@ -140,15 +131,15 @@ def set_gloo_interface(name: str) -> bool:
 def let_gloo_connect_late() -> None:
     """Make Gloo connect two ranks only when they first exchange data, unless the user has set the variable for this.
 
-    By default, each process group of Gloo connects all pairs of ranks when it is created.
+    By default, Gloo connects all pairs of ranks when it creates a process group.
     """
     os.environ.setdefault(_GLOO_CONNECTS_LATE, "1")
 
 
 def set_openmp_threads(threads: int) -> None:
-    """Set the number of threads for libraries that use their own copy of OpenMP and are loaded later.
+    """Set the number of threads for libraries with their own copy of OpenMP, such as DeepSpeed's CPUAdam.
 
-    ``torch.set_num_threads`` has no effect on such a library. An example is DeepSpeed's CPUAdam.
+    Call this function before such a library is loaded. ``torch.set_num_threads`` has no effect on the library.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
@@ -156,26 +147,22 @@ def set_openmp_threads(threads: int) -> None:
 def set_allocator_default(options: str) -> None:
     """Set options of torch's memory allocator. If the user has set any with an environment variable, do nothing.
 
-    Call this function before torch first allocates memory, because torch then reads the options.
+    Call this function before torch first allocates memory.
     """
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         os.environ[_ALLOCATOR_VARIABLES[0]] = options
 
 
 def set_mlflow_defaults() -> None:
-    """Set environment variables so that MLflow's client soon gives up a failed request.
+    """Make MLflow's client give up a failed request soon. By default, it tries again for several minutes.
 
-    By default, the client repeats a failed request for several minutes. With the variables, the run soon logs the
-    failure, and sends the data again later. Variables that the user has set do not change.
+    The run logs the failure and sends the data again later. Variables that the user has set do not change.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds
 
 
 def set_launcher_variables(device_type: str) -> None:
-    """Set the environment variables that DeepSpeed requires.
-
-    Variables that a launcher has already set do not change.
-    """
+    """Set the environment variables that DeepSpeed requires, unless a launcher has already set them."""
     for name, value in ((_RANK, "0"), (_WORLD_SIZE, "1"), (_LOCAL_RANK, "0"), ("DS_ACCELERATOR", device_type)):
         os.environ.setdefault(name, value)

@@ -1,7 +1,4 @@
-"""Print the error that ends this process.
-
-Each error is printed only once. It is printed before the process runs any code that may wait for other ranks.
-"""
+"""Print the error that ends this process: only once, and before the process waits for other ranks."""
 
 import errno
 import re
@@ -20,24 +17,23 @@ from pipeline.errors import Interrupted, LostRankError, MainRankError
 #: Errors of the operating system that a user can correct, even if the error does not name a file.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _LONG_WORD = re.compile(r"\S{500,}")
-#: If rank 0 has the same error, rank 0 prints the error and ends. The launcher then ends the other ranks in this time.
+#: In this time, the launcher ends the other ranks after rank 0 has failed with the same error.
 _OTHER_RANKS_WAIT_S = 2.0
-#: If there are more ranks than this, not every rank prints what all ranks would print.
+#: With more ranks, not every rank prints what all ranks would print.
 _RANKS_THAT_ALL_PRINT = 64
 
 
 def report(error: BaseException) -> int:
-    """Print an error, and return the exit status of the process.
+    """Print an error, unless it was printed before, and return the exit status of the process.
 
-    A ``UserError`` is printed as one line, any other error with a traceback. If the error was already printed, it is
-    not printed again.
+    A ``UserError`` is printed as one line, any other error with a traceback.
 
-    Most user errors, such as a wrong config, occur on all ranks, but should be printed only once. Therefore, rank 0
-    prints such an error at once, and all other ranks first wait for two seconds. During this time, the launcher notices
-    that rank 0 has failed, and ends the ranks that wait.
+    Most user errors, such as a wrong config, occur on all ranks. Rank 0 prints such an error at once, and all other
+    ranks first wait for two seconds. During this time, the launcher notices that rank 0 has failed, and ends the ranks
+    that wait.
 
-    If a rank is lost, every other rank has the same error, and prints it at once. With more than 64 ranks, only two
-    ranks per node print it (see ``prints_for_node``).
+    If a rank is lost, every other rank prints the error at once. With more than 64 ranks, only two ranks per node print
+    it.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):
@@ -58,7 +54,7 @@ def report(error: BaseException) -> int:
 def prints_for_node() -> bool:
     """Return whether this rank prints a line that all ranks would print.
 
-    With up to 64 ranks, every rank does. With more ranks, only two ranks per node do, because one of them may be lost.
+    With more than 64 ranks, only two ranks per node print, because one of them may be lost.
     """
     return launched_world_size() <= _RANKS_THAT_ALL_PRINT or launched_local_rank() < 2
 
@@ -66,7 +62,7 @@ def prints_for_node() -> bool:
 def _wait_for_end() -> None:
     """Give the launcher two seconds to end this process, because rank 0 has printed the same error.
 
-    A run may have a handler for SIGTERM that waits longer than this function. Therefore, restore the default action.
+    SIGTERM gets its default action, because the run's handler may wait longer than this function.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -74,7 +70,7 @@ def _wait_for_end() -> None:
 
 
 def printable(text: str) -> str:
-    """Replace control characters in a text by escape sequences. Line breaks and tabs do not change."""
+    """Replace control characters in a text by escape sequences, except line breaks and tabs."""
     return "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
@@ -102,6 +98,6 @@ def _describe(error: BaseException) -> tuple[int, str]:
 
 
 def _one_line(prefix: str, message: str) -> str:
-    """Return a message as one line. Leave out the middle of a very long word, such as a damaged value in a file."""
+    """Return a message as one line, without the middle of very long words, such as a damaged value in a file."""
     line = prefix + " ".join(message.splitlines())
     return _LONG_WORD.sub(lambda word: f"{word[0][:100]}[...]{word[0][-100:]}", line)

@@ -1,8 +1,7 @@
 """Save and summarize torch's flight recorder, which remembers the newest collectives of this rank.
 
-The flight recorder is on by default. There is one recorder for the collectives of NCCL, and one for those of Gloo. The
-environment variable ``TORCH_FR_BUFFER_SIZE`` sets how many collectives a recorder remembers. The default is 2000. With
-0, the recorders are off.
+``TORCH_FR_BUFFER_SIZE`` sets how many collectives the recorder remembers. The default is 2000. With 0, the recorder is
+off.
 """
 
 import pickle
@@ -24,8 +23,8 @@ _DUMP_TIMEOUT_S = 10.0  # the recorder asks the driver of a GPU, which may hang
 def report_collectives(folder: Path | None, rank: int) -> None:
     """Save the flight recorder of this rank, and print one line about it on standard error.
 
-    If ``folder`` is None, or if its parent (the run folder) does not exist yet, do nothing. With many ranks, only some
-    ranks print their line (see ``prints_for_node``), but every rank saves its file.
+    If ``folder`` is None, or if its parent (the run folder) does not exist yet, do nothing. Every rank saves its file.
+    With many ranks, only some ranks print (see ``prints_for_node``).
     """
     if folder and folder.parent.is_dir():
         summary = save_flight_recorder(folder, rank)
@@ -36,7 +35,7 @@ def report_collectives(folder: Path | None, rank: int) -> None:
 def save_flight_recorder(folder: Path, rank: int) -> str:
     """Write the flight recorder of this rank to the file ``rank_N`` in a folder, and return a summary of one line.
 
-    The files of all ranks can be read with torch's command ``torchfrtrace``.
+    torch's command ``torchfrtrace`` reads the files of all ranks.
     """
     summary = [f"the flight recorder of torch did not answer in {_DUMP_TIMEOUT_S:.0f} s"]
 
@@ -58,9 +57,9 @@ def save_flight_recorder(folder: Path, rank: int) -> str:
 
 
 def _dump() -> bytes:
-    """Return the recorded collectives of torch's default group and of all groups with the same backend, as a pickle.
+    """Return the recorded collectives of torch's default backend, which is NCCL or Gloo, as a pickle.
 
-    The dump has no call stacks, because torch would first import hundreds of modules, and the file system may hang.
+    The dump has no call stacks. For them, torch would import hundreds of modules, and the file system may hang.
     """
     is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     dump = getattr(_distributed_c10d, "_dump_nccl_trace" if is_nccl else "_dump_fr_trace")
@@ -68,7 +67,7 @@ def _dump() -> bytes:
 
 
 def summarize(record: Mapping[str, Any], now_ns: int) -> str:
-    """Return a text about the unfinished collectives in a flight record. If all are finished, describe the newest one.
+    """Describe the oldest unfinished collective in a flight record, or the newest one if all are finished.
 
     Args:
         record: the content of the flight recorder, as torch dumps it in format version 2.

@@ -1,4 +1,4 @@
-"""Exchange heartbeats between ranks. If a rank dies or hangs, the other ranks print which rank is lost, and exit."""
+"""Exchange heartbeats between ranks. If a rank dies or hangs, the other ranks print which one, and exit."""
 
 import json
 import os
@@ -28,10 +28,10 @@ from pipeline.errors import Interrupted, LostRankError
 Result = TypeVar("Result")
 
 INTERVAL_S = 1.0
-#: The longest time that a failed rank waits for answers of the store, whose process or host may be dead.
+#: A failed rank waits at most this long for the store, whose process or host may be dead.
 _STORE_TIMEOUT_S = 10.0
-#: The longest time that a rank waits for the result of another rank's search, which takes about three seconds. A rank
-#: may wait twice, which must take less than ``_STORE_TIMEOUT_S``.
+#: A rank waits at most this long for another rank's search, which takes three seconds. Two waits must take less than
+#: ``_STORE_TIMEOUT_S``.
 _SEARCH_TIMEOUT_S = 4.5
 _VERDICT = "verdict"
 #: How many ranks have asked for the lost ranks, how many have asked again, and the answer for all ranks.
@@ -43,7 +43,7 @@ _CURE = "; run the same command again (training continues from the last checkpoi
 
 @dataclass(frozen=True)
 class Verdict:
-    """The reason why the run ends, such as a lost rank. One rank writes it to the store for all other ranks."""
+    """The reason why the run ends, such as a lost rank. All ranks read it from the store."""
 
     reason: str
     stuck: tuple[int, ...] = ()  # the ranks whose main thread is stuck
@@ -52,18 +52,17 @@ class Verdict:
 class Heartbeat:
     """Writes this rank's heartbeat to a key-value store every second, and reads the heartbeats of other ranks.
 
-    A heartbeat says what the main thread of the rank is doing (see ``Place``). Rank 0 watches all other ranks. The
-    other ranks watch only rank 0. They read from the store whether rank 0 has ended the run, and why. Every rank makes
-    two requests per second. With one of its two requests, rank 0 reads the heartbeats of all ranks.
+    A heartbeat says what the main thread of the rank is doing (see ``Place``). Rank 0 watches all other ranks, and the
+    other ranks watch only rank 0. Each rank makes only two requests per second to the store.
 
-    A rank is lost if it has sent no heartbeat for ``timeout_s`` seconds, or if it is stuck (see ``find_stuck``). Each
-    remaining rank then prints which rank is lost, and ends its process with ``LostRankError.exit_status``. A separate
-    thread does all this, because the main thread may be waiting in a collective. If the store does not answer, a second
-    thread ends the process.
+    A rank is lost if it sends no heartbeat for ``timeout_s`` seconds, or if it is stuck (see ``find_stuck``). Each
+    remaining rank then prints which rank is lost, and exits with ``LostRankError.exit_status``.
+
+    A thread does all this, because the main thread may be waiting in a collective. If the store does not answer, a
+    second thread ends the process.
 
     Args:
-        records: before the process ends, each rank writes torch's flight recorder to this folder. If None, it writes
-            nothing.
+        records: the folder for torch's flight recorder, which each rank writes before it exits. None: not written.
     """
 
     def __init__(self, world: World, timeout_s: float, records: Path | None = None) -> None:
@@ -86,23 +85,19 @@ class Heartbeat:
         self._guard = threading.Thread(target=self._watch_store, name="heartbeat-guard", daemon=True)
 
     def start(self) -> None:
-        """Start the threads. Before this call, wait in a barrier until every rank has created its ``Heartbeat``."""
+        """Start the threads. First, wait in a barrier until every rank has created its ``Heartbeat``."""
         self._thread.start()
         self._guard.start()
 
     def stop(self) -> None:
-        """Stop the threads.
-
-        Before this call, wait in a barrier for all ranks. Otherwise, they count this rank as lost.
-        """
+        """Stop the threads. First, wait in a barrier, because other ranks count a silent rank as lost."""
         self._stopped.set()
 
     @contextmanager
     def explaining_sigterm(self) -> Iterator[None]:
-        """Return a context manager that handles SIGTERM inside its ``with`` block.
+        """Return a context manager. After SIGTERM inside its ``with`` block, the process names the lost rank and ends.
 
-        When a launcher finds a dead rank, it sends SIGTERM to all other ranks. A process that receives SIGTERM inside
-        the block prints which rank is lost, and ends.
+        When a launcher finds a dead rank, it sends SIGTERM to all other ranks.
         """
         if self.size == 1:
             yield
@@ -118,7 +113,7 @@ class Heartbeat:
             thread.stop()
 
     def _end_after_sigterm(self, number: int) -> None:
-        """End the process from another thread, because the main thread may wait for a lost rank without a limit."""
+        """End the process from another thread, because the main thread may wait for a lost rank forever."""
         if number != signal.SIGTERM:
             return
         lost = find_lost(self._world)
@@ -133,7 +128,7 @@ class Heartbeat:
                 self._exit(verdict)
 
     def take_turn(self, number: int, elapsed_s: float) -> Verdict | None:
-        """Send a heartbeat and read the heartbeats of the watched ranks. Returns the reason why the run ends, or None.
+        """Send a heartbeat and read those of the watched ranks. Return the reason why the run ends, or None.
 
         Args:
             number: the number of this turn, which makes every heartbeat different from the previous one.
@@ -141,7 +136,7 @@ class Heartbeat:
         """
         try:
             place = self._main_thread.observe(elapsed_s)
-            # Rank 0 reads the place only if a rank is overdue, because it takes long to read thousands of places.
+            # Rank 0 parses the places only if a rank is overdue, because thousands of them take long.
             state = _OVERDUE if place.is_overdue(self.timeout_s) else "healthy"
             self._store.set(_beat_key(self.rank), f"{number} {state} {place.to_json()}")
             published, *beats = self._store.multi_get([_VERDICT, *map(_beat_key, self._heard)])
@@ -154,9 +149,9 @@ class Heartbeat:
             return Verdict(_LOST_STORE)
 
     def _turns(self) -> Iterator[float]:
-        """Yield the time since the last turn, at most two seconds. Yields every second until ``stop`` is called.
+        """Yield the seconds since the last turn, at most two. Yields every second until ``stop`` is called.
 
-        If more time has passed, this process was suspended. The rest of the time must not count against other ranks.
+        If more time has passed, this process was suspended, which must not count against other ranks.
         """
         last_turn = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
@@ -186,14 +181,14 @@ class Heartbeat:
         return len(beats) == len(self._heard) and (own.is_overdue(self.timeout_s) or any(map(_is_overdue, beats)))
 
     def _watch_store(self) -> None:
-        """End the process if the store does not answer. Otherwise, requests to the store could wait without a limit."""
+        """End the process if the store does not answer. A request to the store could wait forever."""
         for turn_s in self._turns():
             self._unanswered_s += turn_s
             if self._unanswered_s > self.timeout_s + INTERVAL_S:
                 self._exit(Verdict(f"{_LOST_STORE}, silent for {self.timeout_s:.0f} s"))
 
     def _exit(self, verdict: Verdict) -> None:
-        """End the process after a delay in which the other ranks can read the same verdict from the store."""
+        """End the process, after a delay in which the other ranks read the same verdict from the store."""
         if self._stopped.wait(3 * INTERVAL_S):
             return
         sys.stdout.flush()
@@ -207,15 +202,13 @@ class Heartbeat:
 def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> Iterator[None]:
     """Return a context manager that watches all ranks inside its ``with`` block.
 
-    If a rank sends no heartbeat or is stuck, all other ranks print which rank it is, and exit. At the end of the block,
-    each rank waits for all other ranks. If the block raises an error, the error is printed at once (see
-    ``failures_reported``).
+    If a rank sends no heartbeat or is stuck, all other ranks print which rank it is, and exit. If the block raises an
+    error, the error is printed at once. At the end of the block, each rank waits for all other ranks.
 
     Args:
         timeout_s: a rank that sends no heartbeat for this number of seconds is lost.
-        records: a folder for torch's flight recorder. If a rank is lost or if a collective times out, each rank writes
-            a file to this folder, and prints one line about its collectives. If ``records`` is None, the ranks write no
-            files and print no such lines.
+        records: the folder for torch's flight recorder. If a rank is lost or a collective times out, each rank writes a
+            file there and prints one line. None turns this off.
     """
     watch = Heartbeat(world, timeout_s, records)
     with watch.explaining_sigterm():
@@ -231,7 +224,7 @@ def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> It
 
 @contextmanager
 def _timeouts_recorded(world: World, records: Path | None) -> Iterator[None]:
-    """Return a context manager that saves torch's flight recorder if a collective times out in its ``with`` block."""
+    """Return a context manager that saves torch's flight recorder if a collective in its ``with`` block times out."""
     try:
         yield
     except Exception as error:
@@ -276,10 +269,10 @@ def failures_reported(world: World) -> Iterator[None]:
 def find_lost(world: World) -> str | None:
     """Return a text that names the lost ranks. If no rank is lost, return None.
 
-    A rank is lost if it has failed, or if it sends no heartbeat during this call, which takes a few seconds. If several
-    ranks make this call, only the first one reads the heartbeats, and the others wait for its result. Otherwise, every
-    rank would read the heartbeats of every other rank when a launcher stops all ranks. The first rank may be lost, too.
-    If there is no result after ``_SEARCH_TIMEOUT_S``, one of the waiting ranks reads the heartbeats.
+    A rank is lost if it has failed, or if it sends no heartbeat during this call, which takes a few seconds.
+
+    If several ranks make this call, only the first one reads the heartbeats, which spares the store. The others wait
+    for its result. After ``_SEARCH_TIMEOUT_S`` without a result, one of them reads the heartbeats.
     """
     otherwise: str | None = _LOST_STORE
     return _within_store_timeout(lambda: _find_lost(world), otherwise)
@@ -313,7 +306,7 @@ def _search_for_lost(store: Store, world: World) -> list[int]:
 
 
 def _publish_failure(world: World, reason: str) -> None:
-    """Tell the other ranks that this rank has failed, because they may wait in a collective without a limit."""
+    """Tell the other ranks that this rank has failed, because they may wait in a collective forever."""
     store = _connect(world)
     if not _read_verdict(store):
         _write_verdict(store, Verdict(f"lost {_describe(store, [world.rank])}, which failed: {reason}"))
@@ -350,7 +343,7 @@ def _parse_place(beat: bytes) -> Place:
 
 
 def _describe(store: Store, ranks: list[int]) -> str:
-    """Return the numbers, hosts and processes of the first few ranks, and the number of the other ranks."""
+    """Return the numbers, hosts and process ids of the first few ranks, and the number of the other ranks."""
     named = [f"rank {rank} ({_name(store, rank)})" for rank in ranks[:NAMED_RANKS]]
     more = f" and {len(ranks) - NAMED_RANKS} more" if len(ranks) > NAMED_RANKS else ""
     return ", ".join(named) + more

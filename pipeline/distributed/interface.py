@@ -1,8 +1,7 @@
 """Choose the network interface through which Gloo connects ranks on different nodes.
 
 By default, Gloo uses the IP address to which the name of the host resolves. On Debian and Ubuntu, this address is
-127.0.1.1, which other nodes cannot reach. Runs with NCCL also use Gloo: to save checkpoints, and to agree on the step
-after which all ranks stop.
+127.0.1.1, which other nodes cannot reach. Runs with NCCL also use Gloo, for example to save checkpoints.
 """
 
 import ipaddress
@@ -21,13 +20,11 @@ log = logging.getLogger(__name__)
 def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
     """Make Gloo use the network interface that leads to the other nodes. Do nothing if all ranks are on one node.
 
-    This call is collective: every rank must make it before it creates a process group. If the user has chosen an
-    interface with ``GLOO_SOCKET_IFNAME``, Gloo uses that one.
+    Every rank must make this call before it creates a process group. An interface that the user has set with
+    ``GLOO_SOCKET_IFNAME`` does not change.
 
     Args:
-        store: the key-value store of the ranks.
-        rank: this rank.
-        size: the number of ranks.
+        store: the key-value store that the ranks share.
     """
     own = own_address_towards(*master_address())
     other_node = _find_other_node(store, rank, size, own)
@@ -40,7 +37,7 @@ def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
 
 
 def own_address_towards(host: str, port: int) -> str:
-    """Return the IP address from which this host sends packets to another host. If there is no route, return ""."""
+    """Return the IP address from which this host sends packets to another host, or "" without a route."""
     with suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
             with suppress(OSError), socket.socket(family, kind, protocol) as probe:
@@ -51,7 +48,7 @@ def own_address_towards(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the network interface that has the given IP address. If there is none, return None."""
+    """Return the name of the network interface that has the given IP address, or None."""
     for name, addresses in psutil.net_if_addrs().items():
         if address in (each.address for each in addresses):
             return str(name)
@@ -61,7 +58,7 @@ def interface_of(address: str) -> str | None:
 def _find_other_node(store: Store, rank: int, size: int, own: str) -> str:
     """Return an address that other nodes can reach. Returns "" if all ranks are on one node, or if there is none.
 
-    Rank 0 collects the addresses of all ranks, so that the number of requests and bytes grows only with the ranks.
+    Rank 0 collects all addresses, so that the number of requests grows only linearly with the ranks.
     """
     store.set(f"address_{rank}", own)
     if rank == 0:

@@ -27,8 +27,8 @@ class Link:
 def measure_links(world: World, hosts: Sequence[str], message_bytes: int = MESSAGE_BYTES) -> list[Link]:
     """Measure how fast each rank sends a message to the next rank, and return the links between different hosts.
 
-    The ranks form a ring, as in a ring all-reduce. A rank never sends and receives at the same time, so that a slow
-    link does not make other links look slow. This call is collective: every rank must make it.
+    The ranks form a ring. A rank never sends and receives at the same time, so that a slow link does not slow others.
+    Every rank must make this call.
 
     Args:
         hosts: the host name of each rank.
@@ -43,7 +43,7 @@ def measure_links(world: World, hosts: Sequence[str], message_bytes: int = MESSA
 
 
 def _time_to_receive(world: World, message: torch.Tensor) -> float:
-    """Send a message to the next rank, and return how long it took to receive one from the rank before, in seconds."""
+    """Send a message to the next rank. Return the seconds that receiving one from the previous rank took."""
     seconds = 0.0
     for turn in range(2 + world.size % 2):
         world.barrier()
@@ -64,7 +64,7 @@ def _turn_of(sender: int, size: int) -> int:
 
 
 def describe_links(links: Sequence[Link], hosts: Sequence[str]) -> str:
-    """Return a text that names the host whose link is slow. If there is no such host, name the slowest link.
+    """Return a text that names the host whose link is slow, or else the slowest link.
 
     Args:
         hosts: the host name of each rank, at least two different names.

@@ -1,8 +1,8 @@
 """Allocate buffers in host memory, into which tensors are copied. If a tensor is on a GPU, its buffer is pinned.
 
-A GPU can copy to pinned memory asynchronously. torch rounds the size of each pinned allocation up to a power of two. If
-each buffer for a tensor of GPT-2 had its own allocation, the allocations would need 1.1 to 1.7 times the memory of the
-tensors. Therefore, several buffers share an allocation whose size is a power of two. Such an allocation is a *slab*.
+A GPU can copy to pinned memory asynchronously. torch rounds each pinned allocation up to a power of two. One allocation
+per tensor of GPT-2 would need 1.1 to 1.7 times the memory of the tensors. Therefore, several buffers share an
+allocation whose size is a power of two, a *slab*.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,16 @@ _ALIGNMENT = 512  # bytes, as for tensors on a GPU
 
 @dataclass(frozen=True)
 class Slab:
-    """A pinned allocation that several buffers share. Its size is a power of two."""
+    """A pinned allocation that several buffers share."""
 
     size: int  # bytes, a power of two
     offsets: dict[int, int]  # index of a tensor -> its first byte
 
 
 def allocate_host_buffers(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return one uninitialized tensor in host memory for each tensor in ``sources``, with the same shape and dtype.
+    """Return one uninitialized tensor in host memory per source, with the source's shape and dtype.
 
-    If a source is on a GPU, the new tensor for it is pinned.
+    If a source is on a GPU, its tensor is pinned.
     """
     on_gpu = {name: source for name, source in sources.items() if source.is_cuda}
     others = {name: source for name, source in sources.items() if name not in on_gpu}
@@ -46,10 +46,8 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
     """Divide buffers among slabs (pinned allocations whose size is a power of two), so that little memory is lost.
 
-    The slabs are planned one after another. Each new slab is for the buffers that are not in an earlier slab. Its size
-    is the largest power of two that does not exceed the total size of these buffers. If the largest of these buffers
-    does not fit, the size is the smallest power of two that holds this buffer. The slab is then filled with buffers in
-    the order of decreasing size.
+    The slabs are planned one after another, and large buffers are placed first. Each slab has the largest size that the
+    remaining buffers can fill. If the largest of them does not fit, the slab has the smallest size that holds it.
 
     Args:
         sizes: the size of each buffer in bytes.
@@ -72,8 +70,5 @@ def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
 
 
 def pinned_size(size: int) -> int:
-    """Return how many bytes torch allocates for a pinned tensor of ``size`` bytes.
-
-    The result is ``size``, rounded up to a power of two.
-    """
+    """Return how many bytes torch allocates for a pinned tensor: ``size``, rounded up to a power of two."""
     return 1 << (size - 1).bit_length() if size else 0

@@ -1,16 +1,14 @@
 """Record the progress of each rank's main thread, and find stuck ranks.
 
-The code that all ranks run contains *marks*: the beginning of each phase, each micro-batch, each batch of an
-evaluation, and each collective. All ranks pass the same marks in the same order. The position of a rank is the number
-of marks that it has passed. A stuck rank shows one of two signs:
+All ranks pass the same *marks* in the same order: phases, micro-batches, batches of an evaluation, and collectives. The
+*position* of a rank is the number of marks that it has passed. A stuck rank passes no mark, and shows one of two signs:
 
-- It is *still*: it passes no mark and uses no CPU time, for example because a file system does not answer.
-- It *loops*: it uses CPU time but passes no mark. The CPU time since its last mark is much longer than the longest CPU
-  time between two of its marks so far. If a GPU hangs, its rank also loops, because a rank uses CPU time while it waits
-  for its GPU.
+- It is *still*: it uses no CPU time, for example because a file system does not answer.
+- It *loops*: it uses much more CPU time than ever before between two marks. A rank also loops if its GPU hangs, because
+  waiting for a GPU uses CPU time.
 
-A healthy rank shows one of these signs, too, while it waits for a stuck rank in a collective. Therefore, ``find_stuck``
-also compares the positions of the ranks.
+A healthy rank shows the same signs while it waits for a stuck rank in a collective. Therefore, ``find_stuck`` also
+compares the positions of the ranks.
 """
 
 import json
@@ -24,21 +22,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-#: The longest time without a move in a phase that can wait without using CPU time: for a compiler, a download, a disk.
+#: A rank may be still for this long in a phase that waits for a compiler, a download or a disk.
 PATIENCE_S = 600.0
-#: A rank loops if it has used this many times the CPU time that it has ever used between two marks. Work that repeats
-#: does not vary as much. CPU time does not grow if another program uses the CPU, but waiting for a shared GPU does.
+#: A rank loops if its CPU time since the last mark is this many times the longest so far. Repeated work varies less.
+#: Another program on the CPU adds no CPU time, but waiting for a shared GPU does.
 LOOP_FACTOR = 20.0
 #: A thread uses less than this share of a core if it only polls.
 _LEAST_CPU_SHARE = 0.01
 #: A message names at most this many ranks that are in the same state, and counts the others.
 NAMED_RANKS = 4
-#: A function of one of these modules is active only while torch.compile compiles, also in later steps.
+#: A function of one of these modules is active only while torch.compile compiles.
 _COMPILERS = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
 
 
 class Progress:
-    """The progress of one rank. The main thread records its progress here, and the thread of ``Heartbeat`` reads it."""
+    """The progress of one rank. The main thread records it, and the thread of ``Heartbeat`` reads it."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -52,41 +50,35 @@ class Progress:
         self.listener: Callable[[], None] = lambda: None  # is called at each mark and move
 
     def reach(self, phase: str, *, is_patient: bool = False, repeats: bool = True) -> None:
-        """Record that a phase of the run begins. The call is a mark: all ranks must make it in the same order.
+        """Record that a phase of the run begins. All ranks must make this call in the same order.
 
         Args:
-            phase: the name of the phase.
-            is_patient: whether a healthy rank can spend minutes in this phase without passing a mark.
-            repeats: whether the run does the work of this phase repeatedly. A rank is considered to loop if it uses
-                much more CPU time between two marks than ever before. If ``repeats`` is False, the CPU times of this
-                phase do not count in this comparison.
+            is_patient: whether a healthy rank can spend minutes in this phase without recording progress.
+            repeats: whether the run repeats the work of this phase. Other phases do not show how much CPU time is
+                usual.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats
         self.position += 1
 
     def pass_mark(self) -> None:
-        """Record that this rank has passed a mark, such as a collective, inside the current phase.
+        """Record progress inside the current phase, such as a collective.
 
-        A mark is a call that all ranks must make in the same order.
+        All ranks must make this call in the same order.
         """
         self._restart_clock()
         self.position += 1
 
     def move(self) -> None:
-        """Record that this rank has made progress and is not stuck.
-
-        Unlike ``reach`` and ``pass_mark``, this method may be called by a single rank.
-        """
+        """Record that this rank has made progress. Unlike ``pass_mark``, a single rank may call this method."""
         self._restart_clock()
         self.moves += 1
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Return a context manager for rare work that can take minutes.
+        """Return a context manager for rare work that can take minutes. A single rank may call this method.
 
-        Usually, a rank that makes no progress soon counts as stuck, which ends the run. Inside the ``with`` block, the
-        rank counts as stuck only after ``PATIENCE_S`` seconds. It is allowed that only one rank calls this method.
+        Inside the ``with`` block, a rank without progress counts as stuck only after ``PATIENCE_S`` seconds.
         """
         before = self.is_patient, self.repeats
         self.move()
@@ -107,9 +99,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class Place:
-    """What the main thread of a rank is doing, and for how long the thread has made no progress."""
+    """What the main thread of a rank is doing, and for how long it has made no progress."""
 
-    position: int
+    position: int  # how many marks the rank has passed
     phase: str
     is_patient: bool
     still_s: float
@@ -118,14 +110,13 @@ class Place:
     longest_s: float = 0.0  # the most CPU time between two marks so far; 0 if not known yet
 
     def to_json(self) -> str:
-        """Return this object as JSON text. Each heartbeat contains such a text."""
+        """Return this object as JSON text, for a heartbeat."""
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank seems to be stuck.
+        """Return whether the rank seems to be stuck: it has been still for too long, or it loops (see ``loops``).
 
-        A rank is still while it reports no progress and uses no CPU time. The result is True if the rank has been still
-        for too long, or if it loops (see ``loops``).
+        A rank is still while it records no progress and uses no CPU time.
 
         Args:
             timeout_s: the seconds that a rank may be still. In a patient phase, at least ``PATIENCE_S`` seconds are
@@ -137,10 +128,9 @@ class Place:
     def loops(self, timeout_s: float) -> bool:
         """Return whether the rank computes without progress, for example in an infinite loop.
 
-        A rank reports its progress with ``Progress.reach``, ``Progress.pass_mark`` or ``Progress.move``. The result is
-        True if the CPU time since the rank's last report is longer than ``timeout_s``, and also longer than
-        ``LOOP_FACTOR`` times the longest CPU time between two reports so far. This longest time is measured only in
-        phases with ``repeats=True``. If it is not known yet, the result is False.
+        The CPU time since the rank last recorded progress must exceed ``timeout_s``. It must also exceed
+        ``LOOP_FACTOR`` times the longest CPU time so far. If the longest CPU time is not known yet, the result is
+        False.
         """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 
@@ -161,11 +151,10 @@ class MainThread:
         self._still_s = 0.0
 
     def observe(self, elapsed_s: float) -> Place:
-        """Return what the observed thread is doing.
+        """Return what the main thread is doing.
 
         Args:
-            elapsed_s: the seconds since the last call of this method. Time in which the process was suspended must not
-                be included.
+            elapsed_s: the seconds since the last call of this method, without time in which the process was suspended.
         """
         progress = self._progress
         seen, cpu_s, own_cpu_s = (progress.position, progress.moves), self._read_cpu_s(), self._read_own_cpu_s()
@@ -187,17 +176,17 @@ class MainThread:
         )
 
     def stack(self) -> str:
-        """Return the call stack of the observed thread as text."""
+        """Return the call stack of the main thread as text."""
         return "".join(traceback.format_stack(sys._current_frames().get(self._thread_id)))
 
     def _read_cpu_s(self) -> float:
-        """Return the CPU time of the thread. If other threads may work, return that of the process."""
+        """Return the CPU time of the main thread. If other threads may work, return that of the process."""
         if self._progress.is_patient or not hasattr(time, "pthread_getcpuclockid"):
             return time.process_time() - time.thread_time()  # without the time of the thread that observes
         return self._read_own_cpu_s()
 
     def _read_own_cpu_s(self) -> float:
-        """Return the CPU time of the thread, or 0 if the operating system does not tell it to another thread."""
+        """Return the CPU time of the main thread, or 0 if the operating system does not tell it to another thread."""
         if not hasattr(time, "pthread_getcpuclockid"):
             return 0.0
         return time.clock_gettime(time.pthread_getcpuclockid(self._thread_id))
@@ -212,7 +201,7 @@ class MainThread:
 
 
 def _is_compiling() -> bool:
-    """Return whether any thread compiles. The backward pass may run, and compile, in another thread."""
+    """Return whether any thread compiles. A backward pass can compile in another thread."""
     for frame in sys._current_frames().values():
         inner: FrameType | None = frame
         while inner:
@@ -227,14 +216,14 @@ def _describe_frame(frame: FrameType) -> str:
 
 
 def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
-    """Return the ranks that are stuck. If no rank is stuck, return an empty list.
+    """Return the ranks that are stuck.
 
-    Only an overdue rank (see ``Place.is_overdue``) can be stuck. An overdue rank is stuck if another rank has passed
-    more marks. If all ranks are overdue, the ranks that have passed the fewest marks are stuck.
+    A rank is overdue if it has made no progress for too long (see ``Place.is_overdue``). An overdue rank is stuck if
+    its position is lower than that of another rank. If all ranks are overdue, those with the lowest position are stuck.
 
     Args:
         places: maps each rank to what its main thread is doing.
-        timeout_s: how long a rank may make no progress (see ``Place.is_overdue``).
+        timeout_s: how long a rank may make no progress.
     """
     overdue = [rank for rank, place in places.items() if place.is_overdue(timeout_s)]
     positions = [place.position for place in places.values()]
@@ -247,8 +236,6 @@ def describe_places(places: Mapping[int, Place], stuck: Sequence[int], name: Cal
     """Return a text that says which ranks are stuck, what they are doing, and what the other ranks are doing.
 
     Args:
-        places: maps each rank to what its main thread is doing.
-        stuck: the stuck ranks.
         name: returns the host and the process id of a rank. It is called for a few of the stuck ranks.
     """
     are_stuck = set(stuck)
@@ -265,7 +252,7 @@ def describe_places(places: Mapping[int, Place], stuck: Sequence[int], name: Cal
 
 
 def _describe_delay(places: Sequence[Place]) -> str:
-    """Return the shortest time for which stuck ranks have made no progress, as text."""
+    """Return a text with the shortest time in which the stuck ranks have made no progress."""
     still_s, busy_s = min(place.still_s for place in places), min(place.busy_s for place in places)
     if still_s >= busy_s:
         return f"not moved for {still_s:.0f} s"

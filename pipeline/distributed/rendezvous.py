@@ -1,4 +1,4 @@
-"""Connect the ranks of a run with each other. This also works after the launcher has restarted the ranks."""
+"""Connect the ranks of a run with each other, also after the launcher has restarted them."""
 
 import errno
 import json
@@ -21,9 +21,9 @@ from pipeline.errors import ConfigError
 
 _ANNOUNCE_AFTER_S = 8.0
 _SHORTEST_POLL_S = 0.02
-#: While the ranks wait for each other, the store gets at most this many requests per second from all ranks together.
+#: The store gets at most this many requests per second from all waiting ranks together.
 _REQUESTS_PER_S = 4000
-#: The time between two looks at which ranks are missing. A look can take several requests per missing rank.
+#: The time between two looks at which ranks are missing.
 _LOOK_S = 2.0
 _MISSING = "missing"  # the key under which rank 0 writes which ranks are missing
 
@@ -31,11 +31,9 @@ _MISSING = "missing"  # the key under which rank 0 writes which ranks are missin
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return an empty key-value store that all ranks share.
 
-    torchrun keeps its store when it restarts the ranks. The store then contains the addresses of the earlier ranks. If
-    the new ranks used these addresses, they would wait forever. Therefore, the keys get a new prefix at each start. If
-    there is only one rank, the store is in memory and needs no port.
-
-    One thread serves the store to all ranks. Therefore, each rank polls the store less often if there are more ranks.
+    torchrun keeps its store when it restarts the ranks. The new ranks must not use addresses of earlier ranks, because
+    they would wait forever. Therefore, the keys get a new prefix at each start. A single rank gets a store in memory,
+    which needs no port.
 
     Raises:
         TimeoutError: a rank has not connected within ``timeout``.
@@ -71,7 +69,7 @@ def connect(rank: int, size: int, timeout: timedelta) -> Store:
 
 
 def free_port() -> int:
-    """Return a port of this host on which no process is listening now."""
+    """Return a port of this host on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
@@ -80,10 +78,7 @@ def free_port() -> int:
 
 @contextmanager
 def _announced(describe: Callable[[], str]) -> Iterator[None]:
-    """Print once what the block waits for, if the block takes longer than ``_ANNOUNCE_AFTER_S``.
-
-    If there are many ranks, only some ranks of each node print.
-    """
+    """Print once what the block waits for, if the block takes longer than ``_ANNOUNCE_AFTER_S``."""
 
     def announce() -> None:
         if prints_for_node():
@@ -115,11 +110,10 @@ def _list(ranks: Sequence[int]) -> str:
 def _publish_start_id(store: Store, missing: list[int], poll_s: float, deadline: float) -> str:
     """Choose an id for this start, send it to every rank that asks, and return it when all ranks have confirmed it.
 
-    A rank asks with a random id, which is part of the key of the answer. A rank therefore never reads an answer to a
-    rank of an earlier start. Each request to the store is about all ranks.
+    A rank asks with a random id, so that it never reads an answer to a rank of an earlier start.
 
     Args:
-        missing: the ranks other than 0. This function removes ranks that have connected, at most every two seconds.
+        missing: the ranks other than 0. This function removes ranks that have connected.
     """
     start_id = uuid.uuid4().hex
     requests = [f"request_{rank}" for rank in missing]
@@ -146,8 +140,7 @@ def _request_start_id(store: Store, rank: int, missing: list[int], poll_s: float
     """Ask rank 0 for the id of this start, confirm it, and return it.
 
     Args:
-        missing: the ranks for which this rank waits, at first only rank 0. Later, this function writes into the list
-            which ranks are missing according to rank 0.
+        missing: the ranks for which this rank waits, at first rank 0. This function writes the missing ranks into it.
     """
     request = uuid.uuid4().hex
     store.set(f"request_{rank}", request)
@@ -165,8 +158,8 @@ def _request_start_id(store: Store, rank: int, missing: list[int], poll_s: float
 def _read_missing(store: Store, missing: list[int], seen: str | None) -> str | None:
     """Read which ranks are missing according to rank 0, and write them into ``missing``. Return what was read.
 
-    An earlier start may have left this key in the store. Therefore, ``missing`` changes only if rank 0 has written the
-    key again since it was read as ``seen``.
+    The store may hold a value of an earlier start. Therefore, ``missing`` changes only if the value is no longer
+    ``seen``.
     """
     if not store.check([_MISSING]):
         return None
@@ -178,7 +171,7 @@ def _read_missing(store: Store, missing: list[int], seen: str | None) -> str | N
 
 
 def _find_unset(store: Store, keys: list[str]) -> list[str]:
-    """Return the keys that are not set. If only a few are missing, this takes a few requests per missing key."""
+    """Return the keys that are not set, with a few requests per missing key."""
     if not keys or store.check(keys):
         return []
     if len(keys) == 1:

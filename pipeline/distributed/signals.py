@@ -9,13 +9,13 @@ from collections.abc import Callable
 class SignalThread:
     """A thread that calls a function for each signal that has a Python handler.
 
-    Python calls a signal handler only between two instructions of the main thread. One instruction can compile the
-    model or wait for a collective, so minutes can pass before the handler is called. This thread has no such delay.
+    Python calls a signal handler only between two instructions of the main thread. One instruction, such as waiting for
+    a collective, can take minutes. This thread has no such delay.
 
     Call all methods from the main thread.
 
     Args:
-        hear: the function to call with the number of the signal. It is called in this object's thread.
+        hear: is called in this object's thread, with the number of the signal.
     """
 
     def __init__(self, hear: Callable[[int], None]) -> None:
@@ -23,25 +23,22 @@ class SignalThread:
         self._thread = threading.Thread(target=self._read_signals, name="signals", daemon=True)
 
     def start(self) -> None:
-        """Start the thread.
-
-        While this thread runs, a ``SignalThread`` that was started earlier gets no signals.
-        """
+        """Start the thread. While it runs, a ``SignalThread`` that was started earlier gets no signals."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._thread.start()
         self._before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def stop(self) -> None:
-        """Stop the thread. Before it ends, the thread calls ``hear`` for all signals that have already arrived."""
+        """Stop the thread, after it has called ``hear`` for all signals that have already arrived."""
         signal.set_wakeup_fd(self._before_fd)
         self._writer.close()
         self._thread.join()
 
     def _read_signals(self) -> None:
-        """Read the number of each signal, which the interpreter writes at once, until the other end is closed."""
+        """Call ``hear`` for each signal number that the interpreter writes, until the socket is closed."""
         with self._reader:
             while numbers := self._reader.recv(64):
-                # The kernel delivers signals that arrive together in any order. A launcher's SIGTERM follows Ctrl-C.
+                # Signals that arrive together have no order. A Ctrl-C comes before the launcher's SIGTERM.
                 for number in sorted(numbers):
                     self._hear(number)

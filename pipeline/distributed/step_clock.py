@@ -1,21 +1,18 @@
 """Measure how a rank spends the time of a step: computing, waiting for data, or waiting in collectives.
 
-In synchronous training, all ranks take the same time per step, because each rank waits for the slowest one in the
-collectives. The *own time* of a rank is the time of a step without the waits in collectives. In its own time, a rank
-computes or waits for data. The slowest rank is the rank with the most own time.
+In synchronous training, all ranks take the same time per step, because they wait for the slowest rank in collectives.
+The *own time* of a rank is the time of a step without these waits. The slowest rank has the most own time.
 
-The module measures the time on the *timeline* of the rank. On a CPU, the timeline is the main thread, and the clock of
-the host measures its time. On a GPU, the timeline is the CUDA stream on which the model computes, and CUDA events in
-this stream measure its time. The time of a step is divided into three kinds:
+The time of a step is divided into three kinds:
 
-- *collective wait*: the timeline waits until a collective has finished. The time in which the collective transfers data
-  is included. A collective that runs in the background while the rank computes does not count.
-- *data wait*: the timeline waits until the loader has returned the micro-batches.
+- *collective wait*: the rank waits until a collective has finished. Collectives in the background do not count.
+- *data wait*: the rank waits until the loader has returned the micro-batches.
 - *compute*: the rest of the step.
 
+On a CPU, the clock measures the main thread. On a GPU, CUDA events measure the stream on which the model computes.
+
 During a step, the clock replaces the functions of torch that wait for a collective. The replacements also measure the
-wait, but only in the thread that computes. This works for every backend except DDP, which waits in C++ code. Therefore,
-the backend for DDP must call ``StepClock.backward_pass``.
+wait. DDP waits in C++ code, so its backend must call ``StepClock.backward_pass``.
 """
 
 import functools
@@ -38,33 +35,32 @@ SETTLING_STEPS = 2
 Mark = Any  # a time of the host in seconds, or a CUDA event
 Wait = tuple[Mark, Mark]  # the beginning and the end
 
-#: The methods of a process group that start a collective begin with one of these words. NCCL runs the collective in the
-#: stream that computes, unless the caller asks for an asynchronous one.
+#: The methods of a process group that start a collective begin with one of these words. By default, NCCL runs the
+#: collective in the stream that computes.
 _COLLECTIVES = ("all", "_allgather", "broadcast", "reduce", "_reduce_scatter", "_end_coalescing")
 
 
 class HostClock:
     """The clock of a rank that computes on the CPU. It measures the time of the main thread."""
 
-    #: The functions in which the main thread waits for a collective, as pairs of a class and a name. A collective of
-    #: gloo runs in other threads.
+    #: (class, name) of each function in which the main thread waits. Gloo runs collectives in other threads.
     waiting_functions: tuple[tuple[type, str], ...] = ((Work, "wait"),)
 
     def mark(self) -> Mark | None:
-        """Return a mark: the current time, to pass to ``seconds`` later."""
+        """Return the current time, to pass to ``seconds`` later."""
         return time.perf_counter()
 
     def has_passed(self, mark: Mark) -> bool:
-        """Return True. On the CPU, a mark is the time at which ``mark`` was called, so it is always in the past."""
+        """Return True, because a mark on the CPU is always in the past."""
         return True
 
     def seconds(self, start: Mark, end: Mark) -> float:
-        """Return the seconds between two marks that ``mark`` has returned."""
+        """Return the seconds between two marks."""
         return float(end - start)
 
 
 class StreamClock:
-    """The clock of a rank that computes on a GPU. It measures the time in a CUDA stream. No call waits for the GPU."""
+    """The clock of a rank that computes on a GPU. It measures a CUDA stream, and never waits for the GPU."""
 
     waiting_functions = (
         (Work, "wait"),
@@ -77,10 +73,7 @@ class StreamClock:
         self._stream = torch.cuda.current_stream()
 
     def mark(self) -> Mark | None:
-        """Record an event in the stream, and return it as a mark, to pass to ``seconds`` later.
-
-        If the calling thread currently uses another stream, return None.
-        """
+        """Record an event in the stream, and return it. If the calling thread uses another stream, return None."""
         if torch.cuda.current_stream() != self._stream:
             return None
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -108,7 +101,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """The mean times of one rank per step, in seconds. The sum of all fields is the time of a step."""
+    """The mean times of one rank per step. Their sum is the time of a step."""
 
     compute_s: float = 0.0
     data_wait_s: float = 0.0
@@ -121,9 +114,8 @@ class StepClock:
     Call all methods from the main thread.
 
     Args:
-        is_active: if False, this object measures nothing. It should be False if there is only one rank, which never
-            waits for other ranks.
-        clock: the clock to use. If None, the device determines the clock.
+        is_active: if False, this object measures nothing. A single rank needs no measurement.
+        clock: if None, the device determines the clock.
     """
 
     def __init__(self, device: torch.device, *, is_active: bool, clock: HostClock | StreamClock | None = None) -> None:
@@ -173,16 +165,15 @@ class StepClock:
     def backward_pass(self, loss: Tensor) -> Iterator[None]:
         """Return a context manager for a backward pass of DDP. It measures how long DDP waits at the end of the pass.
 
-        DDP waits in a callback. The callbacks at the end of a backward pass run in the order in which they were queued,
-        and DDP queues its callback when the last gradients are ready. This method queues another callback at the
-        beginning of the pass, which therefore runs just before DDP waits.
+        DDP waits in a callback, which it queues when the last gradients are ready. This method queues its own callback
+        earlier. Callbacks run in the order of the queue, so this callback runs just before DDP waits.
         """
         if self._step is None:
             yield
             return
         computed: list[Mark] = []
         queue_callback = Variable._execution_engine.queue_callback
-        # The hook belongs to this loss, so it needs not be removed.
+        # The hook ends with this loss.
         loss.register_hook(  # type: ignore[no-untyped-call]
             lambda _: queue_callback(lambda: computed.append(self._clock.mark()))
         )
@@ -190,7 +181,7 @@ class StepClock:
         self._add_wait(self._step, computed[0], self._clock.mark())
 
     def _time(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that calls ``plain`` and records how long the timeline waits in it."""
+        """Return a function that calls ``plain`` and records how long the rank waits in it."""
 
         @functools.wraps(plain)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -217,7 +208,7 @@ class StepClock:
             step.collective_waits.append((start, end))
 
     def _add_finished(self) -> None:
-        """Add up the times of the steps that the timeline has passed."""
+        """Add up the times of the steps that the device has finished."""
         while self._finished and self._clock.has_passed(self._finished[0].end):
             step = self._finished.popleft()
             self._steps += 1
@@ -229,10 +220,9 @@ class StepClock:
         return sum(self._clock.seconds(start, end) for start, end in waits)
 
     def read(self) -> StepTimes | None:
-        """Return how long a step took on average, divided into computation, waiting for data and waiting for ranks.
+        """Return the mean times per step since the last call of this method, or None if no step was measured.
 
-        The mean is over the steps since the last call of this method. A step that the GPU has not finished yet counts
-        in the next call. If no step was measured, the result is None.
+        A step that the GPU has not finished yet counts in the next call.
         """
         self._add_finished()
         if not self._steps:

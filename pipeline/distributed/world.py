@@ -32,32 +32,31 @@ from pipeline.errors import ConfigError, MainRankError
 Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-#: With more ranks, Gloo must not connect all pairs of ranks: each rank would need thousands of sockets, and the store
-#: would transfer a list of addresses for each pair.
+#: With more ranks, Gloo must not connect all pairs of ranks: each rank would need thousands of sockets.
 _RANKS_THAT_ALL_CONNECT = 64
 
 
 @dataclass(frozen=True)
 class World:
-    """One rank of a run: its number, the number of ranks, its device, and its collectives with the other ranks."""
+    """One rank of a run, with its device and its collectives with the other ranks."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     store: Store | None = None  # shared by all ranks; None if there is only one rank
-    group: dist.ProcessGroup | None = None  # the group for the collectives; None means torch's default group
+    group: dist.ProcessGroup | None = None  # of the collectives; None means torch's default group
     progress: Progress = field(default_factory=Progress)  # the position of the main thread
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is rank 0. Rank 0 is the main rank, which writes logs and metadata."""
+        """Return whether this is rank 0, which writes logs and metadata."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the elementwise sum of ``values`` over all ranks. ``values`` does not change.
+        """Return the elementwise sum of ``values`` over all ranks. Every rank must make this call.
 
-        This call is collective: every rank must make it.
+        ``values`` does not change.
         """
         self.progress.pass_mark()
         total = values.clone()
@@ -66,7 +65,7 @@ class World:
         return total
 
     def max(self, value: int) -> int:
-        """Return the largest of the values of all ranks. This call is collective: every rank must make it."""
+        """Return the largest of the values of all ranks. Every rank must make this call."""
         self.progress.pass_mark()
         if self.size == 1:
             return value
@@ -81,9 +80,9 @@ class World:
             dist.barrier(group=self.group)
 
     def gather(self, item: Any) -> list[Any]:
-        """Return the items of all ranks, in the order of the ranks. An item is a small Python object.
+        """Return the items of all ranks, in the order of the ranks. Every rank must make this call.
 
-        This call is collective: every rank must make it.
+        An item is a small Python object.
         """
         self.progress.pass_mark()
         items = [item] * self.size
@@ -92,9 +91,9 @@ class World:
         return items
 
     def broadcast(self, item: Any) -> Any:
-        """Return the item of rank 0 on every rank. An item is a small Python object.
+        """Return the item of rank 0 on every rank. Every rank must make this call.
 
-        This call is collective: every rank must make it.
+        An item is a small Python object.
         """
         self.progress.pass_mark()
         items = [item]
@@ -103,10 +102,10 @@ class World:
         return items[0]
 
     def call_on_main(self, function: Callable[[], Result]) -> Result:
-        """Call a function on the main rank only, and return its result on every rank. The result must be small.
+        """Call a function on the main rank only, and return its result on every rank. Every rank must make this call.
 
-        This call is collective: every rank must make it. If the function raises a ``UserError``, the main rank raises
-        this error, and every other rank raises ``MainRankError``.
+        The result must be small. If the function raises a ``UserError``, the main rank raises this error, and every
+        other rank raises ``MainRankError``.
         """
         result: Result | None = None
         failure: UserError | None = None
@@ -126,7 +125,7 @@ class World:
     def connect_to_store(self, prefix: str) -> Store:
         """Return a separate connection to the key-value store of the ranks. Its keys get the given prefix.
 
-        Each thread needs its own connection, because a request that waits blocks all later requests on its connection.
+        Each thread needs its own connection, because a waiting request blocks all later requests on the connection.
         """
         store = self.store.clone() if self.store else HashStore()  # type: ignore[attr-defined]
         return PrefixStore(prefix, store)
@@ -134,8 +133,7 @@ class World:
     def with_cpu_group(self) -> World:
         """Return a new ``World`` of the same ranks with its own Gloo process group, for collectives on CPU tensors.
 
-        This call is collective: every rank must make it. Two threads can use the new world and this world at the same
-        time.
+        Every rank must make this call. Two threads can use the two worlds at the same time.
         """
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
         return replace(self, device=torch.device("cpu"), group=group, progress=Progress())
@@ -145,15 +143,14 @@ class World:
 def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]:
     """Return a context manager that connects this process with the other ranks. Its ``with`` block gets the ``World``.
 
-    If no launcher has started this process, there is only one rank.
+    Without a launcher, there is only one rank.
 
     Args:
-        process_group: whether to create torch's process group even if there is only one rank. FSDP and DeepSpeed need
-            the group.
+        process_group: whether to create torch's process group even for a single rank. FSDP and DeepSpeed need it.
 
     Raises:
-        ConfigError: this machine does not have the requested device, the device is MPS and there are several ranks, the
-            launcher's variables contradict each other, or the launcher's port is in use.
+        ConfigError: this machine does not have the device, there are several ranks on MPS, or the launcher's variables
+            or port cannot be used.
     """
     check_launcher()
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()
@@ -181,7 +178,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
     Args:
         wanted: the value of ``run.device``.
-        local_rank: the number of this rank on its node. It determines the GPU.
+        local_rank: the number of this rank on its node, which is also the number of its GPU.
 
     Raises:
         ConfigError: this machine does not have the device, or has fewer GPUs than ranks.
@@ -205,7 +202,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 def _start_process_group(world: World) -> Store | None:
-    """Create torch's default group and return the store that the ranks share."""
+    """Create torch's default group. Return the store that the ranks share, or None for a single rank."""
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     device_id = world.device if world.device.type == "cuda" else None
     store = open_store(world.rank, world.size, COLLECTIVE_TIMEOUT)

@@ -19,17 +19,16 @@ log = logging.getLogger(__name__)
 #: On a CPU, Inductor takes one to three minutes to compile training and validation, and saves a third of each step.
 SHORTEST_COMPILED_CPU_RUN_S = 600.0
 
-_TIMED_TOKENS = 2048  # enough that the time grows with the tokens, and little enough to need little memory
+_TIMED_TOKENS = 2048  # enough that the time grows with the tokens, few enough to need little memory
 _TIMED_REPEATS = 3  # after one that warms up
 
 
 def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
     """Decide whether to compile. Return the config with ``run.compile`` set to true or false, the same on every rank.
 
-    This call is collective: every rank must make it. If ``run.compile`` is ``auto``, a run on a CPU is compiled only if
-    it will take long. To estimate the time, the function measures a model without a backend, so the choice does not
-    depend on the backend. A resumed run on a CPU keeps the choice in its checkpoint, because compilation changes
-    rounding.
+    With ``auto``, a run on a CPU is compiled only if it will take long. The choice does not depend on the backend. A
+    resumed run on a CPU keeps the choice in its checkpoint, because compilation changes rounding. Every rank must make
+    this call.
 
     Args:
         start: the checkpoint from which the run resumes, or None.
@@ -44,7 +43,7 @@ def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Pat
 
 
 def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -> tuple[bool, str]:
-    """Return the choice that ``auto`` makes, and the reason for the choice."""
+    """Return the choice that ``auto`` makes, and its reason."""
     if world.device.type != "cpu":
         return world.device.type == "cuda", f"auto: always so on {world.device.type}"
     before = config_section(read_state(start)[1], "run").get("compile") if start else None
@@ -53,22 +52,21 @@ def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -
     micro_steps = plan.accumulation * config.schedule.max_steps
     for tokens, repeats in ((plan.seq_len, 0), (_TIMED_TOKENS, _TIMED_REPEATS)):
         run_s = micro_steps * max(world.gather(measure_micro_step(config, plan, tokens, repeats)))
-        if run_s <= SHORTEST_COMPILED_CPU_RUN_S:  # one cold sequence takes longer than its share of a micro-batch
+        if run_s <= SHORTEST_COMPILED_CPU_RUN_S:  # the single pass is too long, never too short
             break
     pays_off = run_s > SHORTEST_COMPILED_CPU_RUN_S
     return pays_off, f"auto: the run takes {'' if pays_off else 'at most '}{run_s:,.0f} s uncompiled"
 
 
 def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: int) -> float:
-    """Measure how many seconds the forward and backward pass of one micro-batch takes on a CPU without compilation.
+    """Return the seconds of the forward and backward pass of one micro-batch on a CPU without compilation.
 
-    The function measures only some sequences of a micro-batch, and scales the shortest time to the size of the whole
-    micro-batch. The global random generator does not change.
+    The function measures a few sequences, and scales the shortest time to the whole micro-batch. The global random
+    generator does not change.
 
     Args:
         tokens: about how many tokens to run.
-        repeats: how often to repeat the measurement after the first time. If it is 0, the result is too long, because
-            the first time also includes preparations.
+        repeats: how often to repeat the first pass, which also includes preparations. With 0, the result is too long.
     """
     sequences = min(plan.micro_batch_size, max(1, tokens // plan.seq_len))
     compute = replicated_compute(_timed_model(config), config.run.precision, torch.device("cpu"))
@@ -88,7 +86,7 @@ def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: in
 def _timed_model(config: Config) -> GPT2:
     """Return a model that does the same computation as the run's model, with the memory of a single block.
 
-    All blocks share their weights, so the model fits into the memory of a rank that has only a shard of the real model.
+    All blocks share their weights, so the model fits on a rank that has only a shard of the real model.
     """
     model = build_model(config.model.model_copy(update={"n_layer": 1}), config.run.seed)
     (first,) = model.h

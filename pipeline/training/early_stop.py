@@ -5,11 +5,10 @@ from pipeline.config.schema import ScheduleConfig
 
 
 def early_stop_reason(schedule: ScheduleConfig, validation: ValidationHistory) -> str | None:
-    """Return the reason why the run must stop now. If the run continues, return None.
+    """Return the reason why the run must stop now, or None. The reason names the config key that stops the run.
 
-    The reason names the config key that stops the run. The result depends only on the config and on values that are
-    stored in checkpoints. Therefore, if the train command is started again after an early stop, the run does not
-    continue.
+    The result depends only on the config and on values in checkpoints. Therefore, a stopped run also stops when it is
+    started again.
     """
     if validation.best_loss is None:
         return None

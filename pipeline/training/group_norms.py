@@ -20,7 +20,7 @@ _BLOCK_GROUPS = {"ln_1": "attn", "attn": "attn", "ln_2": "mlp", "mlp": "mlp"}
 def layer_group(name: str) -> str:
     """Return the layer group of a parameter: ``embeddings``, ``ln_f``, or a group of a block, such as ``h.0.attn``.
 
-    A block has two groups, ``attn`` and ``mlp``. Each of them includes the LayerNorm before it.
+    A block has the groups ``attn`` and ``mlp``. Each group includes the LayerNorm before it.
 
     Args:
         name: the canonical name, such as ``h.0.attn.c_attn.weight``.
@@ -34,12 +34,11 @@ def layer_group(name: str) -> str:
 class GroupNorms:
     """Measures the norms of layer groups for one step.
 
-    Create an object just before the step, and call ``measure`` after it.
+    Create an object just before the step, and call ``measure`` after it. The object keeps a copy of this rank's weights
+    and first moments.
 
-    Each backend keeps its gradients in a different place. Therefore, this class does not read the gradients. It
-    computes them from AdamW's first moment or Muon's momentum, which every backend has. A step changes the moment to
-    ``beta * moment + (1 - beta) * gradient``, so the gradient follows from the moments before and after the step. The
-    object keeps a copy of this rank's weights and first moments in memory.
+    Each backend keeps its gradients in a different place. Therefore, this class computes them from AdamW's first moment
+    or Muon's momentum. A step changes the moment to ``beta * moment + (1 - beta) * gradient``.
     """
 
     def __init__(self, backend: Backend, config: OptimizerConfig, world: World) -> None:
@@ -52,17 +51,16 @@ class GroupNorms:
     def measure(self, grad_norm: float) -> dict[str, float]:
         """Return the norms of every layer group for the step. If the step was skipped, return an empty dict.
 
-        This call is collective: every rank must make it. It needs at most one all-reduce.
+        Every rank must make this call.
 
         Args:
             grad_norm: the global gradient norm, unscaled and before clipping. The gradient norms of the groups are
-                scaled so that the root of the sum of their squares equals this norm. Therefore, clipping and the loss
-                scale do not change the gradient norms of the groups.
+                scaled to match it, so they depend neither on clipping nor on the loss scale.
 
         Returns:
-            A dict with three keys per layer group, such as ``h.0.attn`` (see ``layer_group``):
-            ``layer_grad_norm/GROUP``, ``layer_weight_norm/GROUP`` (after the step) and ``layer_update_ratio/GROUP``.
-            The ratio is the norm of the change of the weights, divided by the norm of the weights before the step.
+            Three values per group, such as ``h.0.attn``: ``layer_grad_norm/GROUP``, ``layer_weight_norm/GROUP`` (after
+            the step) and ``layer_update_ratio/GROUP``. The ratio is the norm of the change, divided by the norm of the
+            weights before the step.
         """
         if not math.isfinite(grad_norm):
             return {}

@@ -1,7 +1,4 @@
-"""Set the weights of a new run, which starts at step 0.
-
-The weights are random, or those of another run or model (``checkpoint.init_from``).
-"""
+"""Set the weights of a new run: random weights, or those of another run or model (``checkpoint.init_from``)."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,15 +23,12 @@ _POSITIONS = "wpe.weight"
 def find_initial_weights(config: Config) -> Path | str | None:
     """Return the path or URL of the weights that a new run starts from, or None if ``checkpoint.init_from`` is null.
 
-    If ``checkpoint.init_from`` is the URL of a run, the result is the URL of its newest good checkpoint.
-
-    Call this function only on the main rank. It is slow, because it reads all files of a checkpoint to verify their
-    hashes.
+    For the URL of a run, the result is the URL of its newest good checkpoint. Call this function only on the main rank,
+    because it reads all files of a checkpoint to verify their hashes.
 
     Raises:
-        CheckpointError: the path contains no weights, the weights are damaged, or the weights have other shapes than
-            the model's parameters.
-        ConfigError: the config that is stored with the weights is not valid for this program.
+        CheckpointError: there are no weights, the weights are damaged, or their shapes do not fit the model.
+        ConfigError: the config that is stored with the weights is not valid.
     """
     if config.checkpoint.init_from is None:
         return None
@@ -46,12 +40,12 @@ def find_initial_weights(config: Config) -> Path | str | None:
 
 
 def write_initial_weights(place: Path | str | None, backend: Backend, seed: int) -> dict[str, Any] | None:
-    """Set the weights of a new run: to the weights at ``place``, or to random values if ``place`` is None.
+    """Set the weights of a new run to the weights at ``place``, or to random values if ``place`` is None.
 
-    This call is collective: every rank must make it.
+    Every rank must make this call.
 
     Returns:
-        The result of ``load_initial_weights``. None if the weights are random.
+        The result of ``load_initial_weights``, or None for random weights.
     """
     if place is not None:
         return load_initial_weights(place, backend)
@@ -62,7 +56,7 @@ def write_initial_weights(place: Path | str | None, backend: Backend, seed: int)
 def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
     """Copy weights into a backend, and log which settings of the two models differ.
 
-    This call is collective: every rank must make it. Each rank reads only the weights that it holds.
+    Each rank reads only the weights that it holds. Every rank must make this call.
 
     Returns:
         A dict with the path and the step of the weights.
@@ -86,13 +80,12 @@ def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
 
 
 def copy_positions(source: WeightSource, start: int, target: Tensor) -> None:
-    """Copy a range of the position embeddings of a stored model into ``target``. The context lengths may differ.
+    """Fill ``target`` with a range of the position embeddings of a stored model. The context lengths may differ.
 
     If this run's context is shorter, only the first rows are used. If it is longer, the r stored rows are repeated: row
-    i is a copy of row i mod r (Beltagy et al. 2020, section 5). Texts of at most r tokens keep their embeddings.
+    i is a copy of row i mod r (Beltagy et al. 2020, section 5).
 
     Args:
-        source: the weights of the stored model.
         start: the index of the range's first element in this run's flattened position embeddings.
         target: the tensor to fill, shape (n,).
     """
@@ -116,10 +109,9 @@ def _require_same_sizes(source: WeightSource, model: ModelConfig) -> None:
 
 
 def compare_sizes(keys: Sequence[str], stored: Mapping[str, Any], model: ModelConfig) -> tuple[str, str, str]:
-    """Return three texts for an error message about a stored model that has other sizes than this run's model.
+    """Return three texts for an error message: the stored sizes, this run's sizes, and overrides for the stored sizes.
 
-    The texts are the stored sizes, this run's sizes, and the overrides that set the stored sizes. An example is
-    ``n_layer 4``, ``n_layer 2`` and ``model.n_layer=4``.
+    An example is ``n_layer 4``, ``n_layer 2`` and ``model.n_layer=4``.
 
     Args:
         keys: the names of the sizes to compare.

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 #: Sent by schedulers, by Ctrl-C, by a terminal that closes, and by Slurm with --signal=USR1@120 before the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-#: torchrun forwards a Ctrl-C that the ranks have already received. A SIGINT after this time is a second Ctrl-C.
+#: torchrun forwards a Ctrl-C that the ranks have already received. A later SIGINT is a second Ctrl-C.
 _ONE_REQUEST_S = 1.0
 #: What the launchers do with a signal. They print errors of their own after the ranks' last lines.
 _LAUNCHER_NOTES = {
@@ -31,8 +31,7 @@ _LAUNCHER_NOTES = {
 class StopRequest:
     """Records the signals that ask a run to stop, and tells all ranks if any rank has received such a signal.
 
-    A separate thread receives the signals. Therefore, it can print a message at once, even while the main thread
-    compiles the model.
+    A separate thread answers a signal at once, even while the main thread compiles the model.
     """
 
     def __init__(self, world: World) -> None:
@@ -46,11 +45,10 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Return a context manager that records the signals that arrive inside its ``with`` block.
 
-        Inside the block, the signals do not end the process. Only a second Ctrl-C does.
+        Inside the block, only a second Ctrl-C ends the process.
 
-        If the block raises a ``RuntimeError``, a lost rank may be the cause. If a rank is lost, the launcher sends
-        SIGTERM to the remaining ranks. This signal must not end a rank before the rank has printed which rank is lost.
-        Therefore, after a ``RuntimeError``, signals do not end the process even when the block has ended.
+        After a ``RuntimeError``, signals do not end the process even after the block. A lost rank may have caused the
+        error. The launcher then sends SIGTERM, and this rank must first print which rank is lost.
         """
         thread = SignalThread(self._record)
         thread.start()
@@ -90,7 +88,7 @@ class StopRequest:
             os._exit(128 + signal.SIGINT)  # the main thread may not run again for minutes
 
     def _answer(self, number: signal.Signals) -> None:
-        """Say what happens next. One rank per node answers, because a terminal belongs to one node."""
+        """Print what happens next, on one rank per node, because a terminal belongs to one node."""
         if self._world.local_rank == 0:
             say = log.warning if self._world.is_main else _print  # other ranks log only errors
             again = "; press Ctrl-C again to stop now without saving" if number is signal.SIGINT else ""
@@ -101,7 +99,7 @@ class StopRequest:
     def agreed(self) -> signal.Signals | None:
         """Return a signal that any rank has received, or None. All ranks return the same signal.
 
-        This call is collective: every rank must make it.
+        Every rank must make this call.
         """
         number = self._world.max(self.received)
         self._is_agreed = bool(number)

@@ -1,7 +1,7 @@
 """Find the runs of a ladder that exist already, and compare their settings with those of the user's command.
 
-A ladder is one long run at a constant learning rate, and several branches. Each branch starts from a step of the long
-run. This step is called a *milestone*. In the branch, the learning rate decays.
+A ladder is one long run at a constant learning rate, and several branches, in which the learning rate decays. Each
+branch starts from a step of the long run, a *milestone*.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ _OF_NUMBERS = (
     "evaluation.max_batches",
 )
 _NOT_OF_NUMBERS = ("model.activation_checkpointing", "data.verify")
-#: The keys that a run with a constant learning rate does not use, and its length, which grows with new milestones.
+#: The long run does not use these keys, except its length, which grows with new milestones.
 _OF_DECAY = ("schedule.max_steps", "schedule.decay_steps", "schedule.decay_shape", "schedule.min_lr_ratio")
 
 
@@ -41,7 +41,7 @@ def has_step(run_folder: Path, step: int) -> bool:
 
 
 def check_long_run(run_folder: Path, config: Config) -> None:
-    """Raise ConfigError if the long run exists already and was trained with other settings than ``config``."""
+    """Raise ConfigError if the long run exists already with other settings than ``config``."""
     changes = [change for key, change in _changes(run_folder, config).items() if key not in _OF_DECAY]
     if changes:
         raise ConfigError(
@@ -51,9 +51,9 @@ def check_long_run(run_folder: Path, config: Config) -> None:
 
 
 def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
-    """Raise ConfigError if a ladder cannot start from the milestones, which are steps of the run in ``run_folder``.
+    """Raise ConfigError if the run has passed a milestone without keeping a checkpoint there.
 
-    The reason is that the run has passed a milestone, and has no checkpoint of this step.
+    A milestone is a step from which a branch of the ladder starts.
     """
     steps = [step_of(folder) for folder in list_checkpoints(run_folder)]
     for milestone in milestones:
@@ -67,13 +67,12 @@ def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
 def choose_branch_folder(out: Path, milestone: int, config: Config) -> Path:
     """Return the run folder for a branch. If the folder exists already, its run has the settings of ``config``.
 
-    An example of a name is ``decay-from-40-to-50``. If a branch with other settings uses this name, the next name is
-    ``decay-from-40-to-50-2``, and so on.
+    An example is ``decay-from-40-to-50``. If a branch with other settings uses this name, the next name is
+    ``decay-from-40-to-50-2``.
 
     Args:
         out: the parent folder of all branches.
         milestone: the step of the long run from which the branch starts.
-        config: the config of the branch.
     """
     name = f"decay-from-{milestone}-to-{config.schedule.max_steps}"
     folders = (out / (f"{name}-{number}" if number > 1 else name) for number in count(1))
@@ -81,9 +80,9 @@ def choose_branch_folder(out: Path, milestone: int, config: Config) -> Path:
 
 
 def _changes(run_folder: Path, config: Config) -> dict[str, str]:
-    """Return a text for each setting that a run was trained with and that determines its numbers, if it differs.
+    """Return a text for each setting that determines the numbers of a run and differs between the run and ``config``.
 
-    Returns an empty dict if the run has no checkpoints, because it then starts with ``config``.
+    If the run has no checkpoints, the result is empty.
     """
     for folder in reversed(list_checkpoints(run_folder)):
         with suppress(CheckpointError):  # a damaged checkpoint, which the run will skip, too

@@ -18,8 +18,7 @@ _LONGEST_GIT_S = 10.0  # git can be slow in a large repository on a network disk
 def describe_process() -> dict[str, Any]:
     """Return the time, command, host, launcher, versions of packages, and the git commit of the working folder.
 
-    If no launcher started this process, ``launcher`` is null. If the working folder is not in a git repository, ``git``
-    is null.
+    ``launcher`` is null without a launcher. ``git`` is null outside a git repository.
     """
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -35,7 +34,7 @@ def describe_process() -> dict[str, Any]:
 def describe_commit(folder: Path) -> dict[str, Any] | None:
     """Return the git commit of a folder, and whether tracked files differ from it (``dirty``).
 
-    Returns None if the folder is not in a repository, has no commit, or git is not installed.
+    Returns None without a repository, a commit, or git.
     """
     commit = _run_git(folder, "rev-parse", "HEAD")
     changes = _run_git(folder, "status", "--porcelain", "--untracked-files=no")

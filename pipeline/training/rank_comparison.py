@@ -17,19 +17,17 @@ log = logging.getLogger(__name__)
 _KINDS = ("compute", "data_wait", "collective_wait")
 #: The network is slow if every rank waits in collectives for more than this share of a step.
 _LONG_WAIT_SHARE = 0.5
-#: Measure the links again if all ranks wait this many times as long as before the last measurement.
+#: The links are measured again if all ranks wait this many times as long as at the last measurement.
 _NOTABLE_INCREASE = 2.0
 
 
 class RankComparison:
-    """Compares the step times of the ranks since the previous row of metrics.
-
-    Creating this object is collective: every rank must do it.
+    """Compares the step times of the ranks since the previous row of metrics. Every rank must create one.
 
     Args:
         clock: measures the steps of this rank.
-        slow_ratio: if a rank takes more than ``slow_ratio`` times as long as the other ranks, the main rank logs a
-            warning. If None, nothing is logged, and no links are measured.
+        slow_ratio: the main rank logs a warning if a rank takes more than this many times as long as the others. If
+            None, nothing is logged, and no links are measured.
     """
 
     def __init__(self, clock: StepClock, world: World, slow_ratio: float | None) -> None:
@@ -44,9 +42,9 @@ class RankComparison:
         self._measured_wait_s = 0.0  # the shortest wait when the links were measured
 
     def start(self) -> None:
-        """Start to collect the times of all ranks, with an all-reduce. Call ``read`` later to get the result.
+        """Start to collect the times of all ranks, which ``read`` uses later. Every rank must make this call.
 
-        This call does not wait for a GPU. It is collective: every rank must make it.
+        This call does not wait for a GPU.
         """
         if self._world.size == 1:
             return
@@ -56,7 +54,7 @@ class RankComparison:
         self._times = self._world.sum(copy_to(own, self._world.device))
 
     def read(self) -> dict[str, Any]:
-        """Compute metrics from the times that ``start`` has collected, and return them. If a rank is slow, log it.
+        """Return metrics from the times that ``start`` has collected. If a rank is slow, log it.
 
         Synchronize the device before this call. If there is only one rank, or if a rank has measured no step yet, the
         result is empty.
@@ -78,8 +76,8 @@ class RankComparison:
     def finds_slow_network(self) -> bool:
         """Return whether all ranks on several hosts have waited in collectives for most of the time.
 
-        This call uses the times of the last call of ``read``. All ranks have the same result. After ``log_links``, the
-        result is False until all ranks wait notably longer.
+        The result is for the last call of ``read``, and is the same on all ranks. After ``log_links``, the result is
+        False until all ranks wait notably longer.
         """
         if self._slow_ratio is None or len(set(self._hosts)) == 1:
             return False
@@ -87,7 +85,7 @@ class RankComparison:
         return self._shortest_wait_s > limit_s
 
     def log_links(self) -> None:
-        """Measure the links between the hosts, and log a slow one. This call is collective: every rank must make it."""
+        """Measure the links between the hosts, and log a slow one. Every rank must make this call."""
         self._measured_wait_s = self._shortest_wait_s
         links = measure_links(self._world, self._hosts)
         if self._world.is_main:
@@ -98,7 +96,7 @@ class RankComparison:
             )
 
     def _log(self, rank: int, ratio: float, times: list[float]) -> None:
-        """Log one line when a rank becomes slow. While the same rank stays slow, do not repeat the line."""
+        """Log one line when a rank becomes slow, but not again while this rank stays slow."""
         is_slow = self._slow_ratio is not None and ratio > self._slow_ratio
         if is_slow and rank != self._logged_rank:
             log.warning(

@@ -23,18 +23,18 @@ log = logging.getLogger(__name__)
 def fetch_remote_start(config: Config, world: World) -> None:
     """If the run must start from a checkpoint at a URL, download this checkpoint into the run folder.
 
-    There are two cases. If ``checkpoint.resume`` is ``auto``, the newest checkpoint at ``checkpoint.remote`` is
-    downloaded, provided that it is newer than all checkpoints in the run folder. If ``checkpoint.resume`` is a URL, the
-    checkpoint there is downloaded, unless the run folder has checkpoints already.
+    - If ``checkpoint.resume`` is ``auto``, the newest checkpoint at ``checkpoint.remote`` is downloaded. It must be
+      newer than those in the run folder.
+    - If ``checkpoint.resume`` is a URL, the checkpoint there is downloaded, unless the run folder has an undamaged one.
 
     Damaged checkpoints are skipped with a warning. If the run folder has an undamaged checkpoint, a failed download is
-    only logged. This call is collective: every rank must make it.
+    only logged. Every rank must make this call.
 
     Raises:
-        CheckpointError: ``checkpoint.remote`` belongs to another run. This error is also raised if the run folder has
-            no undamaged checkpoint, and the checkpoints at the URL cannot be downloaded or used.
-        DataError: ``checkpoint.resume`` is a URL, its server refuses or does not answer, and the run folder has no
-            undamaged checkpoint.
+        CheckpointError: ``checkpoint.remote`` belongs to another run. Or the run folder has no undamaged checkpoint,
+            and no checkpoint at the URL can be used.
+        DataError: the server of ``checkpoint.resume`` refuses or does not answer, and the run folder has no undamaged
+            checkpoint.
     """
     run_folder = Path(config.run.out_dir)
     candidates, is_needed = world.call_on_main(lambda: _find_candidates(config.checkpoint, run_folder))
@@ -68,7 +68,7 @@ def _find_candidates(options: CheckpointConfig, run_folder: Path) -> tuple[list[
 def _find_newer(url: str, resume: str, run_folder: Path, own: Path | None) -> list[RemoteCheckpoint]:
     """Return the checkpoints at ``checkpoint.remote`` that are newer than ``own``, the newest first.
 
-    Returns an empty list if ``resume`` does not ask for them.
+    If ``resume`` does not ask for them, the result is empty.
 
     Raises:
         CheckpointError: the URL belongs to another run, or the run cannot start without the checkpoints there.
@@ -101,7 +101,7 @@ def _find_newer(url: str, resume: str, run_folder: Path, own: Path | None) -> li
 
 
 def _without_abandoned(run_folder: Path, run: RemoteRun, steps: Iterable[int]) -> Iterator[int]:
-    """Yield the steps from which the run may continue. A warning is logged for each of the other steps."""
+    """Yield the steps from which the run may continue. Log a warning for each other step."""
     for step in steps:
         if is_abandoned(run_folder, run.url, step):
             log.warning("ignored %s: the run has continued from an earlier step", run.checkpoint_url(step))

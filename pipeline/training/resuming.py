@@ -55,14 +55,14 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     """Return the checkpoint from which to resume, or None to start from scratch.
 
     The caller must hold the lock of the run folder. The function deletes the incomplete folders of interrupted saves.
-    The run folder may contain checkpoints of later steps than the chosen checkpoint. The next start must not resume
-    from them, so the function renames them. If ``checkpoint.remote`` is set, such checkpoints may also exist at its
-    URL. The function records in the run folder that they must not be used.
+
+    The next start must not use checkpoints that are later than the chosen one. The function renames those in the run
+    folder. For those at ``checkpoint.remote``, it makes a note in the run folder.
 
     Raises:
-        CheckpointError: the checkpoint that the config names cannot be used, or the run folder contains another run.
-            This error is also raised if the data, the seed or the model differ from those of the checkpoint.
-        ConfigError: the config names a checkpoint of another run, and its step is at least ``schedule.max_steps``.
+        CheckpointError: the named checkpoint cannot be used, or the run folder contains another run, or the data, the
+            seed or the model differ from those of the checkpoint.
+        ConfigError: the named checkpoint belongs to another run, and its step leaves nothing to train.
     """
     run_folder = Path(config.run.out_dir)
     try:
@@ -107,7 +107,7 @@ def _find_start(run_folder: Path, resume: str) -> Path | None:
 
 
 def _find_downloaded_start(run_folder: Path, url: str) -> Path:
-    """Return this run's newest checkpoint, which ``fetch_remote_start`` has downloaded or the run has saved since."""
+    """Return this run's newest checkpoint, which was downloaded from the URL or saved since."""
     own = newest_good_checkpoint(run_folder)
     if own is None or not is_paired(run_folder, split_url(url)[0]):
         raise CheckpointError(
@@ -118,7 +118,7 @@ def _find_downloaded_start(run_folder: Path, url: str) -> Path:
 
 
 def _find_named_start(run_folder: Path, named: Path) -> Path:
-    """Return the named checkpoint, or this run's newest checkpoint if an earlier start used the named checkpoint."""
+    """Return the named checkpoint. If this run has started from it before, return this run's newest checkpoint."""
     own = newest_good_checkpoint(run_folder)
     if own and config_section(read_state(own)[1], "checkpoint").get("resume") == str(named):
         log.info("this run has started from %s before: it continues from its own newest checkpoint", named)
@@ -137,7 +137,7 @@ def _is_of_another_run(start: Path, config: Config) -> bool:
 
 
 def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
-    """Return a text that says why the run is complete, and how to train longer. If it is not complete, return None."""
+    """Return why the run is complete, and how to train longer. If it is not complete, return None."""
     if state.step >= schedule.max_steps:
         return (
             f"at step {state.step} of schedule.max_steps {schedule.max_steps}, nothing to train; raise "
@@ -149,11 +149,10 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 
 
 def describe_started_decay(start: Path, config: Config) -> str | None:
-    """Return a warning if a new run continues another run at a step inside the decay of the new run's schedule.
+    """Return a warning if a new run continues another run inside the decay of the new run's schedule.
 
-    The learning rate then usually jumps at the first step of the new run. If the new run has the schedule and the peak
-    learning rate of the other run, the learning rate does not jump, and the result is None. The result is also None if
-    the decay has not begun at this step, or if ``start`` is a checkpoint of the same run.
+    The learning rate then usually jumps. Returns None if both runs have the same schedule and peak learning rate,
+    because the rate then does not jump.
 
     Args:
         start: the checkpoint from which the new run continues.
@@ -175,7 +174,7 @@ def describe_started_decay(start: Path, config: Config) -> str | None:
 
 
 def _check_same_sizes(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
-    """Raise CheckpointError if the model of the checkpoint has other sizes than the model of the config."""
+    """Raise CheckpointError if the checkpoint's model has other sizes than the config's model."""
     stored = config_section(stored_config, "model")
     differing = [key for key in MODEL_SIZES if key in stored and stored[key] != getattr(config.model, key)]
     if differing:
@@ -200,7 +199,7 @@ def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, An
 def _check_same_run(
     config: Config, data_sha256: str, folder: Path, state: TrainingState, stored_config: dict[str, Any]
 ) -> None:
-    """Check that the config gives the model of the checkpoint, and the same data order if samples were consumed."""
+    """Raise CheckpointError if the model has changed, or the order of the data of a run that has consumed samples."""
     model = config_section(stored_config, "model")
     settings: list[tuple[str, Any, Any, str]] = [
         ("model.reset_positions_at", model.get("reset_positions_at"), config.model.reset_positions_at, "model")
@@ -235,7 +234,7 @@ def _start_from(folder: Path) -> str:
 def describe_changes(start: Path, config: Config) -> list[str]:
     """Return one text for each config key whose value differs from its value in the checkpoint ``start``.
 
-    An example of a text is ``optimizer.learning_rate 0.001 -> 0.0001``.
+    An example is ``optimizer.learning_rate 0.001 -> 0.0001``.
     """
     changes = changed_settings(read_state(start)[1], dump_config(config))
     return [f"{key} {change}" for key, change in changes.items() if key not in _KEYS_OF_A_START]
@@ -244,7 +243,7 @@ def describe_changes(start: Path, config: Config) -> list[str]:
 def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:
     """Return the training state from which the run starts. If ``start`` is a checkpoint, load it into the backend.
 
-    This call is collective: every rank must make it.
+    Every rank must make this call.
     """
     if start is None:
         state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
@@ -254,10 +253,7 @@ def load_start(start: Path | None, config: Config, data_sha256: str, backend: Ba
 
 
 def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingState:
-    """Load a checkpoint into the backend, log how fast it was read, and return its training state.
-
-    This call is collective: every rank must make it.
-    """
+    """Load a checkpoint into the backend, and return its training state. Every rank must make this call."""
     started = time.perf_counter()
     state = load_training_state(folder, backend, world.rank if world.size > 1 else None)
     world.barrier()

@@ -1,4 +1,4 @@
-"""Run stage 2: create the objects of a run in order (world, batch plan, data, model, backend, trainer), and train."""
+"""Run stage 2: build the world, batch plan, data, model, backend and trainer in this order, then train."""
 
 import logging
 from contextlib import ExitStack
@@ -51,14 +51,14 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> Trainer | None:
-    """Train to the last step of a run. Start from scratch or resume from a checkpoint.
+    """Train to the last step of a run, from scratch or from a checkpoint.
 
-    Returns the trainer, or None if the run is already complete. Keep a reference to the trainer until the process ends,
-    as ``launch.cli.run_command`` does. With several ranks, freeing the trainer earlier can hang.
+    Returns the trainer, or None if the run is already complete. Keep a reference to the trainer until the process ends.
+    With several ranks, freeing the trainer earlier can hang.
 
     Raises:
-        UserError: training did not start because the config, a dataset or a checkpoint cannot be used, or training
-            cannot continue (see ``Trainer.fit``).
+        UserError: the config, a dataset or a checkpoint cannot be used, or training cannot continue (see
+            ``Trainer.fit``).
         Interrupted: a signal asked the run to stop. A checkpoint was saved.
         LostRankError: another rank died or hangs.
     """
@@ -79,7 +79,7 @@ def train(config: Config) -> Trainer | None:
 
 
 def _build_trainer(config: Config, world: World, resources: ExitStack) -> Trainer | None:
-    """Build the data plan, run folder, model, backend and trainer. Returns None if the run is already complete.
+    """Build the trainer and everything that it needs. Returns None if the run is already complete.
 
     Args:
         resources: keeps the run folder's lock and the choice of the attention kernel until training has ended.
@@ -134,8 +134,8 @@ def open_run_folder(config: Config, resources: ExitStack) -> None:
     """Create and lock the run folder.
 
     Args:
-        resources: when this stack closes, it releases the lock. If the run could not start, the stack also removes the
-            folders that this function has created.
+        resources: when this stack closes, it releases the lock. If the run could not start, it also removes the new
+            folders.
     """
     folder = Path(config.run.out_dir)
     resources.enter_context(removed_if_unused(make_run_folder(folder)))
@@ -195,10 +195,7 @@ def _log_end(trainer: Trainer) -> None:
 
 
 def log_masks(trainer: Trainer) -> None:
-    """Log the percentage of targets that are scored, for each split with a loss mask.
-
-    If some samples have no scored target, log a warning.
-    """
+    """Log the share of scored targets of each split with a loss mask. Warn about samples without scored targets."""
     seq_len = trainer.config.seq_len
     for dataset, order in zip(trainer.loader.datasets, trainer.loader.orders, strict=True):
         for stream, windows in ((dataset.train, order.n), (dataset.validation, None)):
@@ -220,7 +217,7 @@ def log_masks(trainer: Trainer) -> None:
 
 
 def _log_data(trainer: Trainer) -> None:
-    """Log the sizes of each dataset and of its validation split, and the number of epochs on the dataset."""
+    """Log the size and the number of epochs of each dataset, and the size of its validation split."""
     loader, max_steps = trainer.loader, trainer.config.schedule.max_steps
     counts = loader.mixture.counts(max_steps * trainer.plan.samples_per_step)
     for dataset, order, share, count in zip(loader.datasets, loader.orders, loader.mixture.shares, counts, strict=True):

@@ -25,13 +25,11 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
-    Each row has ``elapsed_s``: the wall-clock seconds that the run has taken so far. If a run was interrupted and
-    resumed, its earlier processes count, too. The time between the processes does not count.
+    Each row has ``elapsed_s``: the wall-clock seconds that the run has taken so far. If an earlier process has written
+    rows for steps after ``resumed_step``, these rows are deleted.
 
-    If an earlier process has written rows for steps after ``resumed_step``, these rows are deleted.
-
-    Usually, a run gives the same results with every backend. Some keys of ``backend.deepspeed`` can change the results.
-    If the config sets some of these keys, each row contains a list of them.
+    Some keys of ``backend.deepspeed`` change the results compared with other backends. Each row lists those that the
+    config sets.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
@@ -56,15 +54,12 @@ class RunRecord:
     def elapsed_s(self) -> float:
         """Return how many seconds the run has taken so far, as wall-clock time.
 
-        If the run was resumed, the result includes the time of its earlier processes, but not the pauses between them.
+        After a resume, this includes earlier processes of the run, but not the pauses between them.
         """
         return round(time.perf_counter() - self._started, 3)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write one row. The row must have the key ``step``.
-
-        NaN and infinity are written as null, because JSON cannot contain them.
-        """
+        """Write one row. The row must have the key ``step``. NaN and infinity are written as null."""
         if self._sinks:
             row = _without_nan(row)
             row["elapsed_s"] = self.elapsed_s()
@@ -79,10 +74,7 @@ class RunRecord:
             sink.count_step(step)
 
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:
-        """Write one row for each finished save of a checkpoint.
-
-        A failed save is logged and counted, but raises no error, so the run continues.
-        """
+        """Write one row per finished save of a checkpoint. A failed save is only logged and counted."""
         for outcome in outcomes:
             if saved := outcome.saved:
                 log.info("%s, training paused %.3f s", saved, outcome.pause_s)
@@ -97,10 +89,9 @@ class RunRecord:
                     sink.settle(outcome.step)
 
     def write_uploads(self, outcomes: list[UploadOutcome]) -> None:
-        """Write one row for each finished upload of a checkpoint.
+        """Write one row per finished upload of a checkpoint.
 
-        A failed upload is counted, and does not stop the run. It is logged only if its reason differs from the reason
-        of the last failed upload.
+        A failed upload is counted. It is logged only if its reason differs from that of the last failed upload.
         """
         url = self.config.checkpoint.remote
         for outcome in outcomes:
@@ -124,7 +115,7 @@ class RunRecord:
             self.write({"step": outcome.step, **row})
 
     def rewind(self, step: int) -> None:
-        """Delete the rows of steps after ``step``, because the run has gone back to its checkpoint of ``step``."""
+        """Delete the rows of steps after ``step``, because the run has gone back to this step."""
         for sink in self._sinks:
             sink.rewind(step)
 
@@ -148,7 +139,7 @@ class RunRecord:
         self._sinks = []
 
     def _summarize_uploads(self) -> dict[str, int]:
-        """Log how many uploads succeeded and failed, and return the counts. Returns an empty dict without a URL."""
+        """Log and return how many uploads succeeded and failed. Without a URL, return an empty dict."""
         url = self.config.checkpoint.remote
         if url is None:
             return {}

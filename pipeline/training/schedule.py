@@ -11,13 +11,12 @@ CHART_COLUMNS = 50  # of the bar at the peak
 def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
     """Return the learning rate of the optimizer step that comes after ``step`` finished steps.
 
-    During the first ``warmup_steps`` steps, the rate rises linearly to its peak. The rate of the first step is above
-    zero. The rate then falls to a minimum, which is ``min_lr_ratio`` times the peak.
+    In the first ``warmup_steps`` steps, the rate rises linearly to its peak. The first step has a rate above zero.
+    Later, the rate falls to a minimum of ``min_lr_ratio`` times the peak.
 
-    With ``wsd``, the rate is already below the peak in the first step of the decay. In the last step of the run, the
-    rate is the minimum. With ``cosine`` and ``linear``, the rate is the peak in the first step of the decay, as in
-    Loshchilov and Hutter 2017. In the last step of the run, ``lr_at(max_steps - 1)``, the rate is slightly above the
-    minimum.
+    With ``wsd``, the first step of the decay is already below the peak, and the last step of the run is at the minimum.
+    With ``cosine`` and ``linear``, the first step of the decay is at the peak, and the last step is slightly above the
+    minimum (Loshchilov and Hutter 2017).
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
@@ -33,7 +32,7 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
 
 
 def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
-    """Return the share of the distance between floor and peak that is left after ``progress``, 0 to 1, of the decay."""
+    """Return the share of (peak - floor) that is left when ``progress``, from 0 to 1, of the decay is done."""
     shape = (schedule.decay_shape or "linear") if schedule.name == "wsd" else schedule.name
     if shape == "cosine":  # Loshchilov and Hutter 2017, without restarts
         return 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -43,11 +42,10 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
 
 
 def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
-    """Return the decay with which the next step updates the moving average of the weights.
+    """Return the decay with which the next step updates the moving average of the weights. Without one, return None.
 
-    At the beginning, the decay is smaller than ``averaging.ema``, so that the average soon forgets the initial weights.
-    The formula is that of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``. If the run keeps no average,
-    the result is None.
+    At the beginning, the decay is smaller, so that the average soon forgets the initial weights. The formula is that of
+    TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``.
 
     Args:
         step: the number of finished steps.
@@ -58,9 +56,8 @@ def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
 def format_schedule(config: Config) -> str:
     """Return a description of the schedule and a bar chart of the learning rate, as text.
 
-    The chart has one line for each of ``CHART_ROWS + 1`` equally spaced steps. Two further lines show the end of the
-    warm-up and the start of the decay. Each line contains the step, the number of tokens before it, and the learning
-    rate.
+    Each line of the chart contains a step, the number of tokens before it, and the learning rate. The steps are equally
+    spaced. Two further lines show the end of the warm-up and the start of the decay.
     """
     schedule = config.schedule
     spread = {schedule.max_steps * row // CHART_ROWS for row in range(CHART_ROWS + 1)}

@@ -1,4 +1,4 @@
-"""Check at the start of a run that the ranks on all hosts see the same run folder and the same data."""
+"""Check that the ranks on all hosts see the same run folder and the same data."""
 
 import socket
 import time
@@ -27,10 +27,9 @@ class View:
 
 
 def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> None:
-    """Raise ConfigError if the run folder or the data that a rank sees differs from what rank 0 sees.
+    """Raise ConfigError if a rank sees another run folder or other data than rank 0.
 
-    To compare the run folders, rank 0 writes a file into its run folder, and every rank looks for the file. To compare
-    the data, the ranks exchange ``data_sha256``. This call is collective: every rank must make it.
+    Rank 0 writes a file into its run folder, and every rank looks for the file. Every rank must make this call.
     """
     if world.size == 1:
         return
@@ -46,10 +45,7 @@ def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> No
 
 
 def find_difference(views: Sequence[View]) -> str | None:
-    """Return a message about the first rank that does not see the run folder or the data of rank 0.
-
-    If all ranks see the run folder and the data of rank 0, the result is None.
-    """
+    """Return a message about the first rank that sees another run folder or other data than rank 0, or None."""
     main = views[0]
     for rank, view in enumerate(views):
         if not view.has_token:

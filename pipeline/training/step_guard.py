@@ -1,8 +1,4 @@
-"""Judge whether finished steps were good, were skipped, or were spikes. Stop the run after too many bad steps.
-
-A step is skipped if its gradients are not finite. A step is a spike if its loss or its gradient norm is much higher
-than in the steps before it.
-"""
+"""Judge whether finished steps were good, were skipped, or were spikes. Stop the run after too many bad steps."""
 
 import logging
 import math
@@ -47,7 +43,7 @@ class TrainedStep:
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """The values from which ``StepGuard`` judges a step. They are the same on every rank."""
+    """The values from which ``StepGuard`` judges a step, the same on every rank."""
 
     step: int
     first_sample: int
@@ -67,8 +63,7 @@ class StepGuard:
     """Judges each step of a run: the step is good, was skipped, or is a spike.
 
     A step is skipped if its gradients are not finite. A step is a spike if its loss or its gradient norm is much higher
-    than in the steps before it. The steps are judged in order, each after the device has finished it. All ranks reach
-    the same verdicts.
+    than in the steps before it. The steps are judged in order. All ranks reach the same verdicts.
     """
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
@@ -82,10 +77,7 @@ class StepGuard:
         self._queue.append(trained)
 
     def judge_queued(self, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
-        """Judge the steps in the queue, oldest first. Yield each step with its verdict.
-
-        The newest ``leave`` steps stay in the queue.
-        """
+        """Judge the queued steps except the newest ``leave`` steps. Yield each step with its verdict, oldest first."""
         while len(self._queue) > leave:
             queued = self._queue.popleft()
             loss = None if self.config.spike_zscore is None else queued.loss.read()
@@ -105,8 +97,8 @@ class StepGuard:
         """Judge a finished step, update the state of the guard, and return the verdict.
 
         Raises:
-            TrainingError: too many steps in a row were skipped, or the step is a spike and the run has already been
-                rolled back ``guard.max_rollbacks`` times.
+            TrainingError: too many steps in a row were skipped, or a step is a spike after ``guard.max_rollbacks``
+                rollbacks.
         """
         if not finished.scored_targets:
             self._count_without_targets(finished)
@@ -130,13 +122,12 @@ class StepGuard:
         return Verdict.GOOD
 
     def after_rollback(self, stored: GuardState, spike: FinishedStep) -> None:
-        """Restore the state of the guard. Call this after the run went back to a checkpoint because of a spike.
+        """Restore the state of the guard, after a spike has made the run go back to a checkpoint.
 
         From now on, ``next_sample`` leaves out the samples of the spike.
 
         Args:
             stored: the state of the guard in the checkpoint.
-            spike: the step that was a spike.
         """
         self._queue.clear()
         self.state = replace(
@@ -148,8 +139,8 @@ class StepGuard:
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
         """Return the index of the first sample of the next step. Samples are numbered in the order of training.
 
-        Usually, the result is ``consumed``. If a step that begins at ``consumed`` would contain samples of an earlier
-        spike, the result is the index of the first sample after them.
+        Usually, the result is ``consumed``. If the step would contain samples of an earlier spike, it starts after
+        them.
 
         Args:
             consumed: the index of the first sample after the previous step.
@@ -167,10 +158,7 @@ class StepGuard:
             log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
 
     def log_steps_without_targets(self) -> None:
-        """Log a warning with the number of steps that had no scored target since this process started.
-
-        If there are no such steps, nothing is logged.
-        """
+        """Log a warning if this process had steps without a scored target, with the number of these steps."""
         if count := self._steps_without_targets:
             log.warning("steps without a scored target since this start: %d; their loss is null", count)
 
@@ -187,7 +175,7 @@ class StepGuard:
             )
 
     def _describe_spike(self, finished: FinishedStep) -> str | None:
-        """Return the reason why a step is a spike. Returns None if it is not a spike or the window is not full yet."""
+        """Return why a step is a spike. Returns None if it is not a spike or the window is not full yet."""
         threshold = self.config.spike_zscore
         assert threshold is not None and finished.loss is not None
         if len(self.state.recent) < self.config.spike_window:
@@ -201,10 +189,7 @@ class StepGuard:
 
 
 def z_score(value: float, window: tuple[float, ...]) -> float:
-    """Return by how many standard deviations ``value`` is above the mean of ``window``.
-
-    If ``value`` is NaN, the result is NaN.
-    """
+    """Return by how many standard deviations ``value`` is above the mean of ``window``. NaN gives NaN."""
     mean = statistics.fmean(window)
     spread = max(statistics.pstdev(window, mean), abs(mean) * _LEAST_RELATIVE_SPREAD)
     return (value - mean) / spread if spread else math.inf if value > mean else 0.0

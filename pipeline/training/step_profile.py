@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 log = logging.getLogger(__name__)
 
 PROFILE_FOLDER, TRACE_FILE, TABLE_FILE = "profile", "trace.json", "top_kernels.txt"
-#: Steps before the profile. They include compilation, the first allocations and the profiler's own warm-up step.
+#: Steps before the profile, for compilation, first allocations and the profiler's warm-up.
 SETTLING_STEPS = 5
 _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
 
@@ -21,8 +21,7 @@ _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
 class StepProfile:
     """Profiles ``steps`` training steps on the CPU and on the device. If ``steps`` is 0, it does nothing.
 
-    It writes a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table to the folder ``profile/`` in the run
-    folder.
+    It writes a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table to ``profile/`` in the run folder.
     """
 
     def __init__(self, run_folder: Path, device: torch.device, steps: int) -> None:
@@ -48,7 +47,7 @@ class StepProfile:
             log.warning("no profile was written: it begins after %d steps, and the run ended earlier", SETTLING_STEPS)
 
     def count_step(self) -> None:
-        """Count an optimizer step. Call this method each time an optimizer step was queued on the device."""
+        """Count an optimizer step that was queued on the device."""
         if self._profiler:
             self._profiler.step()
 
@@ -72,8 +71,7 @@ class StepProfile:
     def _is_work(self, row: Any) -> bool:
         """Return whether a row is a kernel (on a GPU) or an operator (on a CPU).
 
-        On a GPU, the operator that launched a kernel and the annotations around this operator include the kernel's
-        time, so counting them would count the time twice.
+        On a GPU, operators and annotations include the time of their kernels, which must not count twice.
         """
         on_gpu = row.device_type == DeviceType.CUDA
         return on_gpu == (self._device.type == "cuda") and not row.is_user_annotation

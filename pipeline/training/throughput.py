@@ -18,11 +18,11 @@ _NOTABLE_INCREASE = 1.05
 def measure_ceiling(world: World, config: Config, tokens: int, seconds: float = CEILING_SECONDS) -> float:
     """Measure the FLOP/s that all ranks together reach in matrix products with the run's dtype.
 
-    This call is collective: every rank must make it.
+    Every rank must make this call.
 
     Args:
-        tokens: the number of tokens in a micro-batch. On a CPU, the products of the linear layers with this number of
-            tokens are measured, too.
+        tokens: the number of tokens in a micro-batch. On a CPU, the linear layers' products of this size are measured,
+            too.
         seconds: about how long the measurement takes.
     """
     shapes = layer_products(config.model, tokens)
@@ -36,9 +36,8 @@ class ThroughputMeter:
     Args:
         tokens_per_step: the number of tokens of a step on all ranks together.
         flops_per_token: the FLOPs of a forward and backward pass per token.
-        ceiling_flops: the FLOP/s that all ranks together reach in matrix products, as measured at the start. If other
-            programs use the machine, a measurement is too low. Therefore, the meter uses the highest one so far (see
-            ``raise_ceiling``).
+        ceiling_flops: the measured FLOP/s of all ranks together in matrix products. Other programs on the machine lower
+            a measurement, so the highest one counts.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, ceiling_flops: float) -> None:
@@ -48,7 +47,7 @@ class ThroughputMeter:
         self.restart()
 
     def raise_ceiling(self, flops: float) -> None:
-        """Add a new measurement of ``ceiling_flops``. If it is higher than all earlier ones, it is used from now on."""
+        """Add a new measurement of ``ceiling_flops``. It is used only if it is the highest one so far."""
         if flops > _NOTABLE_INCREASE * self.ceiling_flops:
             log.info("ceiling   %.3g FLOP/s, measured again (%.3g before)", flops, self.ceiling_flops)
         self.ceiling_flops = max(self.ceiling_flops, flops)
@@ -58,14 +57,11 @@ class ThroughputMeter:
         self._started, self._steps, self._waited_s = time.perf_counter(), 0, 0.0
 
     def count_step(self) -> None:
-        """Count an optimizer step. Call this method each time an optimizer step was queued on the device."""
+        """Count an optimizer step that was queued on the device."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return metrics such as ``tokens_per_s``, measured since the last call of ``read``.
-
-        Synchronize the device before this call.
-        """
+        """Return metrics such as ``tokens_per_s`` since the last call. Synchronize the device before this call."""
         now = time.perf_counter()
         seconds = (now - self._started) / self._steps
         tokens_per_s = self.tokens_per_step / seconds

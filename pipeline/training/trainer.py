@@ -52,8 +52,7 @@ CHECK_SECONDS = 0.2  # to measure the ceiling again at an evaluation
 class Trainer:
     """Trains a model from a given state to step ``schedule.max_steps``.
 
-    The trainer runs the loop: micro-batches, learning rate, logging, evaluation and checkpoints. The backend
-    distributes the computation over the ranks. :func:`pipeline.training.run.train` creates a trainer from a config.
+    :func:`pipeline.training.run.train` creates a trainer from a config.
 
     Args:
         state: the progress of the run. It must belong to the weights and the optimizer state in the backend.
@@ -109,12 +108,11 @@ class Trainer:
         self.results: dict[str, float] = {}  # the latest loss and validation loss
 
     def fit(self) -> None:
-        """Train until the last step or an early stop. Evaluate and save checkpoints during training and at the end.
+        """Train until the last step or an early stop, with evaluations and checkpoints.
 
         Raises:
             TrainingError: too many steps were skipped or were spikes.
-            CheckpointError: the last checkpoint could not be written. If an earlier checkpoint could not be written,
-                this is only logged.
+            CheckpointError: the last checkpoint could not be written. Failures of earlier checkpoints are only logged.
             Interrupted: a signal asked the run to stop. A checkpoint was saved.
         """
         ended = "failed"
@@ -186,13 +184,13 @@ class Trainer:
             self.record.write_uploads(self.mirror.poll())
 
     def _finish_uploads(self) -> None:
-        """Wait for the upload of the last checkpoint, and record the outcome unless the record is closed."""
+        """Wait for the upload of the last checkpoint, and record its outcome."""
         if self.mirror:
             self._reach_rare("the upload of the last checkpoint")
             self.record.write_uploads(self.mirror.finish(self.world.progress.move))
 
     def _record_start(self) -> None:
-        """Record the backend and hardware of this start of the run, which may differ from those of earlier starts."""
+        """Record the backend and hardware of this start, which may differ from those of earlier starts."""
         started = {
             "backend": self.backend.describe(),
             "world_size": self.world.size,
@@ -219,7 +217,7 @@ class Trainer:
         return self.config.checkpoint.keep_best and is_best or self._early_stop_reason() is not None
 
     def _reach_rare(self, phase: str) -> None:
-        """Tell the heartbeat that a phase begins that can wait for a disk, and whose time says nothing about steps."""
+        """Tell the heartbeat that a rare phase begins, such as a save, which can take minutes."""
         self.world.progress.reach(phase, is_patient=True, repeats=False)
 
     def _reach_of_step(self, phase: str) -> None:
@@ -230,11 +228,7 @@ class Trainer:
         self._reach_of_step(f"step {self.state.step + 1}, {activity}")
 
     def train_step(self) -> TrainedStep:
-        """Queue one optimizer step on the device.
-
-        The call does not wait for the device. When it returns, the device may not have computed the loss and the
-        gradient norm of the step yet.
-        """
+        """Queue one optimizer step on the device, without waiting for its result."""
         self.heartbeat_file.enter("training", self.state.step)
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
         self._reach_in_step("waiting for data")
@@ -259,7 +253,7 @@ class Trainer:
         return trained
 
     def _update(self, learning_rate: float) -> LateValue:
-        """Update the weights and return the gradient norm. If this step is due, measure the norms of layer groups."""
+        """Update the weights and return the gradient norm. If they are due, measure the norms of layer groups."""
         self._layer_norms = {}
         ema_decay = ema_decay_at(self.state.step, self.config.averaging)
         every_steps = self.config.logging.norms_every_steps
@@ -278,8 +272,7 @@ class Trainer:
         The sum over the ranks starts here. If it started when the loss is read, it would run after all queued steps.
 
         Returns:
-            The mean loss of the global batch, NaN if no target is scored; and the number of scored targets of the
-            global batch.
+            The mean loss of the global batch (NaN if no target is scored), and its number of scored targets.
         """
         scored_targets = self._count_scored_targets(micro_batches)
         # A step without scored targets has gradients of zero.
@@ -289,7 +282,7 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(micro_batches):
             self._reach_in_step(f"micro-batch {i + 1} of {len(micro_batches)}")
-            if self.config.model.dropout:  # dropout is the same after resuming, on any backend and at any world size
+            if self.config.model.dropout:  # so that resuming, backend and world size do not change it
                 torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
             tokens, targets = micro_batch.to(self.world.device)
             loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
@@ -300,7 +293,7 @@ class Trainer:
         if not self.loader.has_mask:
             return self.plan.tokens_per_step
         local = sum(micro_batch.scored_targets for micro_batch in micro_batches)
-        # torch.tensor would copy the number from host memory, and the copy would wait for a GPU.
+        # torch.tensor would copy from host memory and wait for a GPU.
         return self.world.sum(torch.full((), local, dtype=torch.int64, device=self.world.device))
 
     def _advance(self, first_sample: int) -> None:
@@ -317,8 +310,8 @@ class Trainer:
     def _judge_finished_steps(self, *, judge_all: bool) -> Iterator[FinishedStep]:
         """Judge the steps that the device has finished, and yield the steps that spiked.
 
-        Reading the newest step would wait for a GPU. Therefore the next call judges this step, unless ``judge_all`` is
-        True.
+        On a GPU, the newest step waits for the next call, unless ``judge_all`` is True. Reading it would wait for the
+        GPU.
         """
         leave = 1 if self.world.device.type == "cuda" and not judge_all else 0
         for finished, verdict in self.guard.judge_queued(leave=leave):
@@ -333,7 +326,7 @@ class Trainer:
     def _roll_back(self, spike: FinishedStep) -> bool:
         """Load the newest good checkpoint and skip the samples of a spike. Returns False if there is no checkpoint.
 
-        This call is collective: every rank must make it.
+        Every rank must make this call.
         """
         self._reach_rare(f"rollback after step {self.state.step}")
         self.record.write_saves(self.saver.wait())
@@ -354,7 +347,7 @@ class Trainer:
         return True
 
     def log_step(self, trained: TrainedStep) -> None:
-        """Write a row of metrics about a step. This call waits until the device has finished the step."""
+        """Write a row of metrics about a step, after the device has finished the step."""
         self._reach_of_step(f"the log of step {trained.step}")
         self.rank_comparison.start()
         loss = trained.loss.read()
@@ -383,10 +376,7 @@ class Trainer:
                 self.rank_comparison.log_links()
 
     def _mean_recent_loss(self) -> float | None:
-        """Return the mean loss of the steps since the previous call, without losses that are not finite.
-
-        Returns None if there is no such loss.
-        """
+        """Return the mean of the finite losses since the previous call, or None if there is none."""
         losses = [loss for late in self._recent_losses if math.isfinite(loss := late.read())]
         self._recent_losses.clear()
         return statistics.fmean(losses) if losses else None
@@ -394,7 +384,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure the validation loss and the evaluation tasks, and generate a completion.
 
-        This call is collective: every rank must make it.
+        Every rank must make this call.
         """
         self.heartbeat_file.enter("evaluating", self.state.step)
         self.world.progress.reach(f"evaluation after step {self.state.step}", is_patient=not self._has_evaluated)
@@ -421,16 +411,16 @@ class Trainer:
         self._has_evaluated = True
 
     def _check_ceiling(self) -> None:
-        """Measure the ceiling of MFU again during the run, because another program may have disturbed it before."""
+        """Measure the ceiling of MFU again, because another program may have disturbed it before."""
         if 0 < self.state.step < self.config.schedule.max_steps:
             tokens = self.plan.micro_batch_size * self.plan.seq_len
             with self.peak_memory.ignored():
                 self.throughput.raise_ceiling(measure_ceiling(self.world, self.config, tokens, CHECK_SECONDS))
 
     def save(self) -> None:
-        """Save a checkpoint of the current state. This call copies the state, and a thread writes the copy.
+        """Save a checkpoint. This call copies the state, and a thread writes the copy.
 
-        This call is collective: every rank must make it.
+        Every rank must make this call.
         """
         self.heartbeat_file.enter("saving", self.state.step)
         self._reach_rare(f"save of step {self.state.step}")
@@ -447,5 +437,5 @@ def _create_mirror(config: Config, world: World) -> Mirror | None:
     folder = Path(config.run.out_dir)
     mirror = Mirror(options.remote, folder, world, keep_last=options.keep_last, timeout_s=options.remote_timeout_s)
     mirror.start()
-    mirror.request()  # if the run has gone back, later checkpoints at the URL must not wait for the next save
+    mirror.request()  # after a rollback, later checkpoints at the URL are removed at once
     return mirror
