@@ -1,4 +1,4 @@
-"""Define the base class of all errors that users can correct, and the error for unusable data."""
+"""Define the errors that users can correct, and context managers and texts for their messages."""
 
 import os
 import shlex
@@ -14,7 +14,7 @@ _LONGEST_NAME = 40
 class UserError(Exception):
     """A mistake or a problem that the user can correct.
 
-    The message is one line: what is wrong, where, and what would be right. A command prints the message and exits with
+    The message is one line: what is wrong, where, and what would be right. A command prints it and exits with
     ``exit_status``. Any other exception is a bug in this project.
     """
 
@@ -44,7 +44,7 @@ def list_names(names: Iterable[object]) -> str:
 def install_command(extra: str = "") -> str:
     """Return the shell command that installs this project, for an error message about a missing package.
 
-    The command installs the checkout if there is one, otherwise the published package. It works in any folder.
+    The command installs the checkout if there is one, otherwise the published package.
 
     Args:
         extra: the optional dependencies to install, as named in ``pyproject.toml``.

@@ -21,7 +21,7 @@ def available_cores() -> int:
 def lock_bars_among_threads() -> None:
     """Make tqdm's progress bars use a lock for threads only.
 
-    tqdm's default is a semaphore. When a worker or rank ends abruptly, Python would print a warning about it.
+    tqdm's default is a semaphore. If a process ends abruptly, Python prints a warning about the semaphore.
     """
     tqdm.set_lock(threading.RLock())
 
@@ -39,10 +39,9 @@ def map_threads(
     item has failed, ``report`` raises an error to end ``work`` early.
 
     Args:
-        items: the items, in the order in which they are started.
         workers: the largest number of threads. None means one per core.
-        advance: receives each reported number of bytes, from one thread at a time. The first call, with 0, is made
-            before the work begins.
+        advance: receives each reported number of bytes, from one thread at a time. It first receives 0 before the work
+            begins.
 
     Raises:
         BaseException: the error of the first item in ``items`` that failed. Unfinished items are abandoned.

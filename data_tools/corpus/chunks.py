@@ -37,7 +37,6 @@ class Chunk:
 
     Attributes:
         index: the position of the chunk in the source. The names of its shards contain this number.
-        slices: the slices of the source in the chunk.
         limit_documents: encode only this number of documents. Empty documents do not count.
     """
 
@@ -62,7 +61,10 @@ class Chunk:
 
     @property
     def repeated_file(self) -> str:
-        """Return the name of a file with the positions of the repeated documents, int64 of shape (repeated,)."""
+        """Return the name of a file with the positions of repeated documents, int64 of shape (repeated,).
+
+        A document is repeated if an equal document comes before it in the source.
+        """
         return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 
     def __str__(self) -> str:
@@ -79,13 +81,13 @@ class ChunkRecord:
     """The results of a finished chunk.
 
     Attributes:
-        shards: the records of the chunk's shards, grouped by split.
+        shards: the records of the shards, grouped by split.
         lengths: entry k is the number of documents with 2**k to 2**(k+1) - 1 tokens.
-        repeated: the number of documents left out because an equal document comes before them in the source.
+        repeated: the number of documents left out because an equal document comes before them.
         checked: the number of documents whose tokens were compared with tiktoken's.
-        is_divided: whether the chunk's only document was divided between the splits.
-        bad_rows: the number of skipped rows that cannot be read.
-        bad_places: the messages about the first ``REPORTED_BAD_ROWS`` of these rows.
+        is_divided: whether the only document was divided between the splits.
+        bad_rows: the number of rows left out because they cannot be read.
+        bad_places: where the first ``REPORTED_BAD_ROWS`` of these rows are, and what is wrong.
         empty: the number of empty documents, which are left out.
     """
 
@@ -110,11 +112,7 @@ class ChunkRecord:
 
     @classmethod
     def from_bytes(cls, content: bytes, place: str) -> ChunkRecord:
-        """Return a record from the JSON text of ``to_bytes``. ``place`` names the file, for error messages.
-
-        Raises:
-            DataError: ``content`` is not a valid record.
-        """
+        """Return a record from the JSON text of ``to_bytes``. ``place`` names the file, for error messages."""
         try:
             return _RECORD.validate_json(content)
         except ValidationError as error:
@@ -125,7 +123,7 @@ _RECORD = TypeAdapter(ChunkRecord)
 
 
 class SkippedRows:
-    """Counts empty documents and rows that cannot be read. Keeps messages about the first bad rows."""
+    """Counts empty documents and rows that cannot be read. Keeps messages about the first of these rows."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -133,7 +131,7 @@ class SkippedRows:
         self.places: list[str] = []
 
     def add(self, error: BadRowError) -> None:
-        """Count a bad row. Keep the messages of the first ``REPORTED_BAD_ROWS`` errors."""
+        """Count a row that cannot be read. Keep the first ``REPORTED_BAD_ROWS`` messages."""
         self.count += 1
         if len(self.places) < REPORTED_BAD_ROWS:
             self.places.append(str(error).encode(errors="backslashreplace").decode())
@@ -145,13 +143,7 @@ class SkippedRows:
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Divide a source into chunks.
-
-    If the request has a limit, the documents up to the limit are read.
-
-    Raises:
-        DataError: the source cannot be read.
-    """
+    """Divide a source into chunks. If the request has a limit, read the documents up to the limit."""
     text_bytes = source.text_bytes()
     chunk_bytes = _chunk_bytes(text_bytes, request)
     slices = source.slices(chunk_bytes)
@@ -187,10 +179,10 @@ def documents_of(
     """Yield the non-empty documents of a chunk, in the order of the source.
 
     Args:
-        skipped: counts empty documents and bad rows.
+        skipped: counts empty documents and rows that cannot be read.
 
     Raises:
-        DataError: a file cannot be read, or there is a bad row and ``on_bad_rows`` is ``stop``.
+        DataError: a row cannot be read, and ``on_bad_rows`` is ``stop``.
     """
     skipped = SkippedRows() if skipped is None else skipped
     on_bad_row = stop_at_bad_row if request.on_bad_rows == "stop" else skipped.add

@@ -15,7 +15,7 @@ _DOCUMENTS_AT_A_TIME = 4 << 20
 
 
 def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
-    """Write the positions of the repeated documents of each chunk to ``chunk.repeated_file``.
+    """Write the positions of each chunk's repeated documents to ``chunk.repeated_file``.
 
     Every chunk must have a ``fingerprints_file``.
     """
@@ -34,7 +34,7 @@ def write_repeated(folder: Folder, chunks: Sequence[Chunk]) -> None:
 def _find_repeated(fingerprints: npt.NDArray[np.uint64]) -> CountArray:
     """Return the positions of rows that equal an earlier row, in ascending order.
 
-    Rows are sorted in groups, which limits memory. Equal rows are always in the same group.
+    To limit memory, rows are sorted in groups. Equal rows are in the same group.
     """
     groups = 1 + len(fingerprints) // _DOCUMENTS_AT_A_TIME
     group_of = fingerprints[:, 0] % np.uint64(groups)

@@ -37,11 +37,10 @@ def run_chunks(
     Closing the generator stops the work.
 
     Args:
-        work: processes one chunk and returns its result.
         on_report: receives the progress that ``work`` reports.
 
     Raises:
-        DataError: a chunk cannot be processed, or several workers died at the same chunk.
+        DataError: ``work`` raised it, or several workers died at the same chunk.
     """
     if job.request.engine == "ray":
         yield from _run_on_ray(work, job, chunks, on_report)
@@ -64,7 +63,7 @@ def workers_of(request: TokenizeRequest) -> int:
 def _run_on_ray(
     work: ChunkWork[Result], job: Job, chunks: Sequence[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Process each chunk as a Ray task on one core. Ray repeats a task if its worker or machine dies."""
+    """Process each chunk as a Ray task on one core. Ray repeats a task if its worker dies."""
     with _ray_cluster(job.request) as ray:
 
         def run_chunk(chunk: Chunk) -> tuple[Result | None, DataError | None]:
@@ -118,7 +117,7 @@ def _ray_cluster(request: TokenizeRequest) -> Iterator[Any]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise DataError if no server listens at the address. Without this check, Ray would retry for minutes."""
+    """Raise DataError if no server listens at the address. Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         return  # for example "auto", for which Ray finds the address

@@ -36,12 +36,12 @@ class Estimate:
 
     @property
     def tokens(self) -> int | None:
-        """Return the estimated number of tokens, or None if ``text_bytes`` is None."""
+        """Return the estimated number of tokens, or None if unknown."""
         return None if self.text_bytes is None else int(self.text_bytes / self.bytes_per_token)
 
     @property
     def shard_bytes(self) -> int | None:
-        """Return the estimated size of all shards, or None if ``text_bytes`` is None."""
+        """Return the estimated size of all shards, or None if unknown."""
         return None if self.tokens is None else self.tokens * _TOKEN_BYTES
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
     """Estimate the work for a request. Encode the first documents to measure the bytes per token.
 
     Raises:
-        DataError: the first documents cannot be read, or no document has text.
+        DataError: no document has text.
     """
     text_bytes = tokens = 0
     skipped = SkippedRows()

@@ -49,7 +49,7 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
     """Return the manifest of an output folder, or None if the folder is not complete.
 
     Raises:
-        DataError: a request with another identity wrote the folder, or a shard is missing or damaged.
+        DataError: a request with another identity wrote the folder, or a shard is damaged.
     """
     folder = open_folder(out)
     if folder.size(MANIFEST_NAME) is None:
@@ -69,7 +69,7 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
 
 
 class OutputFolder:
-    """The output folder of a request that is not complete. Use ``open_output`` to get an instance.
+    """The output folder of an unfinished request. Use ``open_output`` to get an instance.
 
     Attributes:
         chunks: all chunks of the request. Empty before ``plan`` is called.
@@ -94,11 +94,10 @@ class OutputFolder:
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
         """Set ``chunks`` and ``finished``. Call this method before any chunk is encoded.
 
-        If the folder has a plan, this plan is loaded. Otherwise, a new plan with the chunks of ``make_plan`` is
-        written.
+        If the folder has a plan, load it. Otherwise, write a plan with the chunks of ``make_plan``.
 
         Raises:
-            DataError: the folder belongs to another request, the plan is damaged, or the folder is not writable.
+            DataError: the folder belongs to another request.
         """
         if self.folder.size(PLAN_NAME) is None:
             self.chunks = make_plan()
@@ -126,11 +125,11 @@ class OutputFolder:
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
         """Write the manifest and return it. Remove the plan and the records.
 
-        If processes share the folder, each of them calls this method after its work. Only the last call writes the
-        manifest. The earlier calls return None.
+        Processes that share the folder all call this method after their work. Only the last call writes the manifest.
+        The earlier calls return None.
 
         Raises:
-            DataError: the source has no document with text, or the folder is not writable.
+            DataError: the source has no document with text.
         """
         if self._shared:
             if self._lock is not None and not self._lock.make_exclusive():
@@ -165,8 +164,8 @@ class OutputFolder:
     def abandon(self) -> None:
         """Remove the files of unfinished chunks, so that the same request can continue later.
 
-        If no chunk is finished, the plan is removed, too. If other processes use the folder or ``plan`` failed, nothing
-        is removed.
+        If no chunk is finished, remove the plan, too. If other processes use the folder or ``plan`` failed, remove
+        nothing.
         """
         if not self._is_planned:  # the folder may belong to another request
             return
@@ -203,7 +202,7 @@ def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> I
         shared: whether other processes write to the folder at the same time.
 
     Raises:
-        DataError: the folder contains files of other programs, is in use, or is not writable.
+        DataError: the folder is in use, or contains files but no output of a request.
     """
     folder = open_folder(out)
     path = folder.path if isinstance(folder, LocalFolder) else None

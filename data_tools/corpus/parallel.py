@@ -51,8 +51,8 @@ def unordered_map(
 ) -> Generator[Result, None, None]:
     """Call ``work(item, report)`` for each item in worker processes. Yield each result as soon as it is available.
 
-    With one worker, this process does the work. Otherwise, ``work``, the items and the results must be picklable, and
-    the calling script needs ``if __name__ == "__main__"``. Closing the generator kills the workers.
+    One worker means this process. With more workers, ``work``, the items and the results must be picklable, and the
+    calling script needs ``if __name__ == "__main__"``. Closing the generator kills the workers.
 
     Args:
         on_report: receives the arguments of each call of ``report``, in this process.
@@ -140,9 +140,9 @@ def _context(preload: tuple[str, ...]) -> BaseContext:
 
 
 class _Worker(Generic[Item, Result]):
-    """A worker process, its pipe, and its items.
+    """A worker process, its pipe, and one or two items.
 
-    There are at most two items: the process works on the last one and writes the result of the first one.
+    The process works on the last item. If there are two, it writes the result of the first.
     """
 
     def __init__(self, work: Work[Item, Result], context: Any) -> None:

@@ -26,9 +26,8 @@ class TokenizeRequest(SourceRequest):
         val_fraction: the fraction of the documents for validation, in [0, 1).
         shard_tokens: the largest number of tokens per shard. A longer document gets its own shard.
         seed: determines which documents belong to which split.
-        limit_documents: the largest number of documents to tokenize. None means no limit.
-        limit_bytes: stop after the document with which the text reaches this number of UTF-8 bytes. None means no
-            limit.
+        limit_documents: the largest number of documents to tokenize.
+        limit_bytes: stop after the document with which the text reaches this number of UTF-8 bytes.
         deduplicate: if ``exact``, leave out documents that equal an earlier document of the source.
         on_bad_rows: if ``skip``, leave out and report rows that cannot be read. If ``stop``, raise an error.
         workers: the number of worker processes on this machine. None means one per core.

@@ -30,10 +30,10 @@ class Observer:
         """Receive a message for the user about the input. All messages come before ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
-        """Receive the estimate before the first chunk is processed. ``tokenize_share`` does not call this method."""
+        """Receive the estimate before the first chunk is processed. ``tokenize_share`` makes no estimate."""
 
     def progressed(self, progress: Contents) -> None:
-        """Receive the progress of the whole request, including chunks from before an interruption."""
+        """Receive the progress of the whole request, including work before an interruption."""
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:
@@ -51,8 +51,8 @@ def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) 
     If the folder is already complete, it is only checked.
 
     Args:
-        request: the source, the output folder and the options. With more than one worker, the calling script needs ``if
-            __name__ == "__main__"``.
+        request: the source, the output folder and the options. With more than one worker, the calling script needs
+            ``if __name__ == "__main__"``.
         observer: receives messages, the estimate and the progress.
 
     Raises:
@@ -73,9 +73,6 @@ def tokenize_share(
 
     If ``deduplicate`` is ``exact``, each share needs two calls. The first call hashes the documents. After all first
     calls have returned, the second call encodes the documents.
-
-    Raises:
-        DataError: see ``tokenize_corpus``.
     """
     return _tokenize(request, (share, shares), observer or Observer())
 

@@ -41,9 +41,7 @@ def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
 def assign_splits(
     documents: Iterable[Document], *, val_fraction: float, seed: int, fill_both: bool
 ) -> Iterator[AssignedDocument]:
-    """Choose a split for each document with ``draw_split``. Yield the documents in the given order.
-
-    No document may be empty.
+    """Choose a split for each document with ``draw_split``. No document may be empty.
 
     Args:
         fill_both: whether to call ``fill_both_splits``. True requires that ``documents`` is the whole corpus.
@@ -64,7 +62,7 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
 
     1. If documents differ, take the document whose first occurrence comes last. Move it and its copies.
     2. If the corpus is a single text, divide the text with ``divide_text``.
-    3. If the corpus is a single ``Dialogue`` or repeats one document, put everything into the training split.
+    3. If the corpus is a single ``Dialogue`` or repeats one document, use everything for training.
     """
     held: list[AssignedDocument] = []  # the last document that repeats no earlier one, and all documents after it
     seen: set[bytes] = set()

@@ -58,8 +58,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkReco
     of an interrupted attempt are replaced.
 
     Raises:
-        DataError: a document cannot be read, or the folder is not writable. ``finish`` also raises this error if the
-            encoder and tiktoken return different tokens.
+        DataError: ``finish`` found that the encoder and tiktoken return different tokens.
     """
     request = job.request
     folder = open_folder(request.out)
@@ -119,11 +118,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkReco
 
 
 def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
-    """Write the hashes of a chunk's documents to ``chunk.fingerprints_file``.
-
-    Raises:
-        DataError: a document cannot be read, or the folder is not writable.
-    """
+    """Write the hashes of a chunk's documents to ``chunk.fingerprints_file``."""
     documents = documents_of(chunk, _open_source(job), job.request)
     fingerprints = b"".join(fingerprint_of(document, utf8_of(document)) for document in documents)
     buffer = io.BytesIO()

@@ -1,7 +1,7 @@
 """Define documents and encode them. A document is a text or a dialogue.
 
-A token is *scored* if its prediction counts in the loss. In a text, all tokens are scored. In a dialogue, only the
-tokens of some segments are scored, such as those of the answers.
+A token is *scored* if its prediction counts in the loss. In a text, all tokens are scored. In a dialogue, usually only
+the answers are scored.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ class Dialogue:
     """An instruction with its answer, or a chat.
 
     Attributes:
-        segments: consecutive segments of the text, as pairs (text, is_scored). If ``is_scored`` is True, the segment's
-            tokens count in the loss.
+        segments: consecutive segments of the text, as pairs (text, is_scored). ``is_scored`` says whether the segment
+            counts in the loss.
     """
 
     segments: tuple[tuple[str, bool], ...]
@@ -44,7 +44,7 @@ class EncodedDocument:
 
     Attributes:
         tokens: uint16 of shape (tokens,). The first token is ``END_OF_TEXT``.
-        scored: bool of shape (tokens,), True for tokens that count in the loss. None means that all tokens count.
+        scored: bool of shape (tokens,), True for tokens that count in the loss. None means all tokens.
     """
 
     tokens: TokenArray
@@ -75,8 +75,8 @@ def fingerprint_of(document: Document, utf8: bytes) -> bytes:
 def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     """Return the tokens of a document, with ``END_OF_TEXT`` before its text.
 
-    Each segment of a dialogue is encoded separately. The ``END_OF_TEXT`` before a dialogue is scored. In the shards,
-    this token follows the previous dialogue, so the model learns to end its last answer.
+    The ``END_OF_TEXT`` before a dialogue is scored. In the shards, this token follows the previous dialogue, so the
+    model learns to end its last answer.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
     pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]

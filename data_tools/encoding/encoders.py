@@ -51,8 +51,8 @@ class Encoder(Protocol):
 class GigatokenEncoder:
     """An encoder that uses gigatoken with tiktoken's vocabulary.
 
-    The two packages use different versions of Unicode. Texts with characters that only one version defines are encoded
-    with tiktoken.
+    gigatoken and tiktoken use different versions of Unicode. If only one version defines a character of a text,
+    tiktoken encodes this text.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ def _kinds_of_characters() -> npt.NDArray[np.uint8]:
 
 
 def _find_kinds(points: Iterable[int]) -> None:
-    """Set the kinds of code points. Setting the kinds of all characters would take a tenth of a second."""
+    """Set the kinds of code points. Setting all kinds at once would take a tenth of a second."""
     kinds = _kinds_of_characters()
     for point in points:
         kinds[point] = _NEW if unicodedata.category(chr(point)) == "Cn" else _OLD

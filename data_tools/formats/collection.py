@@ -52,7 +52,7 @@ class TokenCollection:
     Attributes:
         path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
-        tokenizer: GPT-2's tokenizer if there is no manifest.
+        tokenizer: assumed to be GPT-2's if there is no manifest.
         source: the origin of the tokens, for a new manifest.
         manifest: the manifest of the folder. None if another program wrote the files.
     """
@@ -91,11 +91,7 @@ class Concatenated:
 
 
 def map_file(path: Path) -> pa.Buffer:
-    """Memory-map a file and return its bytes. The file may be empty.
-
-    Raises:
-        DataError: the file is missing or cannot be read.
-    """
+    """Memory-map a file and return its bytes. The file may be empty."""
     with one_line_read_errors(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "", str(path))
@@ -110,7 +106,7 @@ def require_tokens(path: Path, tokens: int) -> None:
 
 
 def require_split_name(name: str, place: str) -> None:
-    """Raise DataError if the name of a split is not allowed as part of a file name.
+    """Raise DataError if the name of a split is not allowed in file names.
 
     Args:
         place: the file or folder with this split, for the error message.

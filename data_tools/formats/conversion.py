@@ -37,16 +37,14 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
     """Convert tokens into a new folder. If the conversion fails, the folder is not created.
 
     The tokens and their order do not change, except for ``END_OF_TEXT`` in Megatron's files (see
-    ``open_megatron_pair``). Shards with a manifest are verified first. The new folder gets a manifest unless the new
-    format is nanoGPT's.
+    ``open_megatron_pair``). Shards with a manifest are verified first. A folder for nanoGPT gets no manifest.
 
     Args:
         written: receives the number of bytes written since its last call.
         verified: receives the number of bytes verified since its last call.
 
     Raises:
-        DataError: the source is damaged, the new format cannot store all its information, or the new folder is not
-            writable.
+        DataError: the new format cannot store all information of the source.
     """
     _require_new(request.out)
     collection = open_collection(request.source, request.source_format, request.split_of)
@@ -87,8 +85,8 @@ def adopt_in_place(
         advance: receives the number of bytes read since its last call.
 
     Raises:
-        DataError: the folder has no such shards, has a damaged shard, or is not writable. For a folder with a manifest:
-            ``split_of`` is given, or the manifest does not name exactly the shards.
+        DataError: the folder has no such shards. Or it has a manifest that does not name exactly the shards, or
+            ``split_of`` is given in addition to a manifest.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})

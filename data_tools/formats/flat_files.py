@@ -38,22 +38,17 @@ class _MappedTokens:
 
 
 def open_llmc_file(path: Path, vocab_size: int) -> Tokens:
-    """Open a shard of llm.c or modded-nanogpt.
-
-    Raises:
-        DataError: the file is damaged or cannot be read.
-    """
+    """Open a shard of llm.c or modded-nanogpt."""
     return _MappedTokens(path, map_llmc_file(path), vocab_size)
 
 
 def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
     """Open a ``train.bin`` or ``val.bin`` of nanoGPT: little-endian uint16 tokens without a header.
 
-    nanoGPT writes ``<|endoftext|>`` after each document. Shards of this project have it before each document. The
-    tokens are not reordered.
+    nanoGPT writes ``<|endoftext|>`` after each document, unlike shards of this project. The tokens are not reordered.
 
     Raises:
-        DataError: the file is damaged, cannot be read, or has another vocabulary.
+        DataError: the file has another vocabulary than GPT-2's.
     """
     own_vocabulary = path.parent / _OWN_VOCABULARY
     if own_vocabulary.exists():
@@ -69,11 +64,7 @@ def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
 
 
 def map_llmc_file(path: Path) -> TokenArray:
-    """Return the tokens of a shard of llm.c as a memory map.
-
-    Raises:
-        DataError: the file is damaged or cannot be read.
-    """
+    """Return the tokens of a shard of llm.c as a memory map."""
     try:
         return llmc_tokens(map_file(path))
     except ValueError as error:
@@ -81,20 +72,12 @@ def map_llmc_file(path: Path) -> TokenArray:
 
 
 def open_npy_file(path: Path, vocab_size: int) -> Tokens:
-    """Open a shard of build-nanogpt: a one-dimensional uint16 array in a ``.npy`` file.
-
-    Raises:
-        DataError: the file is damaged, cannot be read, or contains another kind of array.
-    """
+    """Open a shard of build-nanogpt: a one-dimensional uint16 array in a ``.npy`` file."""
     return _MappedTokens(path, map_npy_file(path), vocab_size)
 
 
 def map_npy_file(path: Path) -> TokenArray:
-    """Return the tokens of a shard of build-nanogpt as a memory map.
-
-    Raises:
-        DataError: the file is damaged, cannot be read, or contains another kind of array.
-    """
+    """Return the tokens of a shard of build-nanogpt as a memory map."""
     try:
         return npy_tokens(map_file(path))
     except ValueError as error:

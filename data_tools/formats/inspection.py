@@ -53,7 +53,6 @@ class FolderReport:
         format: one of ``INPUT_FORMATS``.
         problem: a message about the first file that is missing or has the wrong size, or None.
         about: values of the manifest. Without a manifest, the assumed tokenizer and a description of the source.
-        splits: the report on each split, by name.
     """
 
     path: Path
@@ -77,7 +76,7 @@ class FolderReport:
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
     """Return a report on token files of any format, without reading the tokens.
 
-    Damaged shards with a manifest cause no error. The report's ``problem`` describes them.
+    For shards with a manifest, missing and damaged shards raise no error. See ``FolderReport.problem``.
 
     Args:
         path: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``.
@@ -85,8 +84,7 @@ def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None =
         split_of: maps files of other programs to splits. Required if a file name does not contain its split.
 
     Raises:
-        DataError: ``path`` is missing, the format is not recognized, or the manifest or a file of another program is
-            damaged.
+        DataError: the format is not recognized.
     """
     format = recognize(path) if format == AUTO else format
     if format == NATIVE and not split_of:
@@ -170,7 +168,6 @@ def first_documents(
     """Yield the text of the first documents of a split. ``END_OF_TEXT`` may be before or after each document.
 
     Args:
-        documents: the largest number of documents.
         characters: the largest number of characters per document. A longer text is cut.
 
     Raises:

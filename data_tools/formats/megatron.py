@@ -1,14 +1,14 @@
 """Read datasets of Megatron-LM and gpt-neox.
 
-``X.bin`` contains the tokens. The index ``X.idx`` says where sequences and documents begin. ``MMapIndexedDataset`` of
-these programs writes these values into the index, in little-endian order:
+``X.bin`` contains the tokens. The index ``X.idx`` says where sequences and documents begin. It is written by
+``MMapIndexedDataset``. All values are little-endian:
 
 1. the magic number, the version (uint64) and the type of the tokens (uint8);
 2. the number of sequences and the number of document boundaries (uint64 each);
 3. the length of each sequence in tokens (int32);
 4. the offset of each sequence in ``X.bin`` in bytes (int64);
-5. the document boundaries (int64). A boundary is the number of sequences before it. The first boundary is 0, and the
-   last boundary is the number of all sequences.
+5. the document boundaries (int64): the number of sequences before each boundary. The first is 0, and the last is the
+   number of all sequences.
 """
 
 from __future__ import annotations
@@ -40,11 +40,7 @@ _REFUSED_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 5: "int64", 6: "floating p
 
 
 def is_index(path: Path) -> bool:
-    """Return whether a file begins like an index of Megatron-LM, in its current or older format.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Return whether a file begins like an index of Megatron-LM. Raise OSError if it cannot be read."""
     with open(path, "rb") as file:
         return file.read(len(_MAGIC)).startswith((_MAGIC, _OLDER_MAGIC))
 
@@ -60,7 +56,7 @@ def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
         vocab_size: all tokens must be below this number.
 
     Raises:
-        DataError: a file is missing or damaged, or the tokens have a type that is not supported.
+        DataError: a file is damaged, or the tokens have a type that is not supported.
     """
     path = tokens_file_of(index_path)
     index = _read_index(index_path)
@@ -127,7 +123,7 @@ class _DocumentBlock:
 
 @dataclass(frozen=True)
 class _Index:
-    """A memory-mapped index. All its entries have been checked, so sequences follow each other without gaps."""
+    """A memory-mapped index. All its entries have been checked. Sequences follow each other without gaps."""
 
     dtype: np.dtype[Any]  # the dtype of the tokens, uint16 or int32
     tokens: int
@@ -138,7 +134,7 @@ class _Index:
     def text_starts(self, first: int, stop: int) -> CountArray:
         """Return the first token of each document from ``first`` to ``stop - 1``, int64.
 
-        After the last document, the result contains the number of tokens.
+        The entry after the last document is the number of tokens.
         """
         sequences = self.boundaries[first:stop]
         starts = np.full(sequences.size, self.tokens, dtype=np.int64)

@@ -54,8 +54,7 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
         split_of: maps files of other programs to splits. Required if a file name does not contain its split.
 
     Raises:
-        DataError: ``path`` is missing, the format is not recognized, a file is damaged, or the split of a file is
-            unknown.
+        DataError: the format is not recognized, or the split of a file is unknown.
     """
     format = recognize(path) if format == AUTO else format
     if format == NATIVE:
@@ -85,7 +84,7 @@ def recognize(path: Path) -> str:
     ``val.bin``, and all others by their first bytes.
 
     Raises:
-        DataError: the format is not recognized, or a file cannot be read.
+        DataError: the format is not recognized.
     """
     with one_line_read_errors(path):
         if path.is_dir() and (path / MANIFEST_NAME).exists():

@@ -77,7 +77,7 @@ class ConvertRequest:
 class PlannedFile:
     """A file that a conversion will write. It will contain the tokens ``start`` to ``stop - 1`` of a split.
 
-    ``record`` describes the shard of the source that contains exactly these tokens, if there is one.
+    If a shard of the source contains exactly these tokens, ``record`` describes the shard.
     """
 
     name: str
@@ -112,7 +112,7 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
 
 
 def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
-    """Return whether the conversion writes one new shard for each shard of the source."""
+    """Return whether the conversion writes one new shard per shard of the source."""
     return collection.manifest is not None and request.to in SHARD_FORMATS and request.shard_tokens is None
 
 

@@ -38,15 +38,11 @@ class Vocabulary:
     Attributes:
         size: the vocabulary size. All ids are below this number.
         end_of_text: the id of the token that separates documents. It counts as 0 bytes of text.
-        knows_bytes: whether the bytes of text can be counted, which is possible only for GPT-2's vocabulary.
+        knows_bytes: whether the bytes of text can be counted (only for GPT-2's vocabulary).
     """
 
     def __init__(self, tokenizer: TokenizerRecord) -> None:
-        """Load the bytes of each token.
-
-        Raises:
-            DataError: GPT-2's vocabulary cannot be loaded.
-        """
+        """Load the bytes of each token."""
         self.size = tokenizer.vocab_size
         self.end_of_text = tokenizer.end_of_text
         self.knows_bytes = tokenizer.name == TOKENIZER_NAME and tokenizer == gpt2_tokenizer_record()
@@ -82,7 +78,6 @@ def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, plac
     """Raise DataError if a token id is outside the vocabulary.
 
     Args:
-        tokens: integers of any type.
         place: the file or folder with the tokens, for the message.
     """
     if tokens.size == 0:

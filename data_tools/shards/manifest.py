@@ -119,7 +119,7 @@ class Manifest:
 
     Attributes:
         source: the origin of the documents.
-        settings: the options for the shards, such as the format and the fraction of documents for validation.
+        settings: the options for the shards, such as their format.
         shards: the records of all shards. The shards of a split are in the order of their tokens.
         report: statistics about the documents, such as their lengths, or None.
         made: when and with which software versions the folder was written, or None.
@@ -133,7 +133,7 @@ class Manifest:
     made: OptionalObject = None
 
     def splits(self) -> tuple[str, ...]:
-        """Return the names of the splits, in the order in which ``shards`` first mentions them."""
+        """Return the names of the splits, in their order in ``shards``."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def shards_of(self, split: str) -> tuple[ShardRecord, ...]:

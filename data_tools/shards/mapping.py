@@ -30,8 +30,7 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
     An Arrow stream can contain several arrays. Other formats contain one.
 
     Raises:
-        DataError: the file is missing, unreadable or in another format, or has another number of tokens than the
-            manifest says.
+        DataError: the number of tokens differs from the manifest.
     """
     path = folder / shard.file
     if path.suffix not in _PIECES_BY_SUFFIX:
@@ -46,10 +45,10 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
 def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
     """Memory-map the mask of a shard, uint8 of shape (tokens,). The shard must have a mask.
 
-    A value is 1 if the token is scored, otherwise 0. A token is scored if its prediction counts in the loss.
+    A value is 1 if the token is scored (counts in the loss), otherwise 0.
 
     Raises:
-        DataError: the file is missing, unreadable, not a mask, or has the wrong length.
+        DataError: the length of the mask is not the number of tokens.
     """
     assert shard.mask_file, f"{shard.file} has no mask"
     path = folder / shard.mask_file
@@ -107,12 +106,9 @@ def _map_whole_file(path: Path, pieces_of: Callable[[pa.Buffer], list[Mapped]], 
 def npy_tokens(content: pa.Buffer, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> Mapped:
     """Return the array in the content of a ``.npy`` file, without a copy.
 
-    Args:
-        dtype: the dtype that the array must have.
-
     Raises:
         ValueError: the header is damaged or does not match the size of the content, or the array has another dtype or
-            shape. The message is one line.
+            shape.
     """
     file = pa.BufferReader(content)
     try:

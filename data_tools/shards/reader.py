@@ -51,7 +51,7 @@ class TokenStream:
 
         Args:
             starts: the index of the first token of each window, int64 of shape (B,).
-            length: the number T of tokens per window.
+            length: the window length T.
 
         Raises:
             DataError: the stream does not contain a window, or a token is outside the vocabulary.
@@ -69,7 +69,7 @@ class TokenStream:
 
         Args:
             starts: the index of the first token of each window, int64 of shape (B,).
-            length: the number T of tokens per window.
+            length: the window length T.
 
         Raises:
             DataError: the stream does not contain a window, or the mask contains a value that is neither 0 nor 1.

@@ -86,11 +86,7 @@ class ShardWriter:
     """A shard that is being written. Call ``close`` to complete it, or ``abort`` to remove its files."""
 
     def __init__(self, folder: Path, file: str, split: str, open_format: OpenFormat | None = None) -> None:
-        """Open ``folder/file`` for writing. If ``open_format`` is None, the suffix of the file determines the format.
-
-        Raises:
-            DataError: the file cannot be created.
-        """
+        """Open ``folder/file`` for writing. If ``open_format`` is None, the file's suffix determines the format."""
         self.tokens = 0
         self._documents = 0
         self._utf8_bytes = 0
@@ -110,11 +106,8 @@ class ShardWriter:
         Args:
             tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
             utf8_bytes: the bytes of text in these documents.
-            scored: the mask, bool of shape (tokens,), True for tokens that count in the loss. None means that all
-                tokens count. Give a mask in every call for a shard, or in none.
-
-        Raises:
-            DataError: the disk is full or not writable.
+            scored: the mask, bool of shape (tokens,), True for tokens that count in the loss. None means all tokens.
+                Give a mask in every call for a shard, or in none.
         """
         self._append_mask(tokens, scored)
         self.tokens += tokens.size
@@ -139,11 +132,7 @@ class ShardWriter:
                 self._write_mask(scored.astype(np.bool_, copy=False).view(np.uint8))
 
     def close(self) -> ShardRecord:
-        """Complete the shard, and return its record. The mask file gets its final name first.
-
-        Raises:
-            DataError: the disk is full or not writable.
-        """
+        """Complete the shard, and return its record. The mask file gets its final name first."""
         if self._batch_size:
             self._write_batch()
         self._files.close()  # the mask's file first, because it was opened last

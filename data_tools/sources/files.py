@@ -79,11 +79,7 @@ class FileSource:
         return {"inputs": list(self._inputs), **describe_files(self.files), **self._settings}
 
     def notices(self) -> list[str]:
-        """Return at most one message: how many files of input folders are skipped because of their suffix.
-
-        Raises:
-            DataError: an input folder cannot be read.
-        """
+        """Return at most one message: how many files of input folders are skipped because of their suffix."""
         others = find_other_files(self._inputs, self._suffixes)
         return [describe_skipped_files(others)] if others else []
 
@@ -162,11 +158,7 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
 
 
 def find_other_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files in input folders that ``find_files`` skips because of their suffix.
-
-    Raises:
-        DataError: a folder cannot be read.
-    """
+    """Return the files in input folders that ``find_files`` skips because of their suffix."""
     found: set[str] = set()
     everything: set[str] = set()
     for text in inputs if suffixes else ():
@@ -227,8 +219,7 @@ def walk_files(
 ) -> Iterator[Path]:
     """Yield the files in a folder and its subfolders that have one of the suffixes. Hidden files are skipped.
 
-    If ``suffixes`` is empty, all suffixes are allowed. Links to folders are followed, but each folder is visited only
-    once.
+    No suffixes means all files. Links to folders are followed, but each folder is visited only once.
     """
     visited: set[str] = set()
 
@@ -287,10 +278,7 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
     """Return a context manager that opens a file for reading bytes. ``.gz`` and ``.zst`` files are decompressed.
 
-    Some file systems add zeros after the end of a file. For ``.gz`` files, such zeros are ignored.
-
-    Raises:
-        DataError: the file cannot be opened, or is damaged or incomplete.
+    Some file systems add zeros to the end of a file. In ``.gz`` files, such zeros are ignored.
     """
     compression = compression_of(path)
     with open_file(path) as file:
@@ -334,8 +322,8 @@ def one_line_read_errors(path: str | Path) -> Iterator[None]:
 def explain_content(path: str, reason: str) -> str:
     """Return the reason why a file cannot be read, for an error message.
 
-    If the first bytes of the file do not fit its suffix, the result describes the file. Otherwise, the result is the
-    first line of ``reason``.
+    If the first bytes of the file do not fit its suffix, describe the content. Otherwise, return the first line of
+    ``reason``.
     """
     kind = _KINDS.get(os.path.splitext(path)[1])
     if found := describe_content(path, kind):
@@ -351,13 +339,10 @@ def describe_error(error: Exception) -> str:
 
 
 def decode_utf8(content: bytes, path: str, offset: int) -> str:
-    """Decode a document or a line of a file from UTF-8.
+    """Decode a document or a line of a file from UTF-8. Raise BadRowError if it is not valid UTF-8.
 
     Args:
         offset: the position of ``content`` in the decompressed file in bytes, for the error message.
-
-    Raises:
-        BadRowError: ``content`` is not valid UTF-8.
     """
     try:
         return content.decode("utf-8")

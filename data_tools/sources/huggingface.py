@@ -72,8 +72,8 @@ class HuggingFaceSource:
     def notices(self) -> list[str]:
         """Return at most one message about skipped files.
 
-        In a local folder of data files, ``datasets`` reads only one kind of file, such as JSON. Skipped files are known
-        only if this kind is JSON, Parquet, CSV, text or Arrow.
+        In a local folder, ``datasets`` reads only one kind of file, such as JSON. Skipped files are known only if this
+        kind is JSON, Parquet, CSV, text or Arrow.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []
@@ -156,5 +156,5 @@ class HuggingFaceSource:
 
 
 def _text_bytes_of(rows: Any, text_field: str) -> int:
-    """Return the bytes of a column of a ``Dataset``. Return 0 if it is missing; ``read`` reports this error."""
+    """Return the bytes of a column of a ``Dataset``, or 0 if the column is missing."""
     return rows.data.column(text_field).nbytes if text_field in rows.column_names else 0

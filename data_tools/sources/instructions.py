@@ -34,7 +34,7 @@ _UNREAD_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 class InstructionSource(FileSource):
-    """Files of instructions and chats. Each message and each field gets a heading line."""
+    """Files of instructions and chats."""
 
     def __init__(self, inputs: Sequence[str]) -> None:
         super().__init__(inputs, JSONL_SUFFIXES)

@@ -58,11 +58,7 @@ class Line(NamedTuple):
         return f"{self.path}:{number}"
 
     def parse(self) -> Any:
-        """Return the JSON value in the line.
-
-        Raises:
-            BadRowError: the line is not UTF-8 or not JSON.
-        """
+        """Return the JSON value in the line. Raise BadRowError if the line is not UTF-8 or not JSON."""
         try:
             return orjson.loads(self.content)
         except orjson.JSONDecodeError:
@@ -95,9 +91,6 @@ def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
     """Yield the records that begin in a range of bytes of a file.
 
     If the file is a JSON array, the range from byte 0 yields all records. Other ranges yield none.
-
-    Raises:
-        DataError: the file cannot be read, or begins like a JSON array but is not valid JSON.
     """
     if not _is_array(piece.path):
         yield from read_lines(piece)

@@ -23,10 +23,7 @@ FINEWEB_EDU_CONFIG = "sample-10BT"
 
 
 class Source(Protocol):
-    """The interface of a source: a sequence of documents, divided into slices.
-
-    A slice has the same documents in every process.
-    """
+    """The interface of a source: documents, divided into slices. A slice has the same documents in every process."""
 
     def options(self) -> dict[str, Any]:
         """Return all values that determine which documents the source yields, as JSON values."""

@@ -25,10 +25,7 @@ OnBadRow = Callable[[BadRowError], None]
 
 
 def stop_at_bad_row(error: BadRowError) -> None:
-    """Raise a DataError with the message of ``error``.
-
-    Unlike ``error``, the DataError contains only a text, so a worker process can send it.
-    """
+    """Raise a DataError with the message of ``error``. Unlike ``error``, it can be sent to another process."""
     raise DataError(str(error)) from error
 
 

@@ -22,10 +22,7 @@ _MAX_HEADS = 1000  # how many files are opened to look for HTML before the work 
 
 
 class TextSource(FileSource):
-    """Text files in UTF-8. A file is one document, or contains several documents with a separator between them.
-
-    The texts are not changed.
-    """
+    """Text files in UTF-8. A file is one document, or contains several documents with a separator between them."""
 
     def __init__(self, inputs: Sequence[str], document_separator: str | None) -> None:
         if document_separator == "":
@@ -106,7 +103,7 @@ def _first_beginning(piece: Slice, separator: bytes) -> int:
 def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:
     """Return the last offset up to ``position`` that is not inside a separator.
 
-    From there, a search finds the same separators as from the beginning of the file, even if separators can overlap.
+    Separators can overlap. A search from this offset finds the same ones as a search from the beginning of the file.
     """
     overlap = len(separator) - 1
     while position > 0:
@@ -124,10 +121,7 @@ def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:
 
 
 def _split(path: str, separator: bytes, start: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the offset and the bytes of each document from ``start`` on.
-
-    Bytes can be split like text, because the bytes of one UTF-8 character never occur inside another.
-    """
+    """Yield the offset and the bytes of each document from ``start`` on."""
     with open_decompressed(path) as file:
         if start:  # a compressed file, which is read from the beginning, cannot seek
             file.seek(start)

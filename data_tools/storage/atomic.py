@@ -115,8 +115,8 @@ def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
 
     Args:
         target: the final name. It must be an empty folder or not exist.
-        aside: the temporary name, on the same file system. None means ``hidden_partial_path(target)``. Old contents of
-            this folder are deleted.
+        aside: the temporary name, on the same file system. Old contents are deleted. None means
+            ``hidden_partial_path(target)``.
 
     Raises:
         DataError: another process is writing to the folder.

@@ -94,7 +94,7 @@ def _begins(head: bytes, kind: str) -> bool:
 
 
 def _is_utf16_without_mark(head: bytes) -> bool:
-    """Return whether bytes look like ASCII text in UTF-16: in each pair, exactly one byte is zero."""
+    """Return whether bytes look like ASCII text in UTF-16: exactly every second byte is zero."""
     if len(head) < _SHORTEST_UTF16:
         return False
     halves = head[::2], head[1::2]
@@ -102,11 +102,7 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 
 
 def begins_as(path: Path | str, kind: str) -> bool:
-    """Return whether a file begins like a file of this kind. For a URL or an unreadable file, return True.
-
-    Args:
-        kind: a key of ``_KINDS``.
-    """
+    """Return whether a file begins like a file of this kind. For a URL or an unreadable file, return True."""
     head = _read_head(path)
     return head is None or _begins(head, kind)
 
@@ -123,12 +119,7 @@ def _read_head(path: Path | str) -> bytes | None:
 
 
 def require_fetched(path: Path | str) -> None:
-    """Raise an error if a local file is only a git-lfs pointer.
-
-    Raises:
-        DataError: the file is a git-lfs pointer.
-        OSError: the file does not exist.
-    """
+    """Raise DataError if a local file is only a git-lfs pointer, or OSError if the file does not exist."""
     if os.stat(path).st_size < LARGEST_POINTER_BYTES and os.path.isfile(path):
         with open(path, "rb") as file:
             require_no_pointer(file.read(len(_POINTER_BEGINNING)), path)

@@ -1,7 +1,4 @@
-"""Read and write files in a folder that is local or at a URL. A file with its final name is always complete.
-
-New files are first written into a scratch folder: a temporary local folder.
-"""
+"""Read and write files in a folder that is local or at a URL. A file with its final name is always complete."""
 
 import hashlib
 import os
@@ -49,11 +46,7 @@ class LocalFolder:
                 return None
 
     def read(self, name: str) -> bytes:
-        """Return the content of a file.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-        """
+        """Return the content of a file. Raise FileNotFoundError if it does not exist."""
         return (self.path / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
@@ -65,11 +58,7 @@ class LocalFolder:
             path.parent.mkdir(exist_ok=True)
 
     def take(self, scratch: Path, names: Sequence[str]) -> None:
-        """Move complete files from a scratch folder into the folder, each of them atomically and durably.
-
-        Args:
-            names: the names of the files. They do not change.
-        """
+        """Move complete files from a temporary local folder into this folder, each of them atomically and durably."""
         for name in names:
             with one_line_write_errors(self.path / name):
                 fsync_file(scratch / name)
@@ -90,18 +79,18 @@ class LocalFolder:
                         folder.rmdir()
 
     def scratch(self) -> Path:
-        """Create a scratch folder and return its path. The caller must remove it."""
+        """Create a temporary local folder for new files, and return its path. The caller must remove it."""
         path = self.path / f"{_SCRATCH_PREFIX}{uuid.uuid4().hex}"
         with one_line_write_errors(path):
             path.mkdir(parents=True)
         return path
 
     def remove_scratch(self) -> None:
-        """Remove the scratch folders that killed processes have left."""
+        """Remove the temporary folders of ``scratch`` that killed processes have left."""
         _remove_folders(self.path, _SCRATCH_PREFIX)
 
     def free_bytes(self) -> int | None:
-        """Return the free disk space in bytes, or None if it is not known."""
+        """Return the free disk space in bytes, or None if unknown."""
         existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         return shutil.disk_usage(existing).free
 
@@ -153,7 +142,7 @@ class RemoteFolder:
         return content
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Return bytes ``start`` to ``stop - 1`` of a file. If the file ends before ``stop``, the result is shorter.
+        """Return bytes ``start`` to ``stop - 1`` of a file, or fewer if the file ends before.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -217,7 +206,7 @@ class RemoteFolder:
 
     @property
     def _scratch_prefix(self) -> str:
-        """Return the prefix of the names of scratch folders. It is different for each URL."""
+        """Return the prefix of the names of temporary folders. It is different for each URL."""
         return f"shards-{hashlib.sha256(self._url.encode()).hexdigest()[:16]}-"
 
     @contextmanager
@@ -246,13 +235,13 @@ def open_folder(place: str | Path) -> Folder:
 
 
 def is_scratch(name: str) -> bool:
-    """Return whether a name is that of a scratch folder."""
+    """Return whether a name is that of a temporary folder from ``LocalFolder.scratch``."""
     return name.startswith(_SCRATCH_PREFIX)
 
 
 @contextmanager
 def scratch_of(folder: Folder) -> Iterator[Path]:
-    """Return a context manager that creates a scratch folder and later removes it."""
+    """Return a context manager that creates a temporary folder with ``folder.scratch``, and later removes it."""
     path = folder.scratch()
     try:
         yield path

@@ -52,8 +52,8 @@ class FileLock:
     def make_exclusive(self) -> bool:
         """Change a shared lock to an exclusive lock. Return whether this was possible.
 
-        If other processes also hold the lock, this call releases the lock of this process and returns False. If every
-        process calls this method after its work, only the last call returns True.
+        If other processes also hold the lock, this call only releases the lock of this process. If every process calls
+        this method after its work, only the last call returns True.
         """
         # Unlock first. If two processes kept their shared locks, neither of them could get the exclusive lock.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -83,7 +83,7 @@ class FileLock:
 def acquire_lock(path: Path, content: bytes | None) -> FileLock:
     """Acquire a lock on a lock file. The caller must release the lock.
 
-    Locks of ``make_exclusive`` are short. A call for a shared lock waits for their release.
+    A call for a shared lock waits while another process has a lock from ``make_exclusive``.
 
     Args:
         path: the lock file. If it is missing, it is created.
@@ -112,7 +112,7 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
     """Return a context manager that holds a shared or an exclusive lock on a folder during its ``with`` block.
 
     Raises:
-        DataError: the lock of another process does not allow this lock, or the lock file is not writable.
+        DataError: the lock of another process does not allow this lock.
     """
     path = folder / LOCK_NAME
     with one_line_write_errors(path):

@@ -8,11 +8,7 @@ from data_tools.storage.atomic import fsync_folder
 
 
 def create_folder(path: Path) -> list[Path]:
-    """Create a folder and its missing parents durably. Return the created folders, the innermost first.
-
-    Raises:
-        OSError: the folder cannot be created.
-    """
+    """Create a folder and its missing parents durably. Return the created folders, the innermost first."""
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in created:
