@@ -55,7 +55,7 @@ def compare(
 
 
 def main() -> None:
-    """Print the tables. Exit with a non-zero status if a run does not agree."""
+    """Exit with a non-zero status if a run does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--processes", type=int, nargs="+", default=list(PROCESSES))

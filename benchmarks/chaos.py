@@ -46,8 +46,6 @@ _CONTINUES = re.compile(r"^start +(?:continues \S*step_(\d+)|from scratch)", re.
 
 @dataclass
 class Outcome:
-    """The kills and the problems of one run from its start to its end."""
-
     number: int
     history: list[str] = field(default_factory=list)
     kills: int = 0
@@ -117,7 +115,7 @@ def survive(
     backends: Sequence[str] = BACKENDS,
     processes: Sequence[int] = PROCESSES,
 ) -> Outcome:
-    """Start a run, kill and resume it one to three times, let it finish, and check the result and the files."""
+    """Start a run, kill and resume it one to three times, let it finish, and check the result."""
     chance = random.Random(f"{seed}-{number}")
     outcome = Outcome(number)
     folder = scratch / f"run-{number}"
@@ -142,8 +140,7 @@ def survive(
 def kill_at_random(run: LiveRun, processes: int, chance: random.Random) -> str | None:
     """Send SIGKILL at a random moment, or inside a save, to all ranks or to one of several.
 
-    Returns:
-        A description of the kill, or None if the run had already ended.
+    Returns a description of the kill, or None if the run had already ended.
     """
     in_a_save, one_rank = chance.random() < 0.4, processes > 1 and chance.random() < 0.4
     save_number, delay_share = chance.randrange(STEPS // EVERY_STEPS), chance.random()
@@ -169,7 +166,7 @@ def is_in_save_after(run: LiveRun, step: int) -> bool:
 
 
 def main() -> None:
-    """Print one line per run and a summary. Exit with a non-zero status if a run has a problem."""
+    """Exit with a non-zero status if a run has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -200,7 +197,6 @@ def main() -> None:
 
 
 def print_summary(outcomes: list[Outcome]) -> None:
-    """Print the figures of ``docs/benchmarks/checkpoints.md``."""
     lost = [steps for outcome in outcomes for steps in outcome.lost_steps]
     saves = [count for outcome in outcomes for count in outcome.lost_saves]
     survived = sum(not outcome.problems for outcome in outcomes)

@@ -28,8 +28,6 @@ _TOKENIZE = str(REPOSITORY / "launch" / "tokenize_corpus.py")
 
 @dataclass
 class Outcome:
-    """The kills and the problems of one output folder, from the first start to the manifest."""
-
     kills: list[tuple[float, int]] = field(default_factory=list)  # seconds after the start, finished shards by then
     problems: list[str] = field(default_factory=list)  # differences from an uninterrupted run
 
@@ -40,7 +38,6 @@ class Outcome:
 
 
 def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
-    """Start the command in its own process group."""
     arguments = ["--source", "jsonl", "--input", str(source), "--out", str(out)]
     return subprocess.Popen(
         [sys.executable, _TOKENIZE, *arguments],
@@ -51,7 +48,6 @@ def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def run_to_the_end(source: Path, out: Path) -> float:
-    """Run the command and return the seconds that it took."""
     started = time.monotonic()
     process = start(source, out)
     _, errors = process.communicate()
@@ -78,7 +74,7 @@ def finished_shards(out: Path) -> dict[Path, State]:
 
 
 def states(paths: Iterable[Path]) -> dict[Path, State]:
-    """Return the state of each file. If the state of a file is unchanged, the file was not written again."""
+    """Return the state of each file. A file with an unchanged state was not written again."""
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
@@ -107,7 +103,7 @@ def interrupt(source: Path, out: Path, moments: list[float], whole: dict[str, st
 
 
 def main() -> None:
-    """Print one line per folder. Exit with a non-zero status if a folder has a problem."""
+    """Exit with a non-zero status if a folder has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="kills in all (default: %(default)s)")
     parser.add_argument("--kills-per-folder", type=int, default=3, help="at most (default: %(default)s)")

@@ -42,7 +42,6 @@ class Measured:
     peak_gib: float
 
     def step_ms(self, steps: range) -> float:
-        """Return the median time of the given training steps."""
         times = sorted(row["step_ms"] for row in self.rows if "step_ms" in row and row["step"] in steps)
         return times[len(times) // 2]
 
@@ -57,7 +56,7 @@ def measure(backend: str, processes: int, folder: Path, sections: Sections) -> M
 
 
 def row_of(backend: str, processes: int, data: Path, scratch: Path) -> list[str]:
-    """Measure three runs: a run that saves only at the end, a run that also saves before, and a run that resumes."""
+    """Measure three runs: one that saves only at the end, one that also saves before, and one that resumes."""
     base = merged(GPT2_RUN, {"data": {"path": str(data)}})
 
     def run(name: str, sections: Sections) -> Measured:
@@ -89,7 +88,6 @@ def row_of(backend: str, processes: int, data: Path, scratch: Path) -> list[str]
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     columns = ["backend", "processes", "state", "step", "step while saving", "pause, first save", "pause, later saves"]

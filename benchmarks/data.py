@@ -4,8 +4,7 @@ python -m benchmarks.data                       # what `make bench-data` runs
 python -m benchmarks.data --megabytes 100 --memory-megabytes 50 200
 
 Contenders run one after the other on all cores, each in a separate process. The table shows medians. The time of a
-whole stage is measured from the start of its process or commands to the end. The time of an encoder alone is measured
-on documents in memory.
+whole stage includes the start of its process. The time of an encoder alone is measured on documents in memory.
 """
 
 from __future__ import annotations
@@ -51,8 +50,6 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Measured:
-    """The time, memory and result of one process of a contender."""
-
     seconds: float
     peak_mb: float | None  # memory of all processes, with shared pages counted once; None if not measured
     sha256: str  # hash of all tokens as uint16, in the order of the documents
@@ -88,7 +85,6 @@ def _text_files() -> Iterator[Path]:
 
 
 def write_inputs(folder: Path, megabytes: float) -> dict[str, Path]:
-    """Write the same documents as JSON Lines and as Parquet."""
     paths = {"jsonl": folder / "documents.jsonl", "parquet": folder / "documents.parquet"}
     schema = pa.schema([("text", pa.string())])
     with paths["jsonl"].open("w", encoding="utf-8") as lines, pq.ParquetWriter(paths["parquet"], schema) as rows:
@@ -100,7 +96,6 @@ def write_inputs(folder: Path, megabytes: float) -> dict[str, Path]:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """Yield the documents of a file, read in the way of a simple program."""
     if path.suffix == ".parquet":
         for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text"]):
             yield from batch.column(0).to_pylist()
@@ -260,7 +255,7 @@ def _watch_peak_mb(pid: int, is_done: threading.Event) -> float:
 
 
 def be_contender(name: str, source: Path, out: Path) -> None:
-    """Run a contender in this process. Print its time, then the hash of its tokens."""
+    """Run a contender in this process. Print its time and the hash of its tokens."""
     read_back, seconds = CONTENDERS[name](source, out)
     print(json.dumps({"seconds": seconds}), flush=True)
     tokens = read_back()
@@ -288,7 +283,6 @@ def compare(inputs: dict[str, Path], megabytes: float, rounds: int, against: Seq
 
 
 def print_memory(sizes: Sequence[float], scratch: Path) -> None:
-    """Print the peak memory of stage 1 by size of the input."""
     print()
     print_header("input", "peak MB, all processes")
     for megabytes in sizes:
@@ -299,7 +293,7 @@ def print_memory(sizes: Sequence[float], scratch: Path) -> None:
 
 
 def main() -> None:
-    """Print the tables. Exit with a non-zero status if ids differ."""
+    """Exit with a non-zero status if ids differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=400, help="size of the documents (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender (default: %(default)s)")

@@ -63,7 +63,6 @@ BRIEF_RUN: dict[str, dict[str, Any]] = {
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -85,12 +84,11 @@ def as_evaluated(model: GPT2, precision: str = "fp32") -> GPT2:
 
 
 def scorer_of(model: GPT2, precision: str = "fp32") -> Scorer:
-    """Return a scorer for a single process on this CPU."""
     return Scorer(replicated_compute(model, precision, ALONE.device).eval(), model.config, ALONE, BATCH_TOKENS)
 
 
 def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
-    """Score the same rows with the same weights in both programs, and print the agreement of the examples."""
+    """Score the same rows with the same weights in both programs, and print the agreement."""
     from benchmarks.lm_evaluation_harness import evaluate_with_harness
 
     print(f"\nAgreement with lm-evaluation-harness, the first {limit} examples, gpt2-tiny in fp32\n")
@@ -125,12 +123,10 @@ def chosen(answers: Sequence[tuple[float, bool]]) -> Any:
 
 
 def random_model(name: str) -> GPT2:
-    """Build one of ``MODELS`` with its initial weights."""
     return build_model(ModelConfig.model_validate(MODELS[name]), 1337).eval()
 
 
 def trained_model(scratch: Path) -> GPT2:
-    """Train ``BRIEF_RUN`` and return its model."""
     corpus = make_corpus(scratch / "data")
     result = train_run("ddp", scratch / "run", merged(BRIEF_RUN, {"data": {"path": str(corpus)}}))
     assert result.returncode == 0, result.stderr
@@ -175,7 +171,7 @@ def one_at_a_time(model: GPT2, examples: Sequence[Example], precision: str) -> A
 
 
 def together(model: GPT2, examples: Sequence[Example], precision: str, *, shared: bool = True) -> Answers:
-    """Score with our scorer, including the encoding. If ``shared``, compute the common prefix of choices once."""
+    """Score with our scorer, including the encoding. If ``shared``, process the common prefix of choices once."""
     tokenizer = load_tokenizer()
     task = ChoiceTask("", piqa, encode_apart, "tokens")
     groups = [[encode_apart(tokenizer, *pair) for pair in example.pairs] for example in examples]
@@ -214,14 +210,12 @@ def print_speed(files: dict[str, Path], models: Sequence[str], count: int, preci
 
 
 def timed(score: Callable[..., Answers], *arguments: Any, **options: Any) -> tuple[float, Answers]:
-    """Return the seconds that a call takes, and its result."""
     started = time.perf_counter()
     answers = score(*arguments, **options)
     return time.perf_counter() - started, answers
 
 
 def main() -> None:
-    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--piqa", type=Path, required=True)
     parser.add_argument("--lambada", type=Path, required=True)

@@ -4,7 +4,7 @@ python -m benchmarks.first_step
 python -m benchmarks.first_step --backends ddp --layers 48 --heads 1 --width 64
 
 Each run starts with an empty compiler cache, which its ranks share. CPU seconds are sums over all ranks and their
-compilers. Other programs on the machine change them less than the seconds that pass.
+compilers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def measure(setting: Setting, backend: str, unit: str) -> Measured:
 
 
 def main() -> None:
-    """Print one row per backend, number of layers and unit of compilation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", default=["ddp", "fsdp", "zero1", "zero3"])
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 12])

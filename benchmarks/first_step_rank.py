@@ -1,4 +1,4 @@
-"""Train the first steps of a compiled backend on random tokens, and write what they took, for ``first_step``.
+"""Train the first steps of a compiled backend, and write what they took, for ``first_step``.
 
 python benchmarks/first_step_rank.py SETTING_JSON BACKEND blocks|whole OUT.json        # under torchrun, or alone
 """
@@ -43,7 +43,7 @@ class Measured:
 
 
 def main() -> Backend:
-    """Measure the steps and write the result. Returns the backend, which ``run_command`` keeps in memory."""
+    """Return the backend, which ``run_command`` keeps in memory."""
     setting, backend_name, unit, out = Setting.from_json(sys.argv[1]), *sys.argv[2:4], Path(sys.argv[4])
     config = load_config([CONFIGS / f"{backend_name}.json"], overrides(setting.sections()))
     with join_world(config.run) as world:
@@ -67,7 +67,7 @@ def main() -> Backend:
 
 
 def choose_unit(unit: str, config: Config) -> None:
-    """Let the backends of this process compile single blocks or the whole model, whatever they do otherwise."""
+    """Let the backends of this process compile single blocks or the whole model."""
     name = "deepspeed_zero" if config.backend.name == "deepspeed" else config.backend.name
     module = importlib.import_module(f"pipeline.backends.{name}")  # DeepSpeed takes seconds to import
     vars(module)["compiles_blocks"] = lambda world: unit == BLOCKS
@@ -81,7 +81,7 @@ def compile_whole(model: GPT2) -> None:
 
 
 def train(config: Config, world: World, steps: int) -> tuple[Backend, list[tuple[float, float]]]:
-    """Build the backend in the same way as a run. Returns the seconds and CPU seconds of steps of one micro-batch."""
+    """Build the backend as a run does. Returns the seconds and CPU seconds of steps of one micro-batch."""
     plan = plan_batch(config, world.size)
     backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
     backend.draw_weights(config.run.seed)

@@ -3,9 +3,8 @@
 python -m benchmarks.generation      # what `make bench-generation` runs; run nothing else on the machine
 
 Both programs have the same random weights of GPT-2 124M, and continue the same prompts by the same number of tokens.
-``transformers`` runs in every setting that could be its fastest: with scaled_dot_product_attention or its own attention
-and a growing cache, and with its static cache under ``torch.compile``. The time includes prefill and excludes
-compilation.
+``transformers`` runs in every setting that could be its fastest: two attention implementations with a growing cache,
+and a static cache under ``torch.compile``. The time includes prefill and excludes compilation.
 """
 
 from __future__ import annotations
@@ -54,7 +53,6 @@ Contender = Callable[[Texts, int], Texts]  # prompts and a number of tokens -> t
 
 
 def main() -> None:
-    """Print one table per precision and batch size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="gpt2", help="the model (default: %(default)s)")
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
@@ -110,7 +108,7 @@ def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict
 
 @torch.inference_mode()
 def _shortest_ms(layers: list[nn.Linear], product: Product) -> float:
-    """Return the sum over the layers of the shortest time of a product. Other programs affect it little."""
+    """Return the sum over the layers of the shortest time of a product."""
     shortest = [math.inf] * len(layers)
     for _ in range(PRODUCT_ROUNDS):
         for i, layer in enumerate(layers):
@@ -156,7 +154,7 @@ def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: b
 def print_speeds(contenders: dict[str, Contender], batch: int, count: int) -> None:
     """Print one line per contender: its median speed, and this speed divided by the best speed of ``transformers``.
 
-    Each contender runs once to warm up. Then all contenders run in rounds, so that a slow moment affects all of them.
+    Contenders run in rounds, after one round to warm up, so that a slow moment affects all of them.
     """
     generator = torch.Generator().manual_seed(0)
     prompts: Texts = torch.randint(GPT2_VOCAB_SIZE, (batch, PROMPT_TOKENS), generator=generator).tolist()

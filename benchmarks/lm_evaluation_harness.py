@@ -1,7 +1,4 @@
-"""Run lm-evaluation-harness (the extra ``harness``) on our weights and our rows, to compare its scores with ours.
-
-The tasks of the harness are unchanged. Only the download of their data is replaced.
-"""
+"""Run lm-evaluation-harness (the extra ``harness``) on our weights and our rows, to compare its scores with ours."""
 
 from __future__ import annotations
 
@@ -36,8 +33,6 @@ TASKS = {
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """The scores and figures of the harness."""
-
     scores: list[list[tuple[float, bool]]]  # (log-likelihood, is greedy) per request of each example; for texts False
     figures: dict[str, float]
 

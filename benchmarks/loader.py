@@ -2,7 +2,7 @@
 
 python -m benchmarks.loader      # what `make bench-loader` runs; run nothing else; takes about five minutes
 
-The peer is a loader like build-nanogpt's loader, which keeps a whole shard in memory as int64 and slices it in order.
+The peer is like build-nanogpt's loader: it keeps a whole shard in memory as int64 and slices it in order.
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def our_batches(folder: Path) -> Iterator[Batch]:
 
 
 def slices_in_order(folder: Path) -> Iterator[Batch]:
-    """Load each whole shard and yield its slices in order."""
     length = BATCH * SEQ_LEN
     while True:
         for path in sorted(folder.glob("*.npy")):
@@ -115,7 +114,6 @@ def measure_loader(name: str, folder: Path) -> list[str]:
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Ask the system to drop the files from its cache."""
     for path in folder.glob("*.npy"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -137,14 +135,13 @@ def print_speeds(folder: Path) -> None:
 
 
 class EndlessStream:
-    """A replacement for a token stream of any size, in which all tokens are zero."""
+    """Replaces a token stream of any size, in which all tokens are zero."""
 
     has_mask = False
     split = TRAIN_SPLIT
     tokens = FAR_TOKENS
 
     def read_windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.uint16]:
-        """Return zeros, (B, T)."""
         assert starts.min() >= 0 and starts.max() + length <= self.tokens
         return np.zeros((len(starts), length), dtype=np.uint16)
 
@@ -172,13 +169,12 @@ def print_seeks() -> None:
 
 
 class Unprefetched:
-    """A replacement for the prefetcher that reads micro-batches only when they are requested."""
+    """Replaces the prefetcher, without reading ahead."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.loader = loader
 
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
-        """Read and return the micro-batches."""
         return self.loader.micro_batches(consumed)
 
 
@@ -231,7 +227,6 @@ def waits_of(
 
 
 def main() -> None:
-    """Write the shards and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=100_000_000, help="size of the synthetic dataset")
     parser.add_argument(

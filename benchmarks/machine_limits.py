@@ -36,7 +36,6 @@ def measure_copy_bandwidth(device: torch.device) -> float:
 
 
 def main() -> None:
-    """Measure, and print the result on the main process."""
     setting = Setting.from_json(sys.argv[1])
     config = setting.config()
     with join_world(config.run) as world:

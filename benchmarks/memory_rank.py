@@ -1,8 +1,6 @@
 """Train a few steps with a config's backend on random tokens, and write the peak memory, or only start a run.
 
 python benchmarks/memory_rank.py OUT.json --config FILE ... --set ...        # under torchrun, or alone
-
-``planned_memory`` measures steps with this script. ``start_memory`` measures the start of a run, with ``--steps 0``.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ STEPS = 3  # moments exist from the second step on, DDP's final buckets from the
 
 
 def main() -> Backend:
-    """Measure and write the largest peak of all ranks. Returns the backend, which ``run_command`` keeps in memory."""
+    """Write the largest peak of all ranks. Returns the backend, which ``run_command`` keeps in memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--config", nargs="+", required=True)
@@ -55,7 +53,7 @@ def _tiny(config: Config) -> Config:
 
 
 def _train(config: Config, world: World, steps: int) -> Backend:
-    """Build the backend in the same way as a run, and train some steps."""
+    """Build the backend as a run does, and train some steps."""
     plan = plan_batch(config, world.size)
     backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
     backend.draw_weights(config.run.seed)

@@ -3,8 +3,8 @@
 python -m benchmarks.output_layer                      # 2,048 tokens, width 384, bf16 autocast, compiled
 python -m benchmarks.output_layer --width 768 --threads 1
 
-The two variants alternate (A B B A). CPU time is the time of all threads together. It depends less on other programs on
-the machine than the elapsed time does.
+The two variants alternate (A B B A). CPU time is the sum over all threads. Other programs on the machine affect it less
+than the elapsed time.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=384)

@@ -35,8 +35,7 @@ def compare(
 ) -> Iterator[Agreement]:
     """Train each backend with each number of processes. Yields one comparison with the uncompiled reference per run.
 
-    With four or more processes, also train with groups of two ranks (``GROUPED``). A step has as many micro-batches as
-    are needed so that every number of processes divides them.
+    With four or more processes, also train with groups of two ranks (``GROUPED``).
     """
     batch = dict(base["batch"])
     batch["tokens_per_step"] *= math.lcm(MICRO_BATCHES, *processes) // MICRO_BATCHES
@@ -64,7 +63,7 @@ def compare(
 
 
 def main() -> None:
-    """Print the table. Exit with a non-zero status if a run does not agree."""
+    """Exit with a non-zero status if a run does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "amp_bf16", "bf16"], choices=LOSS_TOLERANCE)

@@ -59,8 +59,6 @@ RunRanks = Callable[[int, Path, Sequence[str], dict[str, str], Path, float], int
 
 @dataclass(frozen=True)
 class Setting:
-    """The setting of one run to plan and measure."""
-
     backend: str
     world_size: int
     model: str
@@ -70,7 +68,6 @@ class Setting:
     optimizer: str = "adamw"
 
     def overrides(self) -> list[str]:
-        """Return the overrides for ``--set``."""
         size = MODELS[self.model]
         tokens = size["batch"]["micro_batch_size"] * size["model"]["context_length"] * self.world_size
         own: Sections = {
@@ -120,7 +117,6 @@ class Compared:
 
     @property
     def difference(self) -> float:
-        """Return the relative difference, planned / measured - 1."""
         return self.planned_bytes / self.measured_bytes - 1
 
     @property
@@ -129,7 +125,6 @@ class Compared:
         return abs(self.difference) <= LARGEST_DIFFERENCE
 
     def cells(self) -> list[object]:
-        """Return the cells of a table row."""
         sizes = [f"{size / MIB:,.0f}" for size in (self.planned_bytes, self.measured_bytes)]
         *first, checkpointing, optimizer = astuple(self.setting)
         return [*first, json.dumps(checkpointing), optimizer, *sizes, f"{self.difference:+.1%}"]
@@ -158,12 +153,11 @@ def rank_environment() -> dict[str, str]:
 
 
 def start_ranks() -> RankServer:
-    """Return a rank server for ``compare``."""
     return RankServer(REPOSITORY, rank_environment())
 
 
 def main() -> None:
-    """Print both tables. Exit with a non-zero status if a row does not agree."""
+    """Exit with a non-zero status if a row does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--optimizer", nargs="+", default=OPTIMIZERS, choices=OPTIMIZERS, help="rows of the first table"

@@ -41,7 +41,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A run that resumed from one side's checkpoint, compared with the uninterrupted run of that side."""
+    """A resumed run, compared with the uninterrupted run of the side that saved."""
 
     saved_by: Side
     continued_by: Side
@@ -131,12 +131,11 @@ PAIRS = {"all": all_pairs, "ring": ring_of_pairs, "more-ranks": pairs_of_more_ra
 
 
 def same_sides(backends: Sequence[str]) -> list[tuple[Side, Side]]:
-    """Return each backend at each world size, paired with itself."""
     return [(Side(backend, processes),) * 2 for processes, backend in product((1, 2), backends)]
 
 
 def compare(runs: Portability, pairs: Sequence[tuple[Side, Side]]) -> Iterator[Continuation]:
-    """Run all pairs and yield one result per pair. Runs with fewer processes than cores are trained in parallel."""
+    """Yield one result per pair. Runs with fewer processes than cores are trained in parallel."""
     sources = list(dict.fromkeys(saved_by for saved_by, _ in pairs))
     cores = os.cpu_count() or 1
     with ExitStack() as stack:
@@ -168,7 +167,7 @@ def print_matrices(results: Sequence[Continuation], backends: Sequence[str]) -> 
 
 
 def main() -> None:
-    """Print the matrices. Exit with a non-zero status if a continuation does not agree."""
+    """Exit with a non-zero status if a continuation does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=LOSS_TOLERANCE)
     parser.add_argument(

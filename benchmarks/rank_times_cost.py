@@ -75,7 +75,6 @@ class Steps:
         return rounds[1:]
 
     def train(self) -> None:
-        """Make one optimizer step."""
         shape = (self.plan.micro_batch_size, self.plan.seq_len)
         tokens = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
         for i in range(self.plan.accumulation):
@@ -86,14 +85,14 @@ class Steps:
         self.backend.step(self.config.optimizer.learning_rate)
 
     def wait(self) -> None:
-        """Wait in ``WAITS`` collectives of a group of this rank alone, which need no other process."""
+        """Wait in ``WAITS`` collectives of a group of this rank alone."""
         value = torch.zeros((), device=self.world.device)
         for _ in range(WAITS):
             dist.all_reduce(value, group=self.alone)
 
 
 def main() -> Backend:
-    """Measure and print one or two lines. Returns the backend, which ``run_command`` keeps in memory."""
+    """Return the backend, which ``run_command`` keeps in memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", required=True)
     parser.add_argument("--set", nargs="*", default=[])

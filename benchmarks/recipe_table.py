@@ -46,7 +46,6 @@ def _plan(config: Config, backend: str, world_size: int, device: Device) -> Plan
 
 
 def main() -> None:
-    """Print the table as Markdown."""
     print(f"| recipe | GPUs | {' | '.join(f'{memory} ({device})' for memory, device in COLUMNS.items())} |")
     print(f"|---|---|{'---|' * len(COLUMNS)}")
     for recipe in RECIPES:

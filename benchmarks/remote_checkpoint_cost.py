@@ -26,7 +26,6 @@ _CHUNK_BYTES = 8 << 20
 
 
 def main() -> None:
-    """Upload a checkpoint and print what the server counted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parameters", type=int, default=124_475_904, help="default: GPT-2 124M with padding rows")
     parser.add_argument("--ranks", type=int, default=2, help="the ranks that wrote the checkpoint")
@@ -63,7 +62,7 @@ def write_checkpoint(run_folder: Path, parameters: int, ranks: int) -> None:
 
 
 def write_random(path: Path, size: int) -> None:
-    """Write a file of ``size`` bytes whose content depends on its name."""
+    """Write a file whose content depends on its name."""
     with path.open("wb") as file:
         for start in range(0, size, _CHUNK_BYTES):
             seed = hashlib.sha256(f"{path.name} {start}".encode()).digest()

@@ -1,4 +1,4 @@
-"""Define the options of the benchmarks that compare tiny runs, and create the config and the data that they choose."""
+"""Define the options of the benchmarks that compare tiny runs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ OFFLOADS = ("zero2_offload", "zero3_offload")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The optimizer, the vocabulary and the backends of the runs."""
-
     optimizer: str
     uses_bytes: bool
     backends: tuple[str, ...]
 
     @property
     def base(self) -> Sections:
-        """Return the config of the runs."""
         return merged(TINY_BYTE_RUN if self.uses_bytes else TINY_RUN, {"optimizer": {"name": self.optimizer}})
 
     def make_corpus(self, folder: Path) -> Path:
@@ -39,8 +36,8 @@ def add_run_options(
     """Add the options to a parser.
 
     Args:
-        backends: the backends if the command line names none.
-        uses_bytes: whether the runs use one token per byte if the command line does not choose.
+        backends: the default backends.
+        uses_bytes: whether the runs use one token per byte by default.
     """
     every = (*BACKENDS, *OFFLOADS)
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
@@ -56,6 +53,5 @@ def add_run_options(
 
 
 def run_options(arguments: argparse.Namespace) -> RunOptions:
-    """Return the options of a parsed command line."""
     backends = (*arguments.backends, *(OFFLOADS if arguments.offload else ()))
     return RunOptions(arguments.optimizer, arguments.bytes, tuple(dict.fromkeys(backends)))

@@ -83,11 +83,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Return the name of the run folder."""
         return f"{self.backend}-x{self.processes}-{self.contender.lower().replace(', ', '-')}-seed{self.seed}"
 
     def sections(self, data: Path, common: Sections) -> Sections:
-        """Return all settings of the run."""
         own: Sections = {
             "run": {"seed": self.seed},
             "data": {"path": str(data)},
@@ -98,8 +96,6 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a case."""
-
     case: Case
     settings: Sections  # a case whose settings have changed runs again
     steps: int
@@ -110,7 +106,6 @@ class Result:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Result:
-        """Parse one element of results.json."""
         return cls(Case(**row.pop("case")), **row)
 
 
@@ -130,7 +125,7 @@ def run_case(case: Case, settings: Sections, folder: Path) -> Result:
 
 
 def run_cases(cases: Sequence[Case], out: Path, common: Sections) -> list[Result]:
-    """Run the cases that have no result yet, one after the other. Returns the results of all cases.
+    """Run the cases that have no result yet. Returns the results of all cases.
 
     After each run, results.json and page.md are written with all results whose settings have not changed.
 
@@ -194,12 +189,10 @@ SUMMARY_COLUMNS = (
 
 
 def side(result: Result) -> str:
-    """Return the backend and the number of processes of a result."""
     return f"{result.case.backend} x{result.case.processes}"
 
 
 def summarize(results: Sequence[Result]) -> Iterable[Sequence[object]]:
-    """Yield one row per backend and contender."""
     for place in dict.fromkeys(map(side, results)):
         groups: dict[str, list[Result]] = {}
         for result in results:
@@ -217,7 +210,6 @@ def summarize(results: Sequence[Result]) -> Iterable[Sequence[object]]:
 
 
 def spread(figure: str, group: Sequence[Result], digits: int) -> str:
-    """Return the mean and the standard deviation of a figure."""
     values = [getattr(result, figure) for result in group]
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
@@ -230,7 +222,7 @@ def ratio(figure: str, group: Sequence[Result], first: Sequence[Result]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run all cases and print the page. Exit with a non-zero status if a run does not reach the target."""
+    """Exit with a non-zero status if a run does not reach the target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/speedrun"), help="default: %(default)s")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)

@@ -3,8 +3,8 @@
 python -m benchmarks.start_memory                       # what `make start-memory` runs
 python -m benchmarks.start_memory --models gpt2-medium --backends fsdp --ranks 2
 
-The peak does not include the memory of libraries. The optimizer's state, which is created later, is not included
-either. On a CPU, the memory of the host is the memory of the device. The machine needs the sum of all ranks.
+The peak includes neither the memory of libraries nor the optimizer's state. On a CPU, the memory of the host is the
+memory of the device. The machine needs the sum of all ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEQ_LEN = 64
 
 
 def measure(backend: str, model: str, ranks: int, server: RankServer) -> tuple[int, int]:
-    """Start a run. Returns the peak of the rank that needs most, and the size of one whole copy in fp32, in bytes."""
+    """Start a run. Returns the largest peak of a rank, and the size of one whole copy in fp32, in bytes."""
     settings = [
         f"model.preset={model}",
         f"run.precision={PRECISIONS[backend]}",
@@ -48,7 +48,6 @@ def measure(backend: str, model: str, ranks: int, server: RankServer) -> tuple[i
 
 
 def main() -> None:
-    """Print one row per model and backend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["gpt2-medium", "gpt2-large", "gpt2-xl"], help="presets")
     parser.add_argument("--backends", nargs="+", default=["fsdp", "zero3"], choices=PRECISIONS)

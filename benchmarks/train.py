@@ -7,9 +7,9 @@ python -m benchmarks.train --processes 2 --contenders zero1 zero1-muon --rounds 
 python -m benchmarks.train --peer-command 'nanoGPT=cd ~/nanoGPT && python train.py --device={device} ...'
 
 All contenders except those of --peer-command train on the same batches from the same weights, with clipping and the
-same learning rate. The optimizer is Muon if the name ends with -muon, otherwise AdamW. The losses of contenders with
-the same optimizer must agree, or the command fails. FLOP/s of matrix products and the bandwidth of copies are measured
-before and after the contenders. The table has medians over rows of steps, and quartiles.
+same learning rate. The optimizer is Muon if the name ends with -muon, otherwise AdamW. The command fails if the losses
+of contenders with the same optimizer do not agree. FLOP/s of matrix products and the bandwidth of copies are measured
+before and after the contenders. The table has medians and quartiles over rows of steps.
 """
 
 from __future__ import annotations
@@ -56,8 +56,6 @@ LOSS_TOLERANCE, LOSS_TOLERANCE_OF_COMMANDS = 0.02, 0.5
 
 @dataclass(frozen=True)
 class Limits:
-    """The speed of the machine at one moment."""
-
     flops: float
     bytes_per_s: float
     device: str
@@ -69,15 +67,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Contender:
-    """A trainer to measure."""
-
     name: str
     measure: Callable[[Setting], Measured]
     loss_tolerance: float = LOSS_TOLERANCE
 
     @property
     def optimizer(self) -> str:
-        """Return the name of the optimizer. Losses compare only within one optimizer."""
         return "muon" if self.name.endswith(MUON) else "adamw"
 
 
@@ -102,13 +97,12 @@ def train_peer(arguments: Sequence[str], setting: Setting) -> Measured:
 
 
 def measure_limits(setting: Setting) -> Limits:
-    """Measure the machine with the same number of processes as in training."""
     output = run_script(setting.processes, BENCHMARKS / "machine_limits.py", [setting.to_json()])
     return Limits(**json.loads(output.strip().splitlines()[-1]))
 
 
 def run_script(processes: int, script: Path, arguments: Sequence[str]) -> str:
-    """Run a script and return its output. The script chooses its own threads."""
+    """Run a script, which chooses its own threads, and return its output."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
     command = ranks_command(processes, script, arguments)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -162,7 +156,6 @@ def disagreements(contenders: Sequence[Contender], found: dict[str, Measured], w
 
 
 def print_table(contenders: Sequence[Contender], found: dict[str, Measured], setting: Setting, ceiling: float) -> None:
-    """Print one row per contender."""
     config = setting.config()
     flops = flops_per_token(config.model, config.seq_len)
     first_ms = statistics.median(found[contenders[0].name].step_ms)
@@ -203,7 +196,6 @@ def compare(contenders: Sequence[Contender], setting: Setting, rounds: int) -> i
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
@@ -234,7 +226,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def setting_of(arguments: argparse.Namespace, data: Path) -> Setting:
-    """Return the setting that the command line asks for."""
     return Setting(
         data=str(data.absolute()),
         n_layer=arguments.layers,
@@ -252,7 +243,7 @@ def setting_of(arguments: argparse.Namespace, data: Path) -> Setting:
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Compare the contenders. Returns a non-zero status if losses do not agree."""
+    """Return a non-zero status if losses do not agree."""
     arguments = parse_arguments(argv)
     contenders = contenders_of(arguments.contenders, arguments.peer_command)
     with tempfile.TemporaryDirectory() as scratch:

@@ -54,7 +54,7 @@ class PeerCommand:
         """Train to the end and return the measured steps.
 
         Raises:
-            RuntimeError: the command failed or printed no steps; the message contains its output.
+            RuntimeError: the command failed or printed no steps. The message contains its output.
         """
         with tempfile.TemporaryDirectory() as scratch:
             data, out, log = Path(scratch, "data"), Path(scratch, "out"), Path(scratch, "log")
@@ -75,7 +75,6 @@ class PeerCommand:
         return Measured({step: loss for step, loss, _ in steps}, counted, peak if on_cpu else None, steps[0][2])
 
     def filled(self, setting: Setting, data: Path, out: Path) -> str:
-        """Return the command for a setting."""
         sizes = {**asdict(setting), "batch": setting.micro_batch_size, "tokens_per_step": setting.tokens_per_step}
         return self.template.format(**{**sizes, "data": data, "out": out})
 

@@ -1,7 +1,6 @@
 """Train transformers' GPT-2 as its users do, on the batches and from the weights of this project.
 
-:mod:`benchmarks.train` runs this script in separate processes: a plain loop, or Hugging Face's ``Trainer``, each with
-bf16 autocast, fused AdamW and torch.compile, or eager.
+:mod:`benchmarks.train` runs this script in separate processes: a plain loop, or Hugging Face's ``Trainer``.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from pipeline.training.schedule import lr_at
 
 
 class RowClock:
-    """Writes a row after the first step and then every ``steps_per_row`` steps, as the trainer of this project does.
+    """Writes a row after the first step and then every ``steps_per_row`` steps, as this project's trainer does.
 
     Args:
         path: the file for the rows. None on ranks that only take part in the sums.
@@ -78,7 +77,7 @@ def build_peer(config: Config) -> Any:
 
 
 def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool) -> None:
-    """Train with forward with labels, backward, clip and step, as the documentation of transformers shows."""
+    """Train with the loop in the documentation of transformers."""
     model = build_peer(config).to(world.device).train()
     module = DistributedDataParallel(model) if world.size > 1 else model
     if compiled:
@@ -97,7 +96,7 @@ def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool)
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """A dataset for ``Trainer``, which gives whole batches to the ranks in turn; each rank stores its own batches."""
+    """A dataset for ``Trainer``, which gives whole batches to the ranks in turn. Each rank stores its own batches."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.size, self.world_size = config.batch.micro_batch_size, world.size
@@ -120,13 +119,12 @@ class TimedTrainer(transformers.Trainer):
         return SequentialSampler(self.train_dataset)
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
-        """Run a step and keep its loss for the clock."""
         self.last_loss = super().training_step(*arguments, **options)
         return self.last_loss
 
 
 def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: Path, *, compiled: bool) -> None:
-    """Train the same steps with ``transformers.Trainer``: its own loop, autocast and compilation."""
+    """Train the same steps with ``transformers.Trainer``."""
     on_cpu = world.device.type == "cpu"
     model = build_peer(config)
     optimizer = build_adamw(model.parameters(), config.optimizer, world.device)
@@ -163,7 +161,6 @@ def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: 
 
 
 def main() -> None:
-    """Train one peer and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=["loop", "trainer"])
     parser.add_argument("setting", type=Setting.from_json)

@@ -13,8 +13,6 @@ from tests.support.runs import Sections
 
 @dataclass(frozen=True)
 class Setting:
-    """Model, batch, data, optimizer and steps of one comparison."""
-
     data: str  # a folder of token shards
     n_layer: int
     n_head: int
@@ -55,22 +53,19 @@ class Setting:
         }
 
     def config(self) -> Config:
-        """Return the setting as a validated config."""
         return Config.model_validate(self.sections())
 
     def to_json(self) -> str:
-        """Return the setting for the command line of a contender."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Setting:
-        """Parse the result of ``to_json``."""
         return cls(**json.loads(text))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The rows of a contender; each row covers ``steps_per_row`` steps."""
+    """The rows of a contender. Each row covers ``steps_per_row`` steps."""
 
     losses: dict[int, float]  # by step: the mean over its targets, in nats
     step_ms: list[float]  # of the rows after the warm-up

@@ -14,8 +14,7 @@ from pipeline.model.gpt2 import GPT2
 def transformers_model(model: GPT2, **settings: Any) -> Any:
     """Return a ``GPT2LMHeadModel`` with a copy of the weights, in fp32 and in training mode.
 
-    Args:
-        settings: keys of ``GPT2Config`` that override those of an export.
+    ``settings`` overrides keys of ``GPT2Config``.
     """
     config = GPT2Config(**{**to_config_json(model.config, "float32"), **settings})
     theirs: Any = GPT2LMHeadModel(config)

@@ -1,7 +1,7 @@
 """Measure the state that the real wrapping code keeps on rank 0 at any world size, with a fake process group.
 
-FSDP2 allocates only the shards of this rank, so it wraps a model with the shapes of GPT-2. DDP and ZeRO-1 to ZeRO-3
-wrap a small model.
+FSDP2 allocates only the shards of this rank, so it wraps a model with the shapes of GPT-2. DDP and ZeRO wrap a small
+model.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ SMALL_BUCKET = "backend.deepspeed.zero_optimization.reduce_bucket_size=1000000"
 
 @dataclass(frozen=True)
 class Shards:
-    """The bytes of one kind of state of one backend, planned and in the wrapped model."""
-
     backend: str
     world_size: int
     state: str  # parameters, gradients or moments
@@ -53,7 +51,6 @@ class Shards:
         return self.planned_bytes == self.wrapped_bytes
 
     def cells(self) -> tuple[str, ...]:
-        """Return the cells of a table row."""
         return (self.backend, f"{self.world_size:,}", self.state, f"{self.planned_bytes:,}", f"{self.wrapped_bytes:,}")
 
 

@@ -3,9 +3,8 @@
 python -m benchmarks.control_plane --ranks 4096        # what `make control-plane` runs
 python -m benchmarks.control_plane --ranks 64 --seconds 3
 
-The store is a real store in its own process, as with torchrun. Each rank has its own connections to it, and makes the
-calls of a training run. The ranks are threads in a few processes. The network is not measured, because all processes
-are on this machine.
+The ranks are threads in a few processes. Each rank makes the calls of a training run to a real store. The network is
+not measured, because all processes are on this machine.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ def measure(ranks: int, processes: int, seconds: float, timeout_s: float, preset
 
 
 def main() -> None:
-    """Print one row per value."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4096)
     parser.add_argument("--processes", type=int, default=2, help="processes that contain the ranks as threads")

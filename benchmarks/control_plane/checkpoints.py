@@ -1,4 +1,4 @@
-"""Measure the checkpoint of many ranks: the files of all ranks, the manifest, the verification and the loading."""
+"""Measure the checkpoint of many ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ MIB = 1 << 20
 
 
 def shapes_of(preset: str) -> dict[str, list[int]]:
-    """Return the shapes of all parameters of a model."""
     model = allocate_model(config_from_json({"model": {"preset": preset}}, origin="benchmark").model, "meta")
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
@@ -98,7 +97,6 @@ class Stopwatch:
 
     @contextmanager
     def measuring(self, name: str) -> Iterator[None]:
-        """Return a context manager that adds the time of its block."""
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

@@ -1,7 +1,7 @@
 """The simulated ranks of one process. ``benchmarks.control_plane.store`` starts this module.
 
-The calls are those of ``pipeline.distributed``. Only two things differ from a run: a few threads send the heartbeats of
-all ranks of this process, and a fixed place replaces the observation of the main thread.
+The calls are those of ``pipeline.distributed``. Two things differ from a run: a few threads send the heartbeats of all
+ranks, and the main thread of a rank is always at the same place.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ PLACE = Place(1000, "step 7, micro-batch 1 of 4", False, 0.0, "gpt2.py:180 in lo
 
 
 class Observer:
-    """Takes the place of ``MainThread``: the main thread of a simulated rank is always at the same place."""
+    """Takes the place of ``MainThread``."""
 
     def observe(self, elapsed_s: float) -> Place:
-        """Return the place."""
         return PLACE
 
 
@@ -86,7 +85,6 @@ class Ranks:
         self.worlds.append(World(rank, self.size, rank % 8, torch.device("cpu"), store))
 
     def watch(self) -> dict[str, float]:
-        """Create the heartbeats of all ranks."""
         self._on_all_ranks(lambda rank: self.heartbeats.append(Heartbeat(self._world(rank), self.timeout_s)))
         self.heartbeats.sort(key=lambda heartbeat: heartbeat.rank)
         for heartbeat in self.heartbeats:
@@ -94,7 +92,6 @@ class Ranks:
         return {}
 
     def beats(self) -> dict[str, float]:
-        """Send heartbeats for some seconds."""
         started, until = time.monotonic(), time.monotonic() + self.seconds
         late_s = 0.0
         with ThreadPoolExecutor(SENDERS) as threads:
@@ -156,7 +153,7 @@ class Ranks:
     def _take_turns(
         self, threads: ThreadPoolExecutor, heartbeats: list[Heartbeat], verdicts: dict[int, str] | None = None
     ) -> float:
-        """Send one heartbeat of each rank, and wait until the next round is due. Returns the seconds of the round."""
+        """Send one heartbeat of each rank and wait for the next round. Returns the seconds of the round."""
         started = time.monotonic()
         self.turn += 1
 

@@ -1,4 +1,4 @@
-"""Measure what each rank does per step or per row of metrics: its samples, and the comparison of all ranks."""
+"""Measure what each rank does per step or per row of metrics."""
 
 from __future__ import annotations
 
@@ -52,7 +52,6 @@ class SimulatedWorld(World):
         return [f"node{rank // 8}" for rank in range(self.size)]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the times of all ranks."""
         times = torch.tensor([0.4, 0.01, 0.05]).repeat(self.size, 1)
         times[SLOW_RANK, 0] = 0.6
         return times

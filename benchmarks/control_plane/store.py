@@ -1,4 +1,4 @@
-"""Measure the store that all ranks share: the start, the heartbeats, and the search for a lost rank."""
+"""Measure the store that all ranks share."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ class Load:
 
     @classmethod
     def of(cls, process: psutil.Process) -> Load:
-        """Read the load of a process."""
         times = process.cpu_times()
         return cls(process.memory_info().rss, process.num_fds(), times.user + times.system)
 
 
 class Ranks:
-    """Processes with simulated ranks. The processes begin each phase together, and report what they measured."""
+    """Processes with simulated ranks. They begin each phase together."""
 
     def __init__(self, ranks: int, processes: int, seconds: float, timeout_s: float, store_port: int) -> None:
         self._count = processes
@@ -53,12 +52,11 @@ class Ranks:
             self.processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment))
 
     def run(self, phase: str) -> list[dict[str, float]]:
-        """Run a phase in all processes and return what each process measured."""
         self._conductor.set(f"begin_{phase}", "")
         return self.collect(phase)
 
     def collect(self, phase: str) -> list[dict[str, float]]:
-        """Wait until all processes have reached the end of a phase, and return what each of them measured."""
+        """Wait until all processes have reached the end of a phase, and return what they measured."""
         return [json.loads(self._conductor.get(f"{phase}_{index}")) for index in range(self._count)]
 
 
@@ -67,7 +65,7 @@ def measure_store(ranks: int, processes: int, seconds: float, timeout_s: float) 
 
     Args:
         seconds: the time in which heartbeats are counted.
-        timeout_s: the time after which a silent rank counts as lost, as ``run.rank_timeout_s`` in a config.
+        timeout_s: the time after which a silent rank counts as lost.
     """
     port = free_port()
     with ExitStack() as resources:

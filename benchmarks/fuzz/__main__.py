@@ -1,4 +1,4 @@
-"""Damage inputs of every kind, run commands on the damaged inputs, and list the commands that ended in a wrong way.
+"""Run commands on damaged inputs of every kind, and list the commands that ended in a wrong way.
 
 python -m benchmarks.fuzz                        # what `make fuzz` runs: 2,000 damaged inputs of all groups
 python -m benchmarks.fuzz parquet npy --inputs 500
@@ -16,7 +16,7 @@ from benchmarks.fuzz.isolation import run_group
 
 
 def main() -> int:
-    """Run the trials and print a table. Returns 1 if a command ended neither with success nor with one error line."""
+    """Return 1 if a command ended neither with success nor with one error line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)} (default: all)")
     parser.add_argument(

@@ -74,7 +74,6 @@ def _damage_file(path: Path, folder: Path, stream: random.Random) -> str:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Replace the folder ``target`` with a copy of the folder ``source``."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
 
@@ -175,7 +174,7 @@ _CHANGES: tuple[ChangeBytes, ...] = (
 def _change_json(content: bytes, stream: random.Random) -> bytes | None:
     """Replace, delete or add a value in a JSON file or in a line of a JSON Lines file. Returns None for other files.
 
-    Manifests contain a hash of all other keys. The hash is removed, so that commands read the changed value.
+    A manifest's hash of itself is removed, so that commands read the changed value.
     """
     try:
         value = json.loads(content)

@@ -1,4 +1,4 @@
-"""Run the trials of a group in a separate process, so that a crash or a hang of this process is a result, too."""
+"""Run the trials of a group in a separate process, because a command can crash or hang this process."""
 
 from __future__ import annotations
 

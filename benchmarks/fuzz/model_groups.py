@@ -1,4 +1,4 @@
-"""Define the groups of model files: checkpoints, run configs, Hugging Face folders, and files of nanoGPT."""
+"""Define the groups of model files."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _write_nanogpt(source: Path, fixed: Path) -> None:
 
 
 def damage_run(folder: Path, stream: random.Random) -> str:
-    """Damage a run folder. Half of the time, hashes and sizes are then computed again, so that readers look inside."""
+    """Damage a run folder. Half of the time, hashes and sizes are computed again, so that readers look inside."""
     done = _damage_model(folder, stream)
     if stream.random() < 0.5:
         return done
@@ -126,7 +126,7 @@ def damage_run(folder: Path, stream: random.Random) -> str:
 
 
 def _damage_model(folder: Path, stream: random.Random) -> str:
-    """Damage the contents of a safetensors header or of a pickle, or damage any file as ``damage_folder`` does."""
+    """Damage a safetensors header, a pickle, or any file as ``damage_folder`` does."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".pt", ".bin"))
     if not files or stream.random() < 0.5:
         return damage_folder(folder, stream)

@@ -31,9 +31,8 @@ class Command:
         main: the command's function, which reads ``sys.argv``.
         line: the arguments. ``{source}`` stands for the damaged input, ``{out}`` for a path that does not exist, and
             ``{fixed}`` for a folder with files that are never damaged.
-        continues_in_source: whether a failed command may change files in ``{source}`` or add files, because the command
-            continues unfinished work in that folder.
-        check: a function that checks the output. It is called with ``{out}`` after each success.
+        continues_in_source: whether a failed command may change or add files in ``{source}``.
+        check: checks the output. It is called with ``{out}`` after each success.
     """
 
     main: Callable[[], object]
@@ -48,10 +47,10 @@ class Group:
 
     Attributes:
         name: the name of the group on the command line.
-        make: a function that writes the undamaged input into an empty folder (first argument). It may write other files
-            that the commands need into a second empty folder (second argument). These files are never damaged.
-        commands: the commands to run, one after the other, on each damaged input.
-        damage: a function that damages the files of a folder and returns a description of the damage.
+        make: writes the undamaged input into an empty folder (first argument), and files that are never damaged into
+            another (second argument).
+        commands: the commands to run, one after the other.
+        damage: damages the files of a folder and returns a description of the damage.
     """
 
     name: str
@@ -97,7 +96,7 @@ class Workbench:
                 raise AssertionError(f"the undamaged input must be accepted: {trial}")
 
     def try_number(self, number: int) -> Iterator[Trial]:
-        """Run all commands of the group, each on the damaged input with this number."""
+        """Run all commands of the group on the damaged input with this number."""
         for command in self._group.commands:
             copy_folder(self._sound, self._work / "source")
             stream = random.Random(f"{self._seed}/{self._group.name}/{number}")
@@ -163,7 +162,7 @@ def _judge(status: int, error_output: str) -> str | None:
 
 
 def _contents_of(folder: Path) -> dict[str, str]:
-    """Return path -> hash for the files in a folder and its subfolders. Subfolders have an empty hash."""
+    """Return the hash of each file in a folder and its subfolders, by path. Subfolders have an empty hash."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))

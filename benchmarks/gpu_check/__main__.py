@@ -4,8 +4,8 @@ python -m benchmarks.gpu_check                         # what `make gpu-check` r
 python -m benchmarks.gpu_check --minutes 20 --out runs/h100
 python -m benchmarks.gpu_check --device cpu            # rehearse the check without a GPU, at a tiny size
 
-Every step runs in its own process with a time limit, in the order of its worth. After each step, the command writes
-OUT/page.md and OUT/results.json. It stops in time, and the next call continues with the steps that it has not reached.
+Every step runs in its own process with a time limit, the most important steps first. After each step, the command
+writes OUT/page.md and OUT/results.json. It stops in time. The next call continues with the remaining steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ IDENTITY = ("device_type", "device", "devices", "torch")  # results of machines 
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="time for this call (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the result (default: runs/gpu_check, or _cpu)")
@@ -47,7 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def find_machine(device: str, runner: Runner) -> Figures:
-    """Return the description of the machine, which decides what the other steps are.
+    """Return the description of the machine.
 
     Raises:
         SystemExit: the machine cannot be described, or the folder has results of another machine.

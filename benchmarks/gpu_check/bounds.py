@@ -1,4 +1,4 @@
-"""Say how far a loss curve on the device may be from the fp32 curve of one CPU process."""
+"""Define how far a loss curve on the device may be from the fp32 curve of one CPU process."""
 
 from __future__ import annotations
 
@@ -8,5 +8,4 @@ LOSS_BOUNDS = {"fp32": 1e-4, "amp_bf16": 2e-2, "amp_fp16": 5e-3, "bf16": 2e-2}
 
 
 def loss_bound(precision: str) -> float:
-    """Return the bound of a precision."""
     return LOSS_BOUNDS[precision]

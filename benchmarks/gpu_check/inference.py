@@ -52,7 +52,6 @@ def results_on(device: torch.device, run_folder: Path, data: Path) -> dict[str, 
 
 
 def compare(device: torch.device, run_folder: Path, data: Path) -> dict[str, Any]:
-    """Return the differences between the CPU and the device."""
     expected, found = (results_on(each, run_folder, data) for each in (torch.device("cpu"), device))
     pairs = zip(expected["completions"], found["completions"], strict=True)
     figures: dict[str, Any] = {
@@ -71,7 +70,6 @@ def compare(device: torch.device, run_folder: Path, data: Path) -> dict[str, Any
 
 
 def main() -> None:
-    """Compare and write the result."""
     device, run_folder, data, out = sys.argv[1:]
     figures = compare(torch.device(device), Path(run_folder), Path(data))
     Path(out).write_text(json.dumps(figures), encoding="utf-8")

@@ -22,7 +22,7 @@ def describe(device_type: str) -> dict[str, Any]:
     """Return what the check needs to know about the machine.
 
     Raises:
-        SystemExit: the machine has no GPU, but ``device_type`` is ``cuda``.
+        SystemExit: ``device_type`` is ``cuda``, but there is no GPU.
     """
     found: dict[str, Any] = {
         "device_type": device_type,

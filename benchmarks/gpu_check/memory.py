@@ -26,7 +26,6 @@ def run_script(
 
 
 def main() -> None:
-    """Measure and write the result."""
     setting = Setting(**json.loads(sys.argv[1]))
     with tempfile.TemporaryDirectory() as scratch:
         compared = compare(setting, run_script, Path(scratch))

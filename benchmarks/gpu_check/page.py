@@ -18,11 +18,7 @@ NOT_MEASURED = "not measured"
 
 
 def render(check: Check, record: Record, command: str) -> str:
-    """Return the page.
-
-    Args:
-        command: the command that the reader repeats to continue the check.
-    """
+    """Return the page. ``command`` is what the reader types to continue the check."""
     stages = check.stages()
     machine = check.machine
     kind = "" if check.on_gpu else ", a rehearsal without a GPU: all sizes are tiny, and no figure stands for a GPU"
@@ -133,7 +129,6 @@ def _other_checks(check: Check) -> list[str]:
 
 
 def _describe(figures: dict[str, Any]) -> str | None:
-    """Return the figures of a check in words, or None if it has none."""
     texts = []
     for key, value in figures.items():
         shown = f"{value:.1e}" if isinstance(value, float) else str(value)
@@ -142,7 +137,6 @@ def _describe(figures: dict[str, Any]) -> str | None:
 
 
 def _speed_blocks(check: Check, record: Record, processes: int) -> Iterable[str]:
-    """Return the ceilings and the table of speeds."""
     ranks = f" x{processes}" if processes > 1 else ""
     setting = check.speed_setting(processes)
     ceilings = [figures for when in ("first", "last") if (figures := record.figures(f"ceilings {when}{ranks}"))]

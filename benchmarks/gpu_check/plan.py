@@ -1,6 +1,7 @@
-"""List the steps of the check for a machine, in the order of their worth.
+"""List the steps of the check for a machine, the most important first.
 
-a: the machine and its tests. b: correctness against a CPU. c: speed and memory of one device. d: several devices.
+Sections: a, the machine and its tests; b, correctness against a CPU; c, speed and memory of one device; d, several
+devices.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Check:
     """Builds the stages for one machine.
 
     Args:
-        folder: the folder of the record. Each step writes to the folder of its name.
+        folder: each step writes to the subfolder of its name.
         machine: the figures of the step ``machine``.
     """
 
@@ -77,7 +78,7 @@ class Check:
 
     @property
     def processes(self) -> int:
-        """Return the number of ranks in section d: one per GPU, but at least two. On a CPU, two."""
+        """Return the number of ranks in section d: one per GPU, but at least two."""
         return max(2, int(self.machine["devices"]))
 
     @property
@@ -86,7 +87,6 @@ class Check:
         return max(ranks for ranks in (2, 4, 8) if ranks <= self.processes)
 
     def stages(self) -> list[Stage]:
-        """Return all stages in the order of their worth."""
         curves = [self.curve(*case) for case in product(BACKENDS, PRECISIONS, (False,))]
         compiled = [self.curve(*case) for case in product(BACKENDS, PRECISIONS, (True,))]
         resumed = [self.resumed(*case) for case in product(("ddp", "fsdp", "zero1"), (False, True))]
@@ -114,12 +114,11 @@ class Check:
     # a: the machine and its tests
 
     def data(self) -> Step:
-        """Return the step that tokenizes the data of all later steps."""
         command = self._module("data", self.machine["device_type"], str(self._at("data")))
         return Step("data", command, lambda _: {}, 180, 10, environment=self._environment(BESIDE))
 
     def reference(self) -> Step:
-        """Return the run on one CPU process in fp32 with which all curves are compared."""
+        """Return the run on one CPU process in fp32, with which all curves are compared."""
         sections = merged(self.curve_sections("fp32", compiled=False, processes=1), {"run": {"device": "cpu"}})
         run = self._at("reference") / "run"
         command = ranks_command(1, TRAIN, train_arguments("ddp", run, sections))
@@ -127,7 +126,7 @@ class Check:
         return Step("reference", command, read, 240, 10, environment=self._environment(BESIDE))
 
     def doctor(self) -> Step:
-        """Return the step that runs ``launch/doctor.py``. It also compiles and starts two ranks."""
+        """Return the step that runs ``launch/doctor.py``."""
         command = [sys.executable, str(REPOSITORY / "launch" / "doctor.py"), "--json", "--thorough"]
         command += ["--folder", str(self.folder)]
         return Step("doctor", command, read_doctor, 240, 20, environment=self._environment(BESIDE))
@@ -179,13 +178,11 @@ class Check:
         return Step(name, command, read, 240, 40 if compiled else 15, why, self._environment(BESIDE))
 
     def resumed(self, backend: str, compiled: bool) -> Step:
-        """Return the step that resumes a run with dropout and recomputation."""
         name = f"resume {backend} {'compiled' if compiled else 'eager'}"
         sections = self.curve_sections("fp32", compiled=compiled, processes=1)
         return self._sequence(name, "resumed", backend, sections)
 
     def moved(self, backend: str) -> Step:
-        """Return the step that moves a checkpoint from the CPU to the device and back."""
         sections = self.curve_sections("fp32", compiled=False, processes=1)
         return self._sequence(f"move {backend}", "moved", backend, sections, str(self._at("reference") / "run"))
 
@@ -196,7 +193,6 @@ class Check:
         return Step(name, command, read_result, 300, 40, why, self._environment(BESIDE))
 
     def inference(self) -> Step:
-        """Return the step that compares scoring and generation with those of the CPU."""
         source, data = self._at("reference") / "run", self._at("data") / "curves"
         out = self._at("inference") / "result.json"
         command = self._module("inference", self.machine["device_type"], str(source), str(data), str(out))
@@ -228,15 +224,12 @@ class Check:
         return replace(gpt2, steps=50, warmup_steps=10, steps_per_row=5)
 
     def ceilings(self, when: str, processes: int = 1) -> Step:
-        """Return the step that measures matrix products and copies."""
         return self._measurement(f"ceilings {when}", "ceilings", processes, usual_s=15)
 
     def speed(self, contender: str, processes: int = 1) -> Step:
-        """Return the step that measures the speed of one contender."""
         return self._measurement(f"speed {contender}", contender, processes)
 
     def peer(self, command: PeerCommand, processes: int = 1) -> Step:
-        """Return the step that measures the speed of another program."""
         return self._measurement(f"speed {command.name}", f"{command.name}={command.template}", processes)
 
     def _measurement(self, name: str, contender: str, processes: int, usual_s: float = 45) -> Step:
@@ -259,7 +252,6 @@ class Check:
         return Step(name, command, read_profile(run), 240, 45, why, self._environment())
 
     def memory(self, backend: str) -> Step:
-        """Return the step that compares planned with measured memory."""
         setting = MemorySetting(backend, 1, "gpt2" if self.on_gpu else "small", "bf16")
         out = self._at(f"memory {backend}") / "result.json"
         command = self._module("memory", json.dumps(asdict(setting)), str(out))
@@ -269,14 +261,13 @@ class Check:
     # d: several devices
 
     def several_curves(self) -> list[Step]:
-        """Return the runs whose curves must agree, with several ranks. Those that differ most come first."""
+        """Return the runs on several ranks whose curves must agree. Those that differ most come first."""
         cases = [(backend, precision, False) for precision in ("fp32", "bf16") for backend in BACKENDS]
         cases += [(backend, precision, True) for precision in ("bf16", "fp32") for backend in BACKENDS]
         cases += list(product(BACKENDS, ("amp_bf16", "amp_fp16"), (False, True)))
         return [self._needs_several(self.curve(*case, self.curve_processes)) for case in cases]
 
     def several_speeds(self) -> list[Step]:
-        """Return the measurements with all devices."""
         ranks = self.processes
         steps = [self.ceilings("first", ranks), self.speed("ddp", ranks), self.profile("ddp", ranks)]
         for backend in ("fsdp", "zero1"):

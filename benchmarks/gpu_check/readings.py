@@ -17,7 +17,6 @@ from tests.support.runs import read_curve
 
 
 def read_result(folder: Path) -> Figures:
-    """Return the figures that the step itself has written."""
     figures: Figures = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return figures
 
@@ -41,14 +40,12 @@ def read_curve_of(
 
 
 def _kernel(run: Path) -> str:
-    """Return the attention kernel that the run logged."""
     log = (run.parent / LOG_FILE).read_text(encoding="utf-8", errors="replace")
     lines = [line.split("attention ")[1].strip() for line in log.splitlines() if "attention " in line]
     return lines[-1] if lines else ""
 
 
 def read_doctor(folder: Path) -> Figures:
-    """Return the findings of the doctor."""
     text = (folder / LOG_FILE).read_text(encoding="utf-8")
     findings = json.loads(text[text.index('{\n  "problem"') : text.rindex("}") + 1])["findings"]
     problems = [f"{finding['subject']}: {finding['says']}" for finding in findings if finding["level"] == "problem"]
@@ -56,7 +53,6 @@ def read_doctor(folder: Path) -> Figures:
 
 
 def read_tests(folder: Path) -> Figures:
-    """Return the outcome of each test of a file."""
     cases: dict[str, str] = {}
     for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
         kinds = {child.tag for child in case}
@@ -69,7 +65,6 @@ def read_tests(folder: Path) -> Figures:
 
 
 def read_profile(run: Path) -> Callable[[Path], Figures]:
-    """Return a function that divides the time of a run's trace."""
 
     def read(_: Path) -> Figures:
         events = read_events(run / PROFILE_FOLDER / TRACE_FILE)

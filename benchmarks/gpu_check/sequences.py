@@ -22,7 +22,7 @@ MOVED_AT = 10  # steps on the first device, and again on the second
 
 
 def train(backend: str, folder: Path, sections: Sections) -> Curve:
-    """Train in a process of its own, whose output goes to this process's log, and return the curve."""
+    """Train in a separate process, whose output goes to this process's log, and return the curve."""
     subprocess.run(ranks_command(1, TRAIN, train_arguments(backend, folder, sections)), check=True, env=os.environ)
     return read_curve(folder)
 
@@ -30,8 +30,8 @@ def train(backend: str, folder: Path, sections: Sections) -> Curve:
 def compare_resumed(backend: str, sections: Sections, folder: Path) -> dict[str, Any]:
     """Train with dropout and recomputation twice in the same way, and once resumed from the middle of the first run.
 
-    Compiled code may add gradients of the embedding in any order on a GPU. Two equal runs then differ in the last bits,
-    and the resumed run must be as close in fp32. With other dropout masks, it would differ by 1e-2 nats or more.
+    On a GPU, compiled code may add gradients of the embedding in any order, so two equal runs differ in the last bits.
+    In fp32, the resumed run must be as close. With other dropout masks, it would differ by 1e-2 nats or more.
     """
     sections = merged(
         sections,
@@ -80,7 +80,6 @@ def move_checkpoint(backend: str, sections: Sections, folder: Path, reference: P
 
 
 def main() -> None:
-    """Run one sequence and write ``result.json``."""
     kind, backend, text, target, *rest = sys.argv[1:]
     sections, folder = json.loads(text), Path(target)
     if kind == "resumed":

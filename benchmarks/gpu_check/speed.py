@@ -1,7 +1,7 @@
 """Measure the speed of one contender of :mod:`benchmarks.train`, or the ceilings of the machine.
 
-``python -m benchmarks.gpu_check.speed SETTING_JSON OUT CONTENDER [FIRST]``. FIRST is the result of the contender with
-which the losses must agree. ``ceilings`` as contender measures matrix products and copies.
+``python -m benchmarks.gpu_check.speed SETTING_JSON OUT CONTENDER [FIRST]``. The losses must agree with the result FIRST
+of another contender. ``ceilings`` as CONTENDER measures matrix products and copies.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def measure(setting: Setting, name: str, first: Path | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and write the result."""
     setting, out, name = Setting.from_json(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     first = Path(sys.argv[4]) if len(sys.argv) > 4 else None
     figures = asdict(measure_limits(setting)) if name == CEILINGS else measure(setting, name, first)

@@ -1,6 +1,6 @@
 """Run steps in child processes within a time budget, record each outcome at once, and continue in the next call.
 
-A step is a command with a time limit. If it fails, the end of its log is recorded and the next step runs.
+A step is a command with a time limit. A failure does not stop the steps after it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Step:
 
     Args:
         name: unique, and also the name of the step's folder.
-        read: reads the figures from the step's folder after the command has ended.
+        read: reads the figures from the step's folder.
         limit_s: the time after which the command is stopped and counts as failed.
         usual_s: the step does not start if less time is left.
         skipped: the reason why this machine cannot run the step, or an empty text.
@@ -74,14 +74,13 @@ class Record:
             self.outcomes = json.loads(path.read_text(encoding="utf-8"))
 
     def add(self, name: str, outcome: dict[str, Any]) -> None:
-        """Record an outcome and write the file."""
         with self._lock:
             self.outcomes[name] = outcome
             write_text(self.folder / RESULTS_FILE, json.dumps(self.outcomes, indent=1) + "\n")
             self.on_change(self)
 
     def figures(self, name: str) -> Figures:
-        """Return the figures of a step, or an empty dict if it has none."""
+        """Return the figures of a step, or an empty dict."""
         return dict(self.outcomes.get(name, {}).get("figures", {}))
 
     def status(self, name: str) -> str | None:
@@ -96,7 +95,7 @@ class Runner:
     Args:
         deadline: the value of ``time.monotonic()`` at which everything must have ended.
         workers: the number of steps that run at the same time in a stage that is not ``alone``.
-        repeat_failed: also run the steps that failed in an earlier call.
+        repeat_failed: whether to repeat the steps that failed in an earlier call.
     """
 
     def __init__(self, record: Record, deadline: float, workers: int, *, repeat_failed: bool = False) -> None:
@@ -108,7 +107,6 @@ class Runner:
         self._stopping = False
 
     def run_one(self, step: Step) -> None:
-        """Run one step in this thread."""
         try:
             self._run_step(step)
         except BaseException:
@@ -157,7 +155,7 @@ class Runner:
             self.record.add(step.name, outcome)
 
     def _outcome(self, step: Step, limit_s: float) -> dict[str, Any] | None:
-        """Run a step and return its outcome. Returns None if this call ended before the step's own time limit."""
+        """Run a step and return its outcome, or None if this call ended before the step's time limit."""
         folder = self.record.folder / step.name
         shutil.rmtree(folder, ignore_errors=True)  # an earlier call may have been interrupted
         folder.mkdir(parents=True)

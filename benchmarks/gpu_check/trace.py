@@ -1,7 +1,6 @@
 """Divide the time of a Chrome trace by class of kernel, and measure how much communication computation hides.
 
-The trace is that of :mod:`pipeline.training.step_profile`. On a GPU, events are kernels and copies; on a CPU, they are
-operators without the operators that they call.
+Events are kernels and copies on a GPU, or operators on a CPU, without the operators that they call.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ Interval = tuple[float, float]  # start and end in microseconds
 
 @dataclass(frozen=True)
 class Event:
-    """A kernel, or an operator on the CPU without the operators that it calls."""
+    """A kernel, or an operator on the CPU."""
 
     name: str
     start: float  # microseconds
@@ -51,12 +50,11 @@ class Event:
 
     @property
     def kind(self) -> str:
-        """Return the class of the event."""
         return next(kind for kind, pattern in CLASSES.items() if pattern.search(self.name))
 
 
 def read_events(trace: Path) -> list[Event]:
-    """Return the events of a trace: those of the GPU if there are any, otherwise the operators of the CPU."""
+    """Return the events of the GPU if there are any, otherwise the operators of the CPU."""
     rows = [row for row in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"] if row.get("ph") == "X"]
     on_device = [row for row in rows if row.get("cat") in _DEVICE_CATEGORIES]
     if on_device:
@@ -87,7 +85,7 @@ def _without_nested(rows: list[dict[str, Any]]) -> list[Event]:
 
 
 def shares_of_time(events: Sequence[Event]) -> dict[str, float]:
-    """Return each class's share of the time of all events. Kernels on several streams count each for itself."""
+    """Return each class's share of the sum of all events' times. Streams may overlap."""
     total = sum(event.own for event in events)
     shares = dict.fromkeys(CLASSES, 0.0)
     for event in events:
@@ -96,7 +94,7 @@ def shares_of_time(events: Sequence[Event]) -> dict[str, float]:
 
 
 def longest(events: Sequence[Event], kind: str, count: int) -> list[tuple[str, float]]:
-    """Return the names of a class that took longest, and their share of the time of all events."""
+    """Return the slowest names of a class, and their share of the time of all events."""
     total = sum(event.own for event in events)
     by_name: dict[str, float] = defaultdict(float)
     for event in events:
@@ -106,7 +104,7 @@ def longest(events: Sequence[Event], kind: str, count: int) -> list[tuple[str, f
 
 
 def busy_share(events: Sequence[Event]) -> float:
-    """Return the share of the time between the first and the last event in which at least one event runs."""
+    """Return the share of the time in which at least one event runs."""
     span = max(event.end for event in events) - min(event.start for event in events)
     return _length(_union((event.start, event.end) for event in events)) / span
 

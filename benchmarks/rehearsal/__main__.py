@@ -32,14 +32,13 @@ COLUMNS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES, metavar="CASE", help=", ".join(CASES))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> str | int:
-    """Print one row per case. Returns a message or the number 0.
+    """Return a message or the number 0.
 
     Raises:
         NamespacesError: this machine does not allow namespaces.
@@ -65,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> str | int:
 
 
 def print_case(name: str, row: Row) -> None:
-    """Print the row of a case."""
     times = (
         "" if time is None else f"{time:.0f} s" for time in (row.ranks_end_s, row.launchers_end_s, row.continues_s)
     )

@@ -1,4 +1,4 @@
-"""The cases of the rehearsal: runs on several hosts that succeed, and runs in which a host or a link is lost."""
+"""Define runs on several hosts that succeed, and runs in which a host or a link is lost."""
 
 from __future__ import annotations
 
@@ -43,8 +43,6 @@ SECTIONS: Sections = merged(
 
 @dataclass
 class Row:
-    """The outcome of one case, which is a row of the table."""
-
     case: str
     hosts: int
     launcher: str
@@ -56,14 +54,13 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
     def expect(self, *, cause: str, within: str) -> None:
-        """Record the first match of a pattern as the cause. It is a problem if there is no match."""
+        """Record the first match of a pattern as the cause, or a problem if there is none."""
         if match := re.search(cause, within, re.MULTILINE):
             self.cause = f"{self.cause}; {match[0]}" if self.cause else match[0]
         else:
             self.problems.append(f"did not print {cause!r}: {within[-3000:]}")
 
     def compare(self, run_folder: Path, reference: Curve) -> None:
-        """Compare the finished run with the run of one process."""
         curve = read_curve(run_folder)
         if len(curve.losses) != STEPS:
             self.problems.append(f"logged {len(curve.losses)} of {STEPS} steps")
@@ -111,7 +108,6 @@ class GoodRun:
     prints: str | None = None  # a pattern of what the run must print
 
     def rehearse(self, rehearsal: Rehearsal) -> Row:
-        """Train to the end, and compare the curve."""
         row = Row(self.case, self.hosts, self.launcher_name)
         with rehearsal.lab(self.hosts, names_are_loopback=self.names_are_loopback) as lab:
             if self.slow_host is not None:
@@ -124,7 +120,6 @@ class GoodRun:
 
 
 def finish(job: Job, row: Row, reference: Curve) -> None:
-    """Wait for the end of a run, and compare it with the run of one process."""
     statuses = job.wait_for_launchers(job.lab.hosts, RUN_S)
     if any(statuses):
         row.problems.append(f"the launchers ended with status {statuses}: {job.output[-3000:]}")

@@ -51,7 +51,7 @@ def deepspeed(host: Host) -> list[str]:
 
 
 class Job:
-    """A run on all hosts of a lab. Use this object as a context manager: on exit, all its processes are killed.
+    """A run on all hosts of a lab. As a context manager, it kills all its processes on exit.
 
     Args:
         run_folder: an absolute path.
@@ -90,19 +90,17 @@ class Job:
         self._stack.close()
 
     def start(self, host: Host) -> None:
-        """Start the launcher on a host."""
         name = f"{host.name}-{len(self.commands[host])}"
         command = host.command(self._launcher(host))
         run = LiveRun(command=command, name=name, **self._options, **self._holding)  # type: ignore[arg-type]
         self.commands[host].append(self._stack.enter_context(run))
 
     def output_of(self, host: Host) -> str:
-        """Return what the launchers and the ranks of a host have printed."""
+        """Return what the launcher and the ranks of a host have printed."""
         return "".join(run.output for run in self.commands[host])
 
     @property
     def output(self) -> str:
-        """Return what the launchers and the ranks of all hosts have printed, host by host."""
         return "".join(f"[{host.name}]\n{self.output_of(host)}" for host in self.commands)
 
     def errors_of(self, host: Host) -> list[str]:
@@ -114,7 +112,7 @@ class Job:
         return last_logged_step(self.run_folder)
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> float:
-        """Poll until a condition holds, and return the time that this took, in seconds.
+        """Poll until a condition holds, and return the seconds until then.
 
         Raises:
             RuntimeError: the condition does not hold in time, or all launchers have ended. The message contains the end
@@ -140,11 +138,10 @@ class Job:
             self.wait_until(lambda: self.last_step() >= step, f"step {step}")
 
     def release(self) -> None:
-        """Let the ranks continue."""
         self.commands[self.lab.hosts[0]][0].release()
 
     def wait_for_ranks(self, hosts: Iterable[Host], timeout_s: float) -> float:
-        """Wait until no rank runs on the given hosts, and return the time that this took, in seconds."""
+        """Wait until no rank runs on the given hosts, and return the seconds until then."""
         runs = [self.commands[host][-1] for host in hosts]
         return self.wait_until(lambda: not any(run.ranks() for run in runs), "the end of the ranks", timeout_s)
 
@@ -154,9 +151,8 @@ class Job:
         return [self.commands[host][-1].wait(max(deadline - time.monotonic(), POLL_S)) for host in hosts]
 
     def wait_for_steps_after(self, step: int) -> float:
-        """Wait until the run logs a later step, and return the time that this took, in seconds."""
+        """Wait until the run logs a later step, and return the seconds until then."""
         return self.wait_until(lambda: self.last_step() > step, f"steps after {step}", RUN_S)
 
     def launchers_ended(self, hosts: Iterable[Host]) -> bool:
-        """Return whether the launchers of the given hosts have ended."""
         return all(self.commands[host][-1].process.poll() is not None for host in hosts)

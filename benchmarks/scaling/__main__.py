@@ -1,12 +1,9 @@
 """Compare predicted with measured step times: 1, 2 and 4 processes, and two hosts with slow links.
 
-The hosts are Linux namespaces. A prediction uses the following measured values, but never the measured step:
+The hosts are Linux namespaces. A prediction uses these measured values, but never the measured step:
 
-- the time of the forward and backward pass and of the update, while all processes compute but do not communicate. If
-  there are more processes than cores, this time therefore includes the share of a core that each process has.
+- the time of the forward and backward pass and of the update, while all processes compute and none communicates.
 - the bandwidth and the latency of gloo between as many processes of this machine, without a limited link.
-
-The limit of a link is not measured.
 
 python -m benchmarks.scaling                # what `make scaling` runs; run nothing else on the machine
 """
@@ -102,11 +99,7 @@ def _wait(ranks: Sequence[subprocess.Popen[str]]) -> dict[str, Any]:
 def predict(
     backend: str, config: Path, processes: int, inputs: dict[str, Any], limit_mbit: int | None
 ) -> tuple[float, int]:
-    """Return the predicted seconds of a step, and the bytes that a rank sends.
-
-    Args:
-        inputs: the measured times of the computation, and the measured link of this machine.
-    """
+    """Return the predicted seconds of a step, and the bytes that a rank sends."""
     run = load_config([config], [f"backend.name={backend}"])
     collectives = step_collectives(run, plan_batch(run, processes))
     update_s = inputs["update_s"] / run.backend.ranks_per_copy(processes)
@@ -124,7 +117,6 @@ def predict(
 
 
 def print_inputs(processes: int, values: dict[str, Any]) -> None:
-    """Print the measured values that a prediction uses."""
     link, name = values["link"], "process" if processes == 1 else "processes"
     speed = f", gloo {link['bytes_per_s'] / 1e6:.0f} MB/s and {1e6 * link['latency_s']:.0f} us" if link else ""
     times = f"pass {1e3 * values['pass_s']:.0f} ms, update {1e3 * values['update_s']:.0f} ms"
@@ -147,7 +139,7 @@ def print_comparison(config: Path, processes: int, limit_mbit: int | None, value
 
 
 def main(argv: Sequence[str] | None = None) -> str | int:
-    """Print one row per setting and backend. Returns a message or the number 0."""
+    """Return a message or the number 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9, help="measured steps per row (default: %(default)s)")
     parser.add_argument(

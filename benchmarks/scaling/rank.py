@@ -31,8 +31,6 @@ LINK_ROUNDS = 15
 
 
 class Steps:
-    """Trains with one backend on fixed tokens."""
-
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
         self.plan = plan_batch(config, world.size)
@@ -46,17 +44,15 @@ class Steps:
         self.backend.accumulate(self._tokens, self._tokens, weight, is_last=is_last)
 
     def update(self) -> None:
-        """Update the weights."""
         self.backend.step(self.config.optimizer.learning_rate)
 
     def train(self) -> None:
-        """Make one optimizer step."""
         self.compute(is_last=True)
         self.update()
 
 
 def seconds(world: World, call: Callable[[], object]) -> float:
-    """Return the time of a call that all ranks begin together, until the last rank has finished."""
+    """Return the time of a call from the common start of all ranks to the end of the last rank."""
     world.barrier()
     started = time.perf_counter()
     call()
@@ -86,7 +82,7 @@ def sent_bytes(interface: str) -> int:
 def measure(world: World, arguments: argparse.Namespace) -> tuple[dict[str, object], list[Backend]]:
     """Return the measured values, and the backends, which must stay in memory until the process ends.
 
-    Each round measures everything once. The fastest round counts, because other programs only make a round slower.
+    The fastest round counts, because other programs only make a round slower.
     """
     every = {name: Steps(load_config(arguments.config, [f"backend.name={name}"]), world) for name in arguments.backends}
     for steps in every.values():
@@ -113,7 +109,6 @@ def measure(world: World, arguments: argparse.Namespace) -> tuple[dict[str, obje
 
 
 def main() -> list[Backend]:
-    """Measure, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", nargs="+", required=True)
     parser.add_argument("--backends", nargs="+", required=True)

@@ -26,7 +26,6 @@ class Agreement:
 
     @classmethod
     def of(cls, run: tuple[object, ...], precision: str, curve: Curve, reference: Curve) -> Agreement:
-        """Compare a curve with its reference, step by step."""
         return cls(
             tuple(map(str, run)),
             precision,
@@ -36,13 +35,12 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Return whether the differences are within the tolerances."""
         norm_agrees = self.precision != "fp32" or self.grad_norm_difference <= GRAD_NORM_TOLERANCE
         return self.loss_difference <= LOSS_TOLERANCE[self.precision] and norm_agrees
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Agreement]) -> int:
-    """Print each comparison as soon as its run has ended; return the number of runs that do not agree."""
+    """Print each comparison as soon as its run has ended. Return the number of runs that do not agree."""
     failures = 0
     print_header(*columns, "largest loss difference", "largest relative norm difference", "agrees")
     for row in rows:

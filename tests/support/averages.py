@@ -11,7 +11,7 @@ from pipeline.checkpoint.loading import pieces_of_weights, read_parameter
 
 
 def saved_averages(run_folder: Path) -> dict[str, Tensor]:
-    """Return the averages in the newest checkpoint of a run, by the canonical names of the parameters."""
+    """Return the averages in the newest checkpoint of a run, by canonical name."""
     folder = list_checkpoints(run_folder)[-1]
     shapes = read_manifest(folder)["parameters"]
     pieces = pieces_of_weights(folder, shapes, "ema")
@@ -19,7 +19,7 @@ def saved_averages(run_folder: Path) -> dict[str, Tensor]:
 
 
 def largest_average_difference(run_folder: Path, reference: Path) -> float:
-    """Return the largest absolute difference of any element of the averages in the newest checkpoints of two runs."""
+    """Return the largest absolute difference between the saved averages of two runs."""
     averages, expected = saved_averages(run_folder), saved_averages(reference)
     assert averages.keys() == expected.keys()
     return max(float((averages[name] - expected[name]).abs().max()) for name in expected)

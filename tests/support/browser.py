@@ -59,8 +59,6 @@ frame.onload = () => {{
 
 @dataclass(frozen=True)
 class Seen:
-    """How a browser rendered a page."""
-
     width: float  # of the page; if it is larger than the window's, the page scrolls sideways
     background: str
     ink: str

@@ -15,9 +15,6 @@ from pipeline.distributed.world import World
 def save_checkpoint(
     run_folder: Path, state: TrainingState, config: dict[str, Any], backend: Backend, world: World, keep_last: int
 ) -> Path:
-    """Save a checkpoint and return its folder. Raises the same errors as ``write_checkpoint``.
-
-    This call is collective: every rank must make it.
-    """
+    """Save a checkpoint and return its folder. Every rank must call this function."""
     snapshot = SnapshotTaker(backend, world).take(state)
     return write_checkpoint(run_folder, snapshot, config, world, keep_last).folder

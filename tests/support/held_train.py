@@ -1,7 +1,10 @@
 """Run ``launch/train.py`` and wait after a given step, so that a test can interfere.
 
-Environment: HOLD_AFTER, the step; HOLD_FILE: ranks wait while this file exists and no signal has asked them to stop;
-HOLD_IN_SAVE: if it is 1, ranks wait inside the save of this step, after they have written their own files.
+Environment:
+
+- HOLD_AFTER: the step.
+- HOLD_FILE: ranks wait while this file exists and no signal has asked them to stop.
+- HOLD_IN_SAVE: if it is 1, ranks wait inside the save of this step, after they have written their own files.
 """
 
 from __future__ import annotations
@@ -37,7 +40,6 @@ def hold_before_the_next_step() -> None:
 
 
 def hold_in_the_save() -> None:
-    """Wait in the thread that saves, when the rank has written its own files."""
     plain_write = saving.write_tensor_files
 
     def write(aside: Path, snapshot: Snapshot, rank: int) -> Files:

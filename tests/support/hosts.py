@@ -1,12 +1,10 @@
 """Build hosts that are connected by a network, from Linux namespaces.
 
 A host has its own network interface, host name, process ids, ``/etc/hosts`` and working directory, and some of the
-machine's cores. Its interface is connected to a bridge, like the interface of a real host to a switch. The hosts share
-all files, except those in the folder ``Lab.local_disk``.
+machine's cores. A bridge connects the hosts. They share all files, except those in the folder ``Lab.local_disk``.
 
-The namespaces have no names, and nothing is added to the network of the machine. A namespace exists as long as its
-first process. The first process ends if its standard input is closed. Therefore, all hosts end together with the
-process that built them, even if this process is killed. Several processes can build hosts at the same time.
+The namespaces have no names, and nothing is added to the network of the machine. All hosts end together with the
+process that built them, even if it is killed. Several processes can build hosts at the same time.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ class NamespacesError(UserError):
 
 
 class Lab:
-    """A switch and the hosts that are connected to it. Use this object as a context manager.
+    """A switch and the hosts that are connected to it, as a context manager.
 
     Args:
         folder: a folder for the files of the hosts.
@@ -131,15 +129,14 @@ class Host:
         return [*entering, "sh", "-c", 'cd "$0" && exec "$@"', str(self.working_dir), *arguments]
 
     def cut(self) -> None:
-        """Cut the link between this host and the switch. The other hosts receive no message about it."""
+        """Cut the link to the switch. The other hosts receive no message about it."""
         _run([*self.lab.in_switch, "ip", "link", "set", self.port, "down"])
 
     def restore(self) -> None:
-        """Repair the link that ``cut`` has cut."""
         _run([*self.lab.in_switch, "ip", "link", "set", self.port, "up"])
 
     def limit(self, megabits: int) -> None:
-        """Limit the link between this host and the switch, in both directions, to a number of Mbit/s."""
+        """Limit the link to the switch, in both directions, to a number of Mbit/s."""
         rate = ["root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "200ms"]
         _run([*self.lab.in_switch, "tc", "qdisc", "add", "dev", self.port, *rate])
         _run(self.command(["tc", "qdisc", "add", "dev", "eth0", *rate]))
@@ -185,7 +182,7 @@ class FirstProcess:
         self.pid: int = unshare.children()[0].pid if is_forked else unshare.pid
 
     def kill(self) -> None:
-        """Kill the process, and with it all processes of its process namespace."""
+        """Kill all processes of the process namespace."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, 9)
         self._process.communicate()
@@ -203,11 +200,6 @@ def check_commands() -> None:
 
 
 def _run(command: Sequence[str]) -> None:
-    """Run a command.
-
-    Raises:
-        NamespacesError: the command failed.
-    """
     result = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
     if result.returncode:
         program = " ".join(command[command.index("--") + 1 :])

@@ -1,7 +1,4 @@
-"""Start a training run or another command in the background, to watch, signal and kill it.
-
-Used by benchmarks and tests.
-"""
+"""Start a training run or another command in the background, to watch, signal and kill it."""
 
 from __future__ import annotations
 
@@ -33,9 +30,9 @@ Command = TypeVar("Command", bound="LiveCommand")
 
 
 class LiveCommand:
-    """A command of this project in its own process group; its output goes to a file.
+    """A command of this project in its own process group. Its output goes to a file.
 
-    Use it as a context manager: on exit, all processes of the command are killed.
+    As a context manager, it kills all processes of the command on exit.
 
     Args:
         command: the launcher, the script and the script's options.
@@ -73,7 +70,7 @@ class LiveCommand:
         """Poll until the condition holds.
 
         Raises:
-            RuntimeError: the run ended, or the time is up; the message contains the run's output.
+            RuntimeError: the run ended, or the time is up. The message contains the run's output.
         """
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -101,7 +98,7 @@ class LiveCommand:
         """Wait for the given processes to end, whether or not the launcher still exists.
 
         Raises:
-            RuntimeError: one does not end in time; the message contains the run's output.
+            RuntimeError: a process does not end in time. The message contains the run's output.
         """
         _, alive = psutil.wait_procs(ranks.values(), timeout_s)
         if alive:
@@ -111,7 +108,7 @@ class LiveCommand:
         """Wait for the launcher to end and return its exit status.
 
         Raises:
-            RuntimeError: it does not end in time; the message contains its output.
+            RuntimeError: it does not end in time. The message contains its output.
         """
         try:
             return self.process.wait(timeout_s)
@@ -133,7 +130,7 @@ class LiveRun(LiveCommand):
     """A run of ``launch/train.py``.
 
     Args:
-        launcher: more options for torchrun; if given, a single process also runs under torchrun.
+        launcher: more options for torchrun. If given, a single process also runs under torchrun.
         environment: variables in addition to the caller's.
         command: a launcher to use instead of python and torchrun, without the script.
         name: the suffix of the output file, if several launchers start one run.

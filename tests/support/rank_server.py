@@ -1,7 +1,7 @@
 """Start ranks without importing torch each time: a server process that has imported it forks them.
 
-``RankServer`` starts ``python -m tests.support.rank_server`` and exchanges lines of JSON with it. A rank runs as under
-torchrun: the script is ``__main__``, with its own arguments and environment, in its own process.
+``RankServer`` starts ``python -m tests.support.rank_server`` and exchanges lines of JSON with it. A rank is a separate
+process whose ``__main__`` is the script, as under torchrun.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ GRACE_S = 30.0  # between SIGTERM and SIGKILL for the remaining ranks, as in tor
 
 
 class RankServer:
-    """A client that runs scripts on CPU ranks. Threads may share it. The server ends with the client's process.
+    """Runs scripts on CPU ranks. Threads may share it. The server ends with the client's process.
 
     Args:
-        folder: the working directory of the ranks; they import the project from it.
+        folder: the working directory of the ranks, from which they import the project.
         environment: the environment of the server. Variables that torch reads at import cannot be changed later.
     """
 
@@ -112,7 +112,7 @@ class RankServer:
 
 
 def _first_failure(pids: list[int], statuses: list[Future[int]], timeout_s: float) -> int:
-    """Wait for all ranks; if one fails, send the others SIGTERM and then SIGKILL, as torchrun does."""
+    """Wait for all ranks. If one fails, send the others SIGTERM and then SIGKILL, as torchrun does."""
     pending = set(statuses)
     failed = 0
     while pending:
@@ -138,7 +138,7 @@ def _signal(pids: list[int], statuses: list[Future[int]], number: int) -> None:
 
 
 def serve() -> None:
-    """Fork a rank for each line of standard input; answer with its pid, and with its status when it has ended."""
+    """Fork a rank for each line of standard input. Answer with its pid, and with its status when it has ended."""
     import importlib
 
     for module in PRELOADED:

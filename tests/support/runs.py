@@ -1,4 +1,4 @@
-"""Run ``launch/train.py`` in separate processes on small data, and read its curve. Used by benchmarks and tests."""
+"""Run ``launch/train.py`` in separate processes on small data, and read its curve."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ class Curve:
         return Curve(self.losses[step:], self.grad_norms[step:])
 
     def largest_loss_difference(self, other: Curve) -> float:
-        """Return the largest absolute difference in loss over all steps, in nats."""
+        """Return the largest absolute difference in loss, in nats."""
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
 
     def largest_grad_norm_difference(self, other: Curve) -> float:
-        """Return the largest difference in gradient norm over all steps, relative to ``other``."""
+        """Return the largest difference in gradient norm, relative to ``other``."""
         return max(abs(a - b) / b for a, b in zip(self.grad_norms, other.grad_norms, strict=True))
 
 
@@ -130,9 +130,9 @@ def write_manifest(folder: Path, source: str, tokenizer: TokenizerRecord, record
 
 
 def copy_with_masks(data: Path, folder: Path, longest_tokens: int = 100) -> Path:
-    """Copy a dataset with masks: prompts and answers of 1 to ``longest_tokens`` tokens alternate, answers are scored.
+    """Copy a dataset with masks: prompts and answers of 1 to ``longest_tokens`` tokens alternate.
 
-    Short windows therefore contain any number of scored targets, from none to all.
+    Only answers are scored.
     """
     folder.mkdir(parents=True)
     manifest = load_manifest(data)
@@ -151,7 +151,7 @@ def copy_with_masks(data: Path, folder: Path, longest_tokens: int = 100) -> Path
 
 
 def ranks_command(processes: int, script: Path, arguments: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
-    """Return the command for a script: plain python for one process, torchrun (with options ``launcher``) for more."""
+    """Return the command for a script: python for one process, torchrun (with options ``launcher``) for more."""
     command = [sys.executable]
     if processes > 1 or launcher:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
@@ -197,8 +197,7 @@ def split_config(config: str) -> tuple[str, Sections]:
 def train_arguments(config: str, run_folder: Path, sections: Sections) -> list[str]:
     """Return the options of ``launch/train.py`` for ``ds_configs/<config>.json`` with overrides.
 
-    Args:
-        config: the name of the config, such as ``fsdp``, or with groups of ranks, such as ``fsdp/2``.
+    ``config`` is a name such as ``fsdp``, or ``fsdp/2`` for groups of two ranks.
     """
     name, groups = split_config(config)
     sets = [*overrides(merged(groups, sections)), f"run.out_dir={run_folder}"]
@@ -208,7 +207,7 @@ def train_arguments(config: str, run_folder: Path, sections: Sections) -> list[s
 def train_run(
     config: str, run_folder: Path, sections: Sections, processes: int = 1, script: Path = TRAIN
 ) -> subprocess.CompletedProcess[str]:
-    """Train to the last step; return the exit status and the output."""
+    """Train to the last step. Return the exit status and the output."""
     return run_ranks(processes, script, train_arguments(config, run_folder, sections))
 
 
@@ -216,7 +215,7 @@ def curve_of(config: str, run_folder: Path, sections: Sections, processes: int =
     """Train to the last step and return the curve from ``metrics.jsonl``.
 
     Raises:
-        RuntimeError: the run failed; the message contains its output.
+        RuntimeError: the run failed. The message contains its output.
     """
     result = train_run(config, run_folder, sections, processes, script)
     if result.returncode:
@@ -225,7 +224,6 @@ def curve_of(config: str, run_folder: Path, sections: Sections, processes: int =
 
 
 def read_curve(run_folder: Path) -> Curve:
-    """Return the curve of a run folder."""
     rows = [row for row in read_metrics(run_folder) if "loss" in row]
     return Curve([row["loss"] for row in rows], [row["grad_norm"] for row in rows])
 
@@ -236,7 +234,7 @@ def last_logged_step(run_folder: Path) -> int:
 
 
 def merged(*layers: Sections) -> Sections:
-    """Merge sections key by key; later layers override earlier ones."""
+    """Merge sections key by key. Later layers override earlier ones."""
     result: Sections = {}
     for layer in layers:
         for section, keys in layer.items():

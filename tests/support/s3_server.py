@@ -24,10 +24,10 @@ class S3Server:
     """A server with the bucket ``bucket``, which holds its objects in memory.
 
     Attributes:
-        requests: method -> number of requests since the last ``requests.clear()``.
+        requests: the number of requests by method.
         sent, received: bytes in the bodies of answers and requests since the server started.
-        on_request: a function that is called with the method and the path before each request is answered. If it
-            returns True, the server answers with status 503.
+        on_request: is called with the method and the path before each answer. If it returns True, the server answers
+            with status 503.
     """
 
     def __init__(self) -> None:

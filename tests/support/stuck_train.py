@@ -1,7 +1,12 @@
 """Run ``launch/train.py`` with one rank that fails or stops in the middle of training, as hardware and file systems do.
 
-Environment: STUCK_RANK; STUCK_STEP, the number of finished steps; STUCK_WHERE, a name in ``WHERE``; STUCK_HOW, a name
-in ``FAULTS``; ABORTING_RANK, a rank that aborts when a collective fails, as NCCL's watchdog does.
+Environment:
+
+- STUCK_RANK
+- STUCK_STEP: the number of finished steps.
+- STUCK_WHERE: a name in ``WHERE``.
+- STUCK_HOW: a name in ``FAULTS``.
+- ABORTING_RANK: a rank that aborts when a collective fails, as NCCL's watchdog does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Return Markdown tables, or print them row by row. Used by benchmarks."""
+"""Return Markdown tables, or print them row by row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ def format_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> 
 
 
 def print_header(*columns: str) -> None:
-    """Print the two lines that begin a table."""
     print_row(*columns)
     print_row(*["---"] * len(columns))
 

@@ -36,7 +36,7 @@ few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
 @contextmanager
 def small_pieces(tokens: int = 16) -> Iterator[Path]:
-    """Yield an empty folder; in the block, everything is read and written in pieces of ``tokens``."""
+    """Yield an empty folder. In the block, everything is read and written in pieces of ``tokens``."""
     with (
         TemporaryDirectory() as folder,
         mock.patch.object(plan, "CHUNK_TOKENS", tokens),
@@ -52,7 +52,6 @@ def utf8_bytes_of(tokens: Sequence[int] | Tokens) -> int:
 
 
 def write_ours(folder: Path, splits: dict[str, list[Tokens]], format: str = "npy") -> Manifest:
-    """Write a folder in our format with one shard per array."""
     folder.mkdir()
     records = []
     for split, shards in splits.items():

@@ -75,7 +75,7 @@ def read_results(path: Path) -> dict[str, Result]:
 
 
 def main() -> list[Backend]:
-    """Train all cases. Returns the backends, which ``run_command`` keeps in memory."""
+    """Return the backends, which ``run_command`` keeps in memory."""
     cases = [Case(**values) for values in json.loads(Path(sys.argv[1]).read_text())]
     backends, results = [], {}
     blocked_loss.BLOCK_COLUMNS = 24  # the tiny vocabulary needs several blocks
@@ -130,7 +130,7 @@ class _Trainee:
         return Result(losses, grad_norms, again, validation, digests, updates)
 
     def _train_step(self, step: int) -> tuple[float, float]:
-        """Train on this rank's micro-batches, and return the mean loss of all ranks and the gradient norm."""
+        """Train one step, and return the mean loss of all ranks and the gradient norm."""
         total = torch.zeros((), dtype=torch.float64)
         own = range(self.world.rank, MICRO_BATCHES, self.world.size)
         weight = self.world.size / (MICRO_BATCHES * BATCH_SIZE * SEQ_LEN)
