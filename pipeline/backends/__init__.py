@@ -1,7 +1,4 @@
-"""Create backends. A backend trains a model that is distributed over several ranks.
-
-Each backend is defined in its own file. All backends have the interface ``Backend``.
-"""
+"""Create backends. A backend trains a model that is distributed over several ranks."""
 
 from pipeline.backends.base import Backend
 from pipeline.backends.optimizer_state import Fragment
@@ -15,13 +12,9 @@ __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
 
 
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
-    """Wrap a model on the device ``meta`` in the backend that the config selects.
+    """Wrap a model on the device ``meta`` in the backend that the config selects. Its weights have no values yet.
 
-    The weights of the result have no values yet (see ``Backend``). Only the module of the selected backend is imported,
-    because importing DeepSpeed takes seconds.
-
-    Args:
-        plan: how the batch is divided among the ranks and micro-steps.
+    Only the selected backend is imported, because importing DeepSpeed takes seconds.
     """
     model.lm_head.loss_in_blocks = config.run.loss_in_blocks
     if config.backend.name == "ddp":
@@ -44,10 +37,7 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's CPUAdam, unless it is already built. CPUAdam updates offloaded optimizer state.
-
-    If the build fails, the result is the error message. Otherwise, it is None.
-    """
+    """Build DeepSpeed's CPUAdam if necessary. Return the error message of the build, or None if it works."""
     from pipeline.backends.deepspeed_zero import cpu_adam_problem
 
     return cpu_adam_problem()

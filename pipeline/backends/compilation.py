@@ -8,13 +8,10 @@ from pipeline.model.gpt2 import GPT2
 
 
 def compiles_blocks(world: World) -> bool:
-    """Return whether torch.compile should compile each transformer block separately: True if several ranks use GPUs.
+    """Return whether to compile each transformer block separately: True if several ranks use GPUs.
 
-    On several GPUs, the gradients of a block should be reduced while the backward pass continues with other blocks.
-    This overlap needs one graph per block, because a graph of the whole model returns all gradients at its end.
-
-    Otherwise, the model is compiled as one graph, which is faster. Overlap would not help: a single process does not
-    reduce gradients, and on CPUs, the reduction and the backward pass need the same cores.
+    GPUs reduce the gradients of one block during the backward pass of the next. A graph of the whole model would return
+    all gradients only at its end. Without several GPUs, this graph is faster.
     """
     return world.size > 1 and world.device.type != "cpu"
 
@@ -22,10 +19,10 @@ def compiles_blocks(world: World) -> bool:
 def compile_blocks(model: GPT2) -> None:
     """Compile each block separately. Compile the output layer and the loss together.
 
-    The hooks that a backend adds to the blocks and to the output layer run outside the compiled graphs. torch compiles
-    one graph and uses it for all blocks. Therefore, the compilation time does not depend on the number of blocks.
+    Hooks on the blocks and the output layer run outside the compiled graphs. All blocks use one graph, so the
+    compilation time does not depend on their number.
     """
-    # DDP's own division of graphs would cut every block that is larger than a bucket. This changes the whole process.
+    # Otherwise, DDP would split every block that is larger than a bucket. The setting applies to the whole process.
     torch._dynamo.config.optimize_ddp = False
     for module in (*model.h, model.lm_head):
         module.forward = torch.compile(module.forward, dynamic=False)

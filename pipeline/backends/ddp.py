@@ -1,7 +1,6 @@
 """Train with DDP. Every rank has all fp32 weights. The gradients are all-reduced once per step.
 
-If there is only one process, the model is not wrapped in DDP. Training then needs no library for communication, and
-works on every device that torch supports.
+A single process is not wrapped in DDP, and works on every device that torch supports.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -37,12 +36,12 @@ class DdpBackend(TorchBackend):
             super()._run_backward_pass(loss)
 
     def _clear_gradients(self) -> None:
-        """Set the gradients to zero in place. They are views of DDP's buckets, which should stay allocated."""
+        """Set the gradients to zero in place, because they are views of DDP's buckets."""
         self.optimizer.zero_grad(set_to_none=not isinstance(self.compute, DistributedDataParallel))
 
 
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
-    """Apply recomputation, precision and DDP to the model, and compile its blocks or the whole result."""
+    """Apply recomputation, the precision, DDP and torch.compile to the model."""
     recompute_blocks(model)
     compute: nn.Module = replicated_compute(model, config.run.precision, world.device)
     if world.size > 1:

@@ -49,13 +49,13 @@ log = logging.getLogger(__name__)
 # Before 0.19.8, ZeRO-0 scaled bf16 gradients wrongly, and the weights of ranks diverged under ZeRO-1 in bf16.
 TESTED_VERSIONS = (Version("0.19.8"), Version("0.20"))
 
-_BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # the errors that a build raises without a working C++ compiler
+_BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # raised by a build without a working C++ compiler
 
 
 def _configure_process() -> None:
-    """Silence DeepSpeed, and prevent a build that training does not use. These settings apply to the whole process."""
+    """Silence DeepSpeed, and prevent a build that training does not use. Both apply to the whole process."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that torch 2.13 deprecates. Hide the warning, because users cannot avoid it.
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates. Users cannot avoid this warning.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     # On CPUs, DeepSpeed would compile an operator for inference at the start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -66,7 +66,7 @@ _configure_process()
 
 
 class DeepSpeedBackend(Backend):
-    """The base class for all ZeRO stages. It uses DeepSpeed's engine."""
+    """The base class for all ZeRO stages."""
 
     in_precision: Callable[[GPT2, str, torch.device], ComputeModel]  # creates the module that the engine wraps
 
@@ -80,7 +80,7 @@ class DeepSpeedBackend(Backend):
         self.optimizer: Any = self.engine.optimizer
 
     def _start_engine(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> Any:
-        """Apply recomputation and precision to the model, wrap the result in an engine, then compile."""
+        """Return DeepSpeed's engine for the model, with recomputation, precision and torch.compile applied."""
         self._allocate(model, world.device)
         recompute_blocks(model)
         compute = self.in_precision(model, self.precision, world.device)
@@ -112,7 +112,7 @@ class DeepSpeedBackend(Backend):
         return engine
 
     def _allocate(self, model: GPT2, device: torch.device) -> None:
-        """Allocate the weights of a model on the device ``meta``. They have no initial values."""
+        """Allocate the weights of a model on the device ``meta``, without initial values."""
         place_model(model, device)
 
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
@@ -126,7 +126,7 @@ class DeepSpeedBackend(Backend):
 
     @abstractmethod
     def _loss_scale_outside_engine(self) -> float:
-        """Return the factor for the loss that the engine does not apply, and set the loss scale of the engine."""
+        """Return the loss scale that the caller must apply. Set the loss scale that the engine applies."""
 
     def state_was_loaded(self, updates: int) -> None:
         super().state_was_loaded(updates)
@@ -149,9 +149,8 @@ class DeepSpeedBackend(Backend):
 class Zero0Backend(DeepSpeedBackend):
     """The backend for ZeRO stage 0. Every rank has all fp32 weights.
 
-    If ``run.precision`` is ``bf16``, the model computes with bf16 copies of the fp32 parameters. DeepSpeed's own bf16
-    mode is not used, because it accumulates gradients in bf16. DeepSpeed does not report the norm of fp32 gradients.
-    Therefore, this class computes the norm and clips the gradients itself.
+    In the precision ``bf16``, the model computes with bf16 copies. DeepSpeed's own bf16 mode would accumulate gradients
+    in bf16. DeepSpeed does not report the norm of fp32 gradients, so this class clips the gradients itself.
     """
 
     in_precision = staticmethod(replicated_compute)
@@ -189,7 +188,7 @@ class ZeroBackend(DeepSpeedBackend):
         self.state.connect_optimizer(self.ranks_per_copy)
 
     def _allocate(self, model: GPT2, device: torch.device) -> None:
-        """Allocate the weights in the dtype with which the model computes. ZeRO-3 allocates them later."""
+        """Allocate the weights in the compute dtype. ZeRO-3 only creates placeholders."""
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         if self.stage == 3:
             use_placeholders(model, dtype)
@@ -217,17 +216,13 @@ def create_deepspeed_backend(model: GPT2, config: Config, world: World, plan: Ba
 
 
 def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[str, Any]:
-    """Return the config for DeepSpeed's engine, as JSON values.
-
-    The result contains the section ``backend.deepspeed``. Its other keys are computed from the rest of the run config.
+    """Return the config for DeepSpeed's engine as JSON values: ``backend.deepspeed`` and keys from the run config.
 
     Args:
-        plan: how the batch is divided among the ranks and micro-steps.
-        cpu_adam: whether DeepSpeed's CPUAdam updates offloaded optimizer state. If False, torch's AdamW updates it on
-            the CPU.
+        cpu_adam: whether DeepSpeed's CPUAdam, and not torch's AdamW, updates offloaded optimizer state.
     """
     native = {
-        "steps_per_print": config.schedule.max_steps + 1,  # DeepSpeed never prints, because the trainer does
+        "steps_per_print": config.schedule.max_steps + 1,  # DeepSpeed never prints
         **config.backend.deepspeed,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
@@ -252,7 +247,7 @@ def _check_readable(native: dict[str, Any]) -> None:
     """Raise ConfigError if DeepSpeed cannot parse the config."""
     try:
         DeepSpeedConfig(copy.deepcopy(native))
-    except Exception as error:  # if a value has a wrong type, DeepSpeed's parser can raise any error
+    except Exception as error:  # values of wrong types raise any error
         raise _refused(error) from error
 
 
@@ -267,7 +262,7 @@ def _refused(error: Exception) -> ConfigError:
 
 
 def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return DeepSpeed's AdamW for offloaded state, or torch's AdamW if the build with a C++ compiler fails."""
+    """Return DeepSpeed's CPUAdam for offloaded state, or torch's AdamW if CPUAdam cannot be built."""
     every = list(parameters)
     groups = parameter_groups(every, config.weight_decay)
     wait_for_build_elsewhere(CPUAdamBuilder.NAME)
@@ -284,18 +279,15 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
 def _forget_bias_correction(adam: Any, *_: object) -> None:
     """Make CPUAdam compute the bias correction of the next step from the step count.
 
-    CPUAdam would multiply beta^(n-1) of the previous step by beta, which rounds differently than beta^n. A resumed run
-    has no previous step, so it would not continue bit by bit. CPUAdam computes beta^n after a step with other betas.
+    CPUAdam would multiply its stored beta^(n-1) by beta, which rounds differently than beta^n. A resumed run has no
+    stored value, so it would not continue bit by bit. After a step with other betas, CPUAdam computes beta^n.
     """
     unused = [torch.zeros(1) for _ in range(4)]  # weight, gradient and moments
     adam.ds_opt_adam.adam_update(adam.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, True, *unused)
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's CPUAdam, unless it is already built. CPUAdam updates offloaded optimizer state.
-
-    If the build fails, the result is the error message. Otherwise, it is None.
-    """
+    """Build DeepSpeed's CPUAdam if necessary. Return the error message of the build, or None if it works."""
     wait_for_build_elsewhere(CPUAdamBuilder.NAME)
     try:
         DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])

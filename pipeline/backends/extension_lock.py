@@ -1,8 +1,7 @@
 """Remove the lock file of an extension build that was killed.
 
-torch builds a C++ extension when it is first used, and creates a lock file during the build. If the build is killed,
-the file remains. Every later run would hang, because torch (``torch.utils.file_baton``) waits without a time limit
-until the file disappears.
+torch creates a lock file while it builds a C++ extension. If the build is killed, the file remains. torch would then
+wait for its removal forever (``torch.utils.file_baton``).
 """
 
 import logging
@@ -14,30 +13,24 @@ from torch.utils.cpp_extension import _get_build_directory
 
 log = logging.getLogger(__name__)
 
-#: A lock is dead if it is older and no process on this host has it open. A build takes about a minute.
+#: An older lock is dead if no process on this host has it open. A build takes about a minute.
 LONGEST_BUILD_S = 300.0
 _POLL_S = 0.5
 
 
 def wait_for_build_elsewhere(extension: str) -> None:
-    """Make sure that no old lock file blocks torch when it loads a C++ extension.
+    """Remove a dead lock file of a C++ extension. Wait if another host may still build the extension.
 
-    If a build of the extension was killed, remove its lock file. If a process on another host may still be building the
-    extension, wait. Call this function before the extension is used.
-
-    Args:
-        extension: the name of the C++ extension.
+    Call this before the extension is used.
     """
     clear_dead_lock(Path(_get_build_directory(extension, verbose=False)) / "lock")
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Remove a lock file if the build that created it was killed. If the build may still be running elsewhere, wait.
+    """Remove a lock file if its build was killed. Wait if its build may still run on another host.
 
-    If a process on this host has the file open, the build is running, and this function returns. Otherwise, the build
-    was killed, or it is running on another host with the same home folder. Therefore, the function waits for the other
-    host to remove the file. If the file becomes older than ``LONGEST_BUILD_S`` seconds, the function assumes that the
-    build was killed, and removes the file.
+    If a process on this host has the file open, return at once. Otherwise, another host with the same home folder may
+    be building. Wait until that host removes the file. Remove the file if it gets older than ``LONGEST_BUILD_S``.
     """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:

@@ -26,8 +26,7 @@ _BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.floa
 class ShardedState(ParameterState):
     """The masters (tensors that the optimizer updates) and the optimizer state under FSDP2.
 
-    The masters are the shards of the parameters. The model computes with whole weights that are gathered from all
-    shards.
+    The masters are the shards of the parameters. The model computes with gathered weights.
     """
 
     def __init__(
@@ -37,10 +36,7 @@ class ShardedState(ParameterState):
         self.compute = compute
 
     def publish_masters(self) -> None:
-        """Free the gathered copies of the weights. Call this method after the masters have changed.
-
-        The next forward pass gathers the new weights.
-        """
+        """Free the gathered weights, after the masters have changed. The next forward pass gathers the new weights."""
         for module in self.compute.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -60,8 +56,8 @@ class FsdpBackend(TorchBackend):
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Reduce gradients only in the last micro-step, and keep gathered weights until then.
 
-        Weights do not change between micro-steps. Weights that stay gathered between the forward and the backward pass
-        therefore also stay gathered until the next micro-step. This does not increase the peak memory.
+        Weights do not change between micro-steps. Only weights that stay gathered after the forward pass are kept, so
+        the peak memory does not grow.
         """
         assert isinstance(self.compute, FSDPModule)
         self.compute.set_requires_gradient_sync(enabled)
@@ -76,11 +72,8 @@ class FsdpBackend(TorchBackend):
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
     """Apply recomputation, compile each module, and shard the model. Compiled graphs contain no collectives.
 
-    The model is on the device ``meta``. Memory is allocated only for the shards.
-
-    Each block is one group of weights. The embeddings, the last LayerNorm and the output layer form the root group.
-    ``wte`` and ``lm_head`` are therefore in one group and stay tied. The end of the forward pass and the beginning of
-    the backward pass need the root group, so it stays gathered between the two passes.
+    Memory is allocated only for the shards. Each block is one group of weights. All other weights form the root group,
+    so ``wte`` and ``lm_head`` stay tied. The root group stays gathered between the forward and the backward pass.
     """
     recompute_blocks(model)
     if config.run.compiles:
@@ -103,7 +96,7 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
 
 
 def _create_mesh(world: World, shard_group_size: int) -> DeviceMesh:
-    """Return a mesh of all ranks: (shard,), or (replicate, shard) if the ranks hold several copies of the weights."""
+    """Return the mesh (shard,), or (replicate, shard) if the ranks hold several copies of the weights."""
     copies = world.size // shard_group_size
     if copies == 1:
         return init_device_mesh(world.device.type, (world.size,))
@@ -111,10 +104,9 @@ def _create_mesh(world: World, shard_group_size: int) -> DeviceMesh:
 
 
 class _GlooCollective:
-    """A collective for CPUs that copies less than the collective of gloo. See ``FSDPModule.set_custom_all_gather``.
+    """A collective for CPUs that copies less than gloo's own, for ``FSDPModule.set_custom_all_gather``.
 
-    Gloo gathers into a buffer and then copies the buffer. Gloo implements reduce-scatter as an all-reduce of the whole
-    input.
+    Gloo's all-gather copies its result from a buffer. Gloo's reduce-scatter is an all-reduce of the whole input.
     """
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -142,7 +134,7 @@ class AllGather(_GlooCollective):
 
 
 class ReduceScatter(_GlooCollective):
-    """A reduce-scatter for Gloo. Each rank receives the inputs for its shard, and adds them in the order of ranks."""
+    """A reduce-scatter for gloo. Each rank receives the inputs for its shard, and adds them in the order of ranks."""
 
     def __call__(
         self,
@@ -152,7 +144,7 @@ class ReduceScatter(_GlooCollective):
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
-        """Sum or average the inputs (ranks * n,) of all ranks, and keep this rank's shard of the result, (n,)."""
+        """Sum or average the inputs (ranks * n,) of all ranks. Write this rank's shard (n,) into ``output_tensor``."""
         assert not async_op
         assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
         received = torch.empty_like(input_tensor)

@@ -1,7 +1,6 @@
 """Transform matrices whose elements are distributed over the ranks.
 
-Each matrix is transformed on one rank, which is called its owner. The owner receives all elements of the matrix,
-transforms the matrix, and sends the new elements back.
+Each matrix is transformed on one rank, its owner. The owner receives all elements, and sends the new elements back.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batc
 
 @dataclass(frozen=True)
 class Span:
-    """A range of elements of a flattened parameter. All elements of the range are on one rank."""
+    """A range of a flattened parameter. One rank holds all its elements."""
 
     name: str  # the canonical name of the parameter
     start: int
@@ -29,7 +28,7 @@ class Span:
 
 @dataclass(frozen=True)
 class _Overlap:
-    """The elements that are in a rank's span and in a matrix, counted in the flattened parameter."""
+    """The elements that a rank's span and a matrix share, counted in the flattened parameter."""
 
     span: int  # the index of the span among all spans of its rank
     matrix: Matrix
@@ -40,10 +39,9 @@ class _Overlap:
 class MatrixExchange:
     """Transforms matrices. Each matrix has an owner, which is the rank that transforms it.
 
-    The matrices are processed in batches. For each batch, one all-to-all sends each matrix to its owner. A second
-    all-to-all sends the transformed elements back to the ranks that need them. The owners of a batch are chosen so that
-    all ranks have about the same amount of work. If the ranks hold several copies of all matrices, an owner receives
-    the elements of only one copy. It sends the same transformed elements to all copies, so the copies stay equal.
+    The matrices are processed in batches. One all-to-all sends a batch to the owners. A second one sends the results
+    back. All ranks get about the same amount of work. If the ranks hold several copies of all matrices, an owner
+    receives only one copy. It sends its result to all copies, so the copies stay equal.
 
     Args:
         spans: for each rank, the ranges of parameters that the rank holds.
@@ -77,16 +75,12 @@ class MatrixExchange:
     ) -> None:
         """Transform every matrix, scale the result by ``alpha * Matrix.update_scale``, and add it to the targets.
 
-        Each target belongs to one range of a parameter, and gets the elements of the result in this range.
-
-        This call is collective: every rank must make it.
+        Every rank must call this.
 
         Args:
-            elements: for each span (range of a parameter) on this rank, a tensor of shape (n,) with the matrix
-                elements in the span.
-            targets: for each span, an fp32 tensor of the same shape, on any device. The targets are changed in place.
-            function: a function that takes n matrices of one shape, (n, rows, columns), on ``world.device``, and
-                returns a tensor of the same shape.
+            elements: for each span of this rank, the elements of the matrices in the span, shape (n,).
+            targets: for each span, an fp32 tensor (n,) on any device, which is changed in place.
+            function: transforms matrices of one shape, (n, rows, columns), on ``world.device``.
         """
         for batch in self._batches:
             stacks = self._assemble(batch, elements)
@@ -95,7 +89,7 @@ class MatrixExchange:
             self._return(batch, stacks, targets, alpha)
 
     def _assemble(self, batch: _Batch, elements: Sequence[Tensor]) -> list[Tensor]:
-        """Return the matrices that this rank owns, one tensor (n, rows, columns) for each shape."""
+        """Return the matrices that this rank owns, one tensor (n, rows, columns) per shape."""
         sent = [
             [elements[o.span][o.start - batch.first(o.span) : o.stop - batch.first(o.span)] for o in overlaps]
             for overlaps in batch.sent
@@ -110,7 +104,7 @@ class MatrixExchange:
         return stacks
 
     def _return(self, batch: _Batch, stacks: list[Tensor], targets: Sequence[Tensor], alpha: float) -> None:
-        """Send the matrices of this rank to all ranks that hold their elements, and add the received elements."""
+        """Send the owned matrices to all ranks that hold their elements. Add the received elements to the targets."""
         flat = batch.by_matrix(stacks)
         sent = [
             [flat[o.matrix][o.start - o.matrix.start : o.stop - o.matrix.start] for o in overlaps]
@@ -124,14 +118,14 @@ class MatrixExchange:
             target.add_(values.to(target.device), alpha=alpha * overlap.matrix.update_scale)
 
     def _all_to_all(self, sent: list[list[Tensor]], overlaps: list[list[_Overlap]]) -> list[list[Tensor]]:
-        """Send tensors to the other ranks, and receive tensors from them. The tensors for this rank are not copied.
+        """Send tensors to all ranks, and receive tensors from them. Tensors for this rank itself are not copied.
 
         Args:
             sent: for each rank, the tensors to send to it, shape (n,) each.
             overlaps: for each rank, what the tensors that it sends contain.
 
         Returns:
-            For each rank, the tensors that it has sent, one for each overlap.
+            For each rank, the tensors that it has sent, one per overlap.
         """
         own = self.world.rank
         tensors = [[] if rank == own else to_rank for rank, to_rank in enumerate(sent)]
@@ -170,7 +164,7 @@ class _Batch:
         self.sent = [overlaps if rank in own_copy else [] for rank, overlaps in enumerate(self.kept)]
 
     def by_matrix(self, stacks: Iterable[Tensor]) -> dict[Matrix, Tensor]:
-        """Return the flattened matrices in tensors (n, rows, columns), one tensor for each shape of owned matrices."""
+        """Return the flattened matrices that this rank owns. ``stacks`` has one tensor (n, rows, columns) per shape."""
         return {
             matrix: values.reshape(-1)
             for matrices, stack in zip(self.stacks, stacks, strict=True)
@@ -178,7 +172,7 @@ class _Batch:
         }
 
     def first(self, span: int) -> int:
-        """Return the first element of one of this rank's spans, counted in the flattened parameter."""
+        """Return the index of a span's first element in the flattened parameter."""
         return self._firsts[span]
 
 

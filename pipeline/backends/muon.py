@@ -1,13 +1,12 @@
 """Optimize the matrices of the transformer blocks with Muon, and all other parameters with AdamW, on every backend.
 
 Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix.
-Computing the orthogonal matrix needs the whole momentum matrix on one rank. However, each rank may hold only some
-ranges of the momentum matrix. Therefore, each matrix is assigned to one rank. In each step, this rank receives the
-ranges of the momentum matrix from the other ranks, and computes the orthogonal matrix. It then sends the elements of
-the orthogonal matrix to the ranks that need them.
+Computing the orthogonal matrix needs the whole momentum matrix on one rank. Therefore, each matrix is assigned to one
+rank. This rank receives the momentum matrix, computes the orthogonal matrix, and sends its elements to the ranks that
+need them.
 
-The update is multiplied by 0.2 sqrt(max(rows, columns)). With this factor, Muon works with the same learning rates and
-weight decay as AdamW (Liu et al. 2025).
+The update is multiplied by 0.2 sqrt(max(rows, columns)). Muon then works with the learning rates and the weight decay
+of AdamW (Liu et al. 2025).
 """
 
 from __future__ import annotations
@@ -27,20 +26,18 @@ from pipeline.distributed.world import World
 from pipeline.model.muon_matrices import belongs_to_muon, muon_matrices
 from pipeline.model.parameter_state import MOMENTUM
 
-_IS_MUON = "is_muon"  # the key of a parameter group that Muon updates
+_IS_MUON = "is_muon"  # the key that marks the parameter groups of Muon
 
 
 class Muon(torch.optim.Optimizer):
     """An optimizer that updates some matrices with Muon, and all other parameters with an AdamW optimizer.
 
-    A *master* is a tensor that the optimizer updates. Under ZeRO-1 to ZeRO-3, a master contains ranges of several
-    parameters. Under DDP, FSDP2 and ZeRO-0, each master is one parameter. Call ``use_ranges`` before the first step. It
-    tells the optimizer which ranges of which parameters each master contains.
+    A *master* is a tensor that the optimizer updates. Under DDP, FSDP2 and ZeRO-0, a master is one parameter. Under
+    ZeRO-1 to ZeRO-3, a master contains ranges of several parameters. Call ``use_ranges`` before the first step.
 
     Args:
         parameters: maps canonical names to the parameters that Muon updates.
-        adamw: the optimizer for all other parameters. The ``param_groups`` and the ``state`` of the ``Muon`` object
-            include those of ``adamw``.
+        adamw: the optimizer for all other parameters. ``Muon`` includes its ``param_groups`` and its ``state``.
         dtype: the dtype of the Newton-Schulz iterations and of the communication.
     """
 
@@ -64,18 +61,17 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._ranges: list[Range] = []
-        self._spans: list[list[tuple[int, Span]]] = []  # the spans of every rank, with the index of their master
+        self._spans: list[list[tuple[int, Span]]] = []  # per rank: (index of the master, span)
         self._indices: dict[int, int] = {}  # id(master) -> index of the master
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
 
     def use_ranges(self, masters: Iterable[Tensor], ranges: Iterable[Range], ranks_per_copy: int) -> None:
-        """Tell the optimizer which ranges of which parameters the masters on this rank contain.
+        """Tell the optimizer which ranges of parameters its masters (the tensors that it updates) contain.
 
-        A master is a tensor that the optimizer updates. This call is collective: every rank must make it.
+        Every rank must call this.
 
         Args:
-            masters: all masters on this rank. Every rank must pass its masters in the same order.
-            ranges: the ranges of parameters that the masters on this rank contain.
+            masters: all masters on this rank, in the same order on every rank.
             ranks_per_copy: the number of consecutive ranks that together hold one copy of all masters.
         """
         self.ranks_per_copy = ranks_per_copy
@@ -86,10 +82,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override] # no backend passes a closure
-        """Update all masters (tensors that the optimizer updates). Masters without a gradient do not change.
-
-        This call is collective: every rank must make it, with the same parameter groups.
-        """
+        """Update all tensors that have a gradient. Every rank must call this, with the same parameter groups."""
         assert closure is None
         self.adamw.param_groups = [group for group in self.param_groups if not group.get(_IS_MUON)]
         if self.adamw.param_groups:
@@ -121,7 +114,7 @@ class Muon(torch.optim.Optimizer):
         """Add ``alpha`` times the scaled orthogonal matrices of the directions to the masters.
 
         Args:
-            directions: for each master, a tensor with the shape of the elements that this rank holds of the master.
+            directions: for each master, a tensor (n,) for the elements on this rank.
         """
         indices = tuple(self._indices[id(master)] for master in masters)
         if indices not in self._exchanges:
@@ -137,7 +130,7 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _create_exchange(self, indices: set[int]) -> MatrixExchange:
-        """Return the exchange for the matrices that are in some of the masters on any rank."""
+        """Return the exchange for the matrices in the given masters of any rank."""
         spans = [[span for index, span in of_rank if index in indices] for of_rank in self._spans]
         names = {span.name for of_rank in spans for span in of_rank}
         shapes = {name: shape for name, shape in self.shapes.items() if name in names}
@@ -146,6 +139,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def divide_parameters(parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return two dicts: the parameters that Muon updates, and all other parameters. The keys are canonical names."""
+    """Return the parameters that Muon updates, and all other parameters. The keys are canonical names."""
     muon = {name: parameter for name, parameter in parameters.items() if belongs_to_muon(name, parameter.shape)}
     return muon, {name: parameter for name, parameter in parameters.items() if name not in muon}

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from pipeline.model.muon_matrices import iterations_per_gram
 
-#: The coefficients of Jordan et al. 2024 ("Muon: An optimizer for hidden layers in neural networks"). They maximize the
-#: slope at zero, so small singular values grow fast. After five iterations, singular values are between 0.7 and 1.2.
+#: The coefficients of Jordan et al. 2024 ("Muon: An optimizer for hidden layers in neural networks"). Small singular
+#: values grow fast. After five iterations, singular values are between 0.7 and 1.2.
 _LINEAR, _CUBIC, _QUINTIC = 3.4445, -4.7750, 2.0315
 _EPS = 1e-7
 
@@ -14,15 +14,13 @@ _EPS = 1e-7
 def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     """Return approximations of the orthogonal matrices that are nearest to some matrices.
 
-    A result has the same singular vectors as its matrix, and its singular values are close to 1. Each iteration
-    replaces X by P X with P = a I + b G + c G^2 and G = X X^T, where a, b and c are constants. G is the Gram matrix of
-    X. If X has more rows than columns, X^T X is smaller than X X^T. The function then replaces X by X P with G = X^T X,
-    which gives the same result. For a matrix of zeros, the result is zero.
+    A result has the singular vectors of its matrix, and singular values close to 1. A matrix of zeros gives zeros.
 
-    If X is far from square, a product with X needs more FLOPs than a product of two Gram matrices. The function then
-    computes a Gram matrix from X only in every second iteration. In the iterations between them, it computes the Gram
-    matrix of P X as P G P, without a product with X. More than two iterations without a new Gram matrix from X would
-    not be stable in bf16.
+    Each iteration replaces X by P X with P = a I + b G + c G^2, where G = X X^T is the Gram matrix. For tall matrices,
+    X P with the smaller G = X^T X gives the same result.
+
+    If X is far from square, a product with X is expensive. Two iterations then share one Gram matrix: the second
+    iteration uses P G P, the Gram matrix of P X. More than two such iterations would not be stable in bf16.
 
     Args:
         matrices: shape (n, rows, columns). Its dtype is also the dtype of the computation and of the result.
@@ -44,7 +42,7 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
 
 
 def _polynomial(gram: Tensor, constant: float) -> Tensor:
-    """Return constant I + b G + c G^2, shape (n, rows, rows), for Gram matrices G of the same shape."""
+    """Return constant I + b G + c G^2 for Gram matrices G, shape (n, rows, rows)."""
     result = torch.baddbmm(gram, gram, gram, beta=_CUBIC, alpha=_QUINTIC)
     result.diagonal(dim1=1, dim2=2).add_(constant)
     return result

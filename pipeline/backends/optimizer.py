@@ -1,4 +1,4 @@
-"""Build the optimizer, compute the gradient norm, clip the gradients, and scale the loss for fp16."""
+"""Build the optimizer, clip the gradients, and scale the loss for fp16."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ GROWTH_INTERVAL = 2000  # steps without overflow before the loss scale doubles (
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups.
-
-    The matrices have weight decay. The biases and the LayerNorm weights have no weight decay.
-    """
+    """Return two parameter groups: matrices, and vectors (biases, LayerNorm weights) without weight decay."""
     every = list(parameters)
     return [
         {"params": [parameter for parameter in every if parameter.dim() >= 2], "weight_decay": weight_decay},
@@ -40,10 +37,7 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
 
 
 def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """Return torch's fused AdamW for parameters.
-
-    If the device does not support the fused AdamW, log a warning and return torch's AdamW without fusion.
-    """
+    """Return torch's fused AdamW. If the device does not support it, warn and return the plain AdamW."""
     fused = device.type in FUSED_DEVICES
     if not fused:
         log.warning("fused AdamW is not available on %s; using the plain one", device.type)
@@ -62,14 +56,11 @@ def build_optimizer(
     world: World,
     build_rest: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that the config selects.
-
-    The optimizer is AdamW or Muon. A ``Muon`` object contains an AdamW for the parameters that Muon does not update.
+    """Return the optimizer that the config selects: AdamW, or a ``Muon`` that contains an AdamW.
 
     Args:
         parameters: maps canonical names to all parameters of the model.
-        build_rest: a function that takes parameters and returns an AdamW for them. It is called with all parameters
-            that Muon does not update. If None, ``build_adamw`` is used.
+        build_rest: builds the AdamW. If None, ``build_adamw`` is used.
     """
     build = build_rest or partial(build_adamw, config=config.optimizer, device=world.device)
     if config.optimizer.name == "adamw":
@@ -99,11 +90,10 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: flo
 
 
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the L2 norm of all gradients together, as a scalar on the device of the gradients.
+    """Return the L2 norm of all gradients together, as a scalar on their device.
 
-    If the gradients are DTensors, each gradient is sharded over several ranks. The norm then includes the shards of all
-    ranks. The squares are summed in fp64 if the device supports it. In fp64, the order of the additions has almost no
-    effect, so all backends get the same norm.
+    For DTensors, the norm includes the shards of all ranks. The squares are summed in fp64 if the device supports it,
+    so that all backends get the same norm.
     """
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     squares = torch.stack([_sum_of_squares(gradient) for gradient in local]).sum()
@@ -113,7 +103,7 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def _sharding_group(tensor: DTensor) -> dist.ProcessGroup:
-    """Return the ranks that hold the shards of a DTensor. Other groups of ranks may hold copies of the same shards."""
+    """Return the ranks that together hold one copy of a DTensor."""
     (dimension,) = (i for i, placement in enumerate(tensor.placements) if placement.is_shard())
     return tensor.device_mesh.get_group(dimension)
 
@@ -121,7 +111,7 @@ def _sharding_group(tensor: DTensor) -> dist.ProcessGroup:
 def _sum_of_squares(gradient: Tensor) -> Tensor:
     """Return the sum of the squares in ``summing_dtype``.
 
-    On a CPU, convert the gradient in pieces that fit into the cache. torch would convert the whole gradient at once.
+    On a CPU, the gradient is converted in pieces that fit into the cache.
     """
     dtype = summing_dtype(gradient.device)
     if gradient.device.type != "cpu":
@@ -137,10 +127,7 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
 def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:
     """Divide the gradients by the loss scale, and clip them to the global norm ``max_norm``, in place.
 
-    If ``max_norm`` is 0, the gradients are not clipped.
-
-    Returns:
-        The global norm of the unscaled gradients before clipping, a scalar.
+    If ``max_norm`` is 0, the gradients are not clipped. Returns the norm before clipping, as a scalar.
     """
     norm = global_grad_norm(gradients) / loss_scale
     factor = torch.full_like(norm, 1.0 / loss_scale)
@@ -154,8 +141,7 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """If the gradient norm is finite, update the weights. Otherwise, weights, moments and step count do not change.
 
-    On a GPU, the function does not wait for the value of the norm. Instead, the GPU computes a flag from the norm. If
-    the flag is set, the fused AdamW skips the update.
+    On a GPU, this does not wait for the norm. The fused AdamW skips the update if a flag on the GPU is set.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
@@ -178,9 +164,8 @@ def clip_and_step(
 class LossScaler:
     """The factor for the loss in the backward pass, which prevents small fp16 gradients from becoming zero.
 
-    A step is called *good* if its gradient norm is finite. If ``dynamic`` is True, the scale is halved after a step
-    that is not good. After ``GROWTH_INTERVAL`` good steps in a row, it is doubled. If ``dynamic`` is False, the scale
-    is always 1.
+    A step is *good* if its gradient norm is finite. A dynamic scale is halved after a step that is not good. It is
+    doubled after ``GROWTH_INTERVAL`` good steps in a row. A scale that is not dynamic is always 1.
     """
 
     dynamic: bool
@@ -190,28 +175,21 @@ class LossScaler:
 
     @classmethod
     def for_precision(cls, precision: str, world_size: int = 1) -> LossScaler:
-        """Return the loss scaler for a precision.
-
-        For ``amp_fp16``, the scale is dynamic and starts at 2**16. For all other precisions, the scale is always 1.
-        """
+        """Return a loss scaler. For ``amp_fp16``, it is dynamic and starts at 2**16. Otherwise, it is always 1."""
         dynamic = precision == "amp_fp16"
         return cls(dynamic=dynamic, scale=2.0**16 if dynamic else 1.0, world_size=world_size)
 
     @property
     def factor(self) -> float:
-        """Return the factor by which the loss on each rank is multiplied. Divide the averaged gradients by this factor.
+        """Return the factor for the loss on each rank. Divide the averaged gradients by this factor.
 
-        The trainer multiplies the loss on each rank by the world size, because the backends average gradients over the
-        ranks. The factor is a dynamic scale divided by the world size. The fp16 gradients of a micro-batch are then the
-        same at every world size, so they overflow in the same steps.
+        The factor is a dynamic scale divided by the world size. The division cancels the world size in the trainer's
+        ``loss_weight``. Therefore, fp16 gradients overflow in the same steps at every world size.
         """
         return self.scale / self.world_size if self.dynamic else 1.0
 
     def update(self, grad_norm: Tensor | float) -> None:
-        """Adjust the scale after a step.
-
-        If the scale is dynamic, this call waits until the device has computed ``grad_norm``.
-        """
+        """Adjust a dynamic scale after a step. This waits until the device has computed ``grad_norm``."""
         if not self.dynamic:
             return
         overflowed = not math.isfinite(grad_norm)
@@ -223,20 +201,13 @@ class LossScaler:
             self.good_steps = 0
 
     def restore(self, scale: float | None, good_steps: int) -> None:
-        """Set the scale and the number of good steps to the values in a checkpoint.
-
-        If ``scale`` is None, or if this loss scaler is not dynamic, nothing changes.
-
-        Args:
-            scale: the scale.
-            good_steps: the number of steps with a finite gradient norm since the scale last changed.
-        """
+        """Set the values of ``state``. Nothing changes if ``scale`` is None or if this loss scaler is not dynamic."""
         if self.dynamic and scale is not None:
             self.scale, self.good_steps = scale, good_steps
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale, and the number of good steps since the scale last changed, for ``restore``.
+        """Return the scale, and the number of steps with a finite gradient norm since the scale last changed.
 
         If the scale is not dynamic, None is returned as the scale.
         """

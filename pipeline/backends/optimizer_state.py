@@ -1,6 +1,6 @@
 """Give access to the training state on one rank: fp32 master weights, optimizer state and moving averages of weights.
 
-The master weights (masters) are the tensors that the optimizer updates. The interface is the same for every backend.
+The master weights (masters) are the tensors that the optimizer updates.
 """
 
 from abc import ABC, abstractmethod
@@ -21,11 +21,10 @@ from pipeline.model.parameter_state import ADAMW_STATE, EMA, WEIGHT, StateNames
 
 @dataclass(frozen=True)
 class Fragment:
-    """The weights and the optimizer state on this rank for a range of elements of one flattened parameter.
+    """The weights and the optimizer state on this rank for a range of one flattened parameter.
 
-    The tensors are views, so writing into them changes the weights and the optimizer state. The fragments of all ranks
-    together contain all elements of the parameter. These include the padding rows of the vocabulary, which are zero.
-    ``Range`` describes which ranges each backend has.
+    Writing into the tensors changes the training state, because they are views. The fragments of all ranks together
+    contain all elements of the parameter. The padding rows of the vocabulary are included, and are zero.
     """
 
     name: str  # the canonical name, as in GPT2.named_parameters()
@@ -35,7 +34,7 @@ class Fragment:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Return the weights, under the key ``weight``, and the tensors of the optimizer state, under their names."""
+        """Return ``weight`` and the tensors of ``state``, by name."""
         return {WEIGHT: self.weight, **self.state}
 
 
@@ -44,9 +43,9 @@ class OptimizerState(ABC):
 
     Args:
         optimizer: torch's AdamW, DeepSpeed's CPUAdam, or a Muon that contains one of them.
-        masters: the tensors in fp32 that the optimizer updates on this rank.
-        names: maps the canonical name of each parameter to the names of its optimizer tensors, such as ``exp_avg``. If
-            the run keeps averages of the weights, these names include ``ema``.
+        masters: the fp32 tensors that the optimizer updates on this rank.
+        names: maps canonical names of parameters to the names of their optimizer tensors, such as ``exp_avg``. The name
+            ``ema`` means that the run keeps averages of the weights.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:
@@ -61,20 +60,17 @@ class OptimizerState(ABC):
     def ranges(self) -> list[Range]:
         """Return the ranges of parameters that the masters on this rank contain.
 
-        A master can contain several ranges. They all belong to the same parameter group.
+        A master can contain several ranges, all from the same parameter group.
         """
 
     @abstractmethod
     def publish_masters(self) -> None:
-        """Copy the masters to the weights that the model computes with.
-
-        Call this method after you have written into the tensors of ``fragments()``.
-        """
+        """Copy the masters to the weights that the model computes with. Call this after you have changed fragments."""
 
     def connect_optimizer(self, ranks_per_copy: int) -> None:
-        """Tell Muon which ranges of which parameters the masters contain. If the optimizer is AdamW, do nothing.
+        """Tell Muon which ranges of parameters the masters contain. If the optimizer is AdamW, do nothing.
 
-        This call is collective: every rank must make it, before the first step.
+        Every rank must call this, before the first step.
 
         Args:
             ranks_per_copy: the number of consecutive ranks that together hold one copy of all masters.
@@ -85,9 +81,8 @@ class OptimizerState(ABC):
     def fragments(self) -> list[Fragment]:
         """Return views of the masters, of the optimizer state and of the averages of the weights.
 
-        If the optimizer has not created its state yet, the state is first created and filled with zeros. Averages that
-        do not exist yet are created as copies of the masters. Under FSDP2, a parameter can have fewer rows than there
-        are ranks. A rank that holds no row has no fragment of this parameter.
+        Missing optimizer state is created, filled with zeros. Missing averages are created as copies of the masters.
+        Under FSDP2, a rank may hold no row of a parameter. It then has no fragment of this parameter.
         """
         self.create_states()
         return [
@@ -97,7 +92,7 @@ class OptimizerState(ABC):
         ]
 
     def _state_of(self, held: Range) -> dict[str, Tensor]:
-        """Return views of the elements of a range in all tensors except the master, by name."""
+        """Return views of a range in the optimizer state and in the averages, by name."""
         state = {name: held.of(self.optimizer.state[held.master][name]) for name in self.optimizer_names[held.name]}
         return state if self.average is None else {**state, EMA: held.of(self.average.of(held.master))}
 
@@ -111,10 +106,7 @@ class OptimizerState(ABC):
                 state["step"] = count
 
     def adam_states(self) -> list[dict[str, Any]]:
-        """Return AdamW's state of each master that AdamW updates.
-
-        If AdamW has not created the state yet, the state is first created and filled with zeros.
-        """
+        """Return AdamW's state of each master that AdamW updates. Missing state is created, filled with zeros."""
         self.create_states()
         states = (self.optimizer.state[master] for master in self.masters)
         return [state for state in states if "step" in state]
@@ -134,9 +126,9 @@ class OptimizerState(ABC):
 
 
 class ParameterState(OptimizerState):
-    """The state of a backend without separate master weights: the optimizer updates the parameters of the model.
+    """The state of a backend whose optimizer updates the parameters of the model directly.
 
-    Each master is a whole tensor, or a DTensor. The shard of a DTensor on this rank consists of whole rows.
+    A master is a whole tensor, or a DTensor whose shard on each rank consists of whole rows.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames) -> None:
@@ -150,11 +142,11 @@ class ParameterState(OptimizerState):
         ]
 
     def publish_masters(self) -> None:
-        """Do nothing. The model computes directly with the masters (the tensors that the optimizer updates)."""
+        """Do nothing. The model computes directly with the tensors that the optimizer updates."""
 
 
 def _first_element(parameter: Tensor) -> int:
-    """Return the index of the first element of this rank's rows in the flattened parameter."""
+    """Return the index of this rank's first element in the flattened parameter."""
     if not isinstance(parameter, DTensor):
         return 0
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

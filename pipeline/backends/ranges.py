@@ -1,4 +1,4 @@
-"""Describe the elements of parameters that this rank updates: ranges of elements, in the tensors of the optimizer."""
+"""Describe which elements of the parameters this rank updates."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,10 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True)
 class Range:
-    """A range of elements of one flattened parameter, and the place of these elements in a *master* on this rank.
-
-    A master is an fp32 tensor that the optimizer updates.
+    """A range of one flattened parameter, and its place in a *master* (an fp32 tensor that the optimizer updates).
 
     If every rank holds all weights, a range is a whole parameter. Under FSDP2, a range consists of whole rows. Under
-    ZeRO-1 to ZeRO-3, a range can begin and end at any element. Padding for alignment does not belong to any range.
+    ZeRO-1 to ZeRO-3, a range can begin and end at any element. Padding for alignment belongs to no range.
     """
 
     name: str  # the canonical name of the parameter, as in GPT2.named_parameters()
@@ -24,19 +22,19 @@ class Range:
 
     @property
     def stop(self) -> int:
-        """Return the index after the last element of the range, in the flattened parameter."""
+        """Return the index after the last element, in the flattened parameter."""
         return self.start + self.length
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return a view of this range's elements in ``tensor``, shape (length,).
 
         Args:
-            tensor: ``master``, or a tensor with the shape and the sharding of ``master``, such as its gradient.
+            tensor: ``master``, or a tensor with the same shape and sharding, such as its gradient.
         """
         return local_elements(tensor)[self.offset : self.offset + self.length]
 
 
 def local_elements(tensor: Tensor) -> Tensor:
-    """Return the elements of a tensor that are on this rank, as a detached view with one dimension."""
+    """Return the elements of a tensor on this rank, as a detached view with one dimension."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach().view(-1)

@@ -1,8 +1,4 @@
-"""Keep an exponential moving average (EMA) of the master weights over the steps of a run.
-
-A master is a tensor that the optimizer updates. Its average is a tensor with the same shape and sharding. A rank
-therefore holds the averages of exactly the weights that it updates.
-"""
+"""Keep an exponential moving average (EMA) of the master weights, which the optimizer updates."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -12,17 +8,13 @@ from torch import Tensor
 
 from pipeline.backends.ranges import local_elements
 
-_SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the size of the temporary copy while weights and averages are exchanged
+_SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the temporary memory of ``swap``
 
 
 class WeightAverage:
-    """Keep a moving average of each master (tensor that the optimizer updates) on this rank, in fp32.
+    """The fp32 moving averages of this rank's masters (tensors that the optimizer updates).
 
-    When the averages are first needed, they are created as copies of the masters. They are not created earlier, because
-    a backend can change the values of its masters before the first step.
-
-    Args:
-        masters: the tensors in fp32 that the optimizer updates on this rank.
+    A backend can change its masters before the first step. Therefore, averages are created only when first needed.
     """
 
     def __init__(self, masters: Iterable[Tensor]) -> None:
@@ -30,13 +22,13 @@ class WeightAverage:
         self._averages: dict[int, Tensor] = {}  # id(master) -> average
 
     def of(self, master: Tensor) -> Tensor:
-        """Return the moving average of a master. The average has the same shape and sharding as the master."""
+        """Return the moving average of a master, with the shape and sharding of the master."""
         if id(master) not in self._averages:
             self._averages[id(master)] = master.detach().clone()
         return self._averages[id(master)]
 
     def create(self) -> None:
-        """Create the averages that do not exist yet. Call this method before the first update of the masters."""
+        """Create missing averages as copies of the masters. Call this before the first update of the masters."""
         for master in self.masters:
             self.of(master)
 
@@ -44,8 +36,7 @@ class WeightAverage:
     def update(self, decay: float, grad_norm: Tensor | float) -> None:
         """Replace each average a by decay * a + (1 - decay) * w, where w is the current value of the master.
 
-        If the gradient norm is not finite, the averages do not change. On a GPU, this method does not wait until the
-        norm is computed.
+        If the gradient norm is not finite, nothing changes. On a GPU, this does not wait for the norm.
         """
         if isinstance(grad_norm, Tensor) and grad_norm.is_cuda:
             weight = torch.where(torch.isfinite(grad_norm), 1.0 - decay, 0.0).float()
@@ -66,5 +57,5 @@ class WeightAverage:
                 piece.copy_(kept)
 
     def _elements(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the elements of each average and of its master on this rank."""
+        """Yield this rank's elements of each average and of its master."""
         return ((local_elements(self.of(master)), local_elements(master)) for master in self.masters)

@@ -1,7 +1,7 @@
 """Give access to the masters (tensors that the optimizer updates) and the optimizer state under ZeRO-1 to ZeRO-3.
 
-Only this file uses private names of DeepSpeed 0.19.8. If a new release of DeepSpeed changes them, the tests that save
-and resume runs fail.
+This file uses private names of DeepSpeed 0.19.8. If a new release changes them, the tests that save and resume runs
+fail.
 """
 
 from typing import Any
@@ -14,15 +14,13 @@ from pipeline.model.parameter_state import StateNames
 
 
 class PartitionedState(OptimizerState):
-    """The masters and the optimizer state under ZeRO-1 and ZeRO-2.
+    """The masters (tensors that the optimizer updates) and the optimizer state under ZeRO-1 and ZeRO-2.
 
-    DeepSpeed concatenates the parameters of each parameter group. Each rank has one range of the concatenated elements
-    of each parameter group.
+    DeepSpeed concatenates the parameters of each parameter group. Each rank has one range of the concatenated elements.
 
     Args:
         engine: DeepSpeed's engine.
         names: maps ``id(parameter)`` to the canonical name of the parameter.
-        state_names: maps the canonical name of each parameter to the names of its optimizer tensors.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
@@ -46,9 +44,9 @@ class PartitionedState(OptimizerState):
         return ranges
 
     def publish_masters(self) -> None:
-        """Copy the masters to the weights that the model computes with, and gather the copies from all ranks.
+        """Copy the masters to the weights that the model computes with, on all ranks.
 
-        DeepSpeed keeps references from each parameter to its optimizer state. This call also updates them.
+        DeepSpeed's references from parameters to optimizer state are updated, too.
         """
         self.zero.update_lp_params()
         self.zero._hp_optimizer_states_linked = False
@@ -57,14 +55,13 @@ class PartitionedState(OptimizerState):
 
 
 class FullyPartitionedState(OptimizerState):
-    """The masters and the optimizer state under ZeRO-3.
+    """The masters (tensors that the optimizer updates) and the optimizer state under ZeRO-3.
 
     DeepSpeed divides each parameter into equal ranges, one per rank. The last range is padded.
 
     Args:
         engine: DeepSpeed's engine.
         names: maps ``id(parameter)`` to the canonical name of the parameter.
-        state_names: maps the canonical name of each parameter to the names of its optimizer tensors.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
@@ -85,11 +82,9 @@ class FullyPartitionedState(OptimizerState):
     def publish_masters(self) -> None:
         """Copy the masters to this rank's shards of the weights that the model computes with.
 
-        If weights are gathered on this rank, they are freed first. DeepSpeed calls some small parameters
-        *persistent*, and always keeps them gathered. At its end, this method gathers the persistent parameters again.
-
-        With ZeRO++ hpZ, a rank also has *secondary* shards of the weights. This method deletes the secondary shards,
-        because their values are old. DeepSpeed creates new ones in the next forward pass.
+        All gathered weights are freed. DeepSpeed always keeps some small parameters gathered, so they are gathered
+        again. With ZeRO++ hpZ, the secondary shards of the weights are now old, so they are deleted. DeepSpeed creates
+        new ones in the next forward pass.
         """
         self.zero._partition_all_parameters()
         self.zero.invalidate_secondary_tensor()

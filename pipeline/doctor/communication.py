@@ -1,4 +1,4 @@
-"""Check whether ranks can communicate. The checks cover libraries, the host name, the port, and two real ranks.
+"""Check whether ranks can communicate.
 
 To test two ranks, the program starts this module: ``torchrun -m pipeline.doctor.communication cpu``.
 """
@@ -35,10 +35,7 @@ def check_collectives() -> Finding:
 
 
 def check_host_name() -> Finding:
-    """Check that the name of this machine resolves to an address of this machine.
-
-    torchrun gives the name to the ranks, and the ranks connect to it.
-    """
+    """Check that the name of this machine resolves to one of its own addresses. Ranks connect to this name."""
     name = socket.gethostname()
     cure = f'echo "127.0.1.1 {name}" >> /etc/hosts; for several nodes, use IP addresses: --master-addr=10.0.0.1'
     try:
@@ -65,7 +62,7 @@ def check_port() -> Finding:
 
 
 def check_variables() -> Finding:
-    """Check that no environment variables of a launcher are set in this shell."""
+    """Check that no launcher's environment variables are set in this shell."""
     variables = launcher_variables()
     if not variables:
         return Finding("launcher", "ok", "no variables are left over from a launcher")
@@ -75,10 +72,7 @@ def check_variables() -> Finding:
 
 
 def check_ranks() -> Finding:
-    """Check that two ranks can compute a sum together.
-
-    The ranks use two GPUs if the machine has two. Otherwise, they use the CPU.
-    """
+    """Check that two ranks can compute a sum together, on two GPUs if possible, otherwise on the CPU."""
     device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, "-m", "pipeline.doctor.communication", device]

@@ -12,8 +12,7 @@ Level = Literal["ok", "note", "problem"]
 class Finding:
     """The result of one check.
 
-    If the level is ``note``, training works but is slower or lacks an optional feature. If the level is ``problem``,
-    training does not work.
+    ``note`` means that training is slower or lacks an optional feature. ``problem`` means that training does not work.
     """
 
     subject: str
@@ -26,12 +25,11 @@ class Finding:
 
 
 def has_problem(findings: Sequence[Finding]) -> bool:
-    """Return whether any finding has the level ``problem``."""
     return any(finding.level == "problem" for finding in findings)
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    """Return one line per finding. If a finding has a solution, a second line contains the solution."""
+    """Return one line per finding. If a finding has a solution, a second line contains it."""
     width = max(len(finding.subject) for finding in findings)
     lines = []
     for finding in findings:

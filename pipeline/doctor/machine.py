@@ -1,4 +1,4 @@
-"""Check the devices, memory, disk, limits, compilers and tokenizer files of this machine. Run all checks."""
+"""Check the devices, memory, disk, limits, compilers and tokenizer files of this machine."""
 
 import math
 import os
@@ -25,7 +25,7 @@ SAMPLE_TEXT = "GPT-2: naïve 数据\n"
 
 
 def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
-    """Run all checks except ``check_packages``. If a check raises an error, the result contains the error as a finding.
+    """Run all checks except ``check_packages``. If a check raises an error, the error becomes a finding.
 
     Args:
         folder: the folder for runs and data. It need not exist yet.
@@ -57,7 +57,7 @@ def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
 
 
 def check_devices() -> Iterator[Finding]:
-    """Check whether torch can use the GPUs, and how much memory of each GPU is free."""
+    """Check whether torch can use the GPUs, and how much memory is free on each."""
     if not torch.cuda.is_available():
         yield _check_without_gpu()
         return
@@ -96,7 +96,6 @@ def _rate(subject: str, says: str, cure: str, *, size: float, comfortable: float
 
 
 def check_memory() -> Finding:
-    """Check the size of the main memory."""
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cure = "torch and DeepSpeed alone take one GiB: use model.preset gpt2-tiny, or another machine"
     return _rate("memory", f"{size / GIB:.1f} GiB", cure, size=size, comfortable=2 * GIB)
@@ -113,8 +112,7 @@ def check_disk(folder: Path) -> Finding:
         "checkpoints of GPT-2 124M need 6 GiB: set run.out_dir to another disk; "
         "gpt2-pipeline checkpoint prune RUN --dry-run shows what can be deleted"
     )
-    # Space for metrics and three checkpoints of GPT-2 124M at 12 bytes per parameter: a run keeps two checkpoints while
-    # it writes a third one.
+    # Three checkpoints of GPT-2 124M at 12 bytes per parameter, and metrics. A run keeps two while it writes a third.
     return _rate("disk", says, cure, size=free, comfortable=6 * GIB, least=1 * GIB)
 
 
@@ -151,10 +149,7 @@ def check_compilers() -> Iterator[Finding]:
 
 
 def check_builds() -> Iterator[Finding]:
-    """Check that torch.compile can compile a function, and that DeepSpeed's CPUAdam can be built.
-
-    The check builds CPUAdam and keeps the result. Later training runs on this machine use it.
-    """
+    """Check that torch.compile works, and that DeepSpeed's CPUAdam can be built. Training uses the built CPUAdam."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if compiler_works(device):
         yield Finding("torch.compile", "ok", f"works on {device}")

@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
 
-#: The number of query blocks in attention that is compiled for a CPU. A block skips the keys after its last query.
+#: The number of query blocks in attention on a CPU. A block skips the keys after its last query.
 QUERY_BLOCKS = 4
-#: The longest window for which we measured that blocks are faster. Their memory grows with the square of the length.
+#: The longest window for which blocks are known to be faster. Their memory grows with the square of the length.
 LONGEST_IN_BLOCKS = 1024
 
 _KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
@@ -39,10 +39,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 
 
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute causal attention with matrix products, one block of queries at a time.
+    """Compute ``causal_attention`` with matrix products, one block of queries at a time.
 
-    The arguments and the result are those of ``causal_attention``. A compiler can fuse the matrix products with other
-    operations. It cannot fuse torch's attention kernels.
+    torch.compile can fuse matrix products with other operations. It cannot fuse torch's attention kernels.
     """
     T, D = q.shape[2:]
     width = T // QUERY_BLOCKS
@@ -60,14 +59,13 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def fastest_kernel(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int], dropout: float
 ) -> Iterator[str]:
-    """Return a context manager. Inside its ``with`` block, attention uses the fastest kernel that works for the inputs.
+    """Return a context manager in which attention uses the fastest kernel that works for the inputs.
 
     The context manager returns torch's name for the kernel. If no fused kernel works, the name is ``MATH``, and a
-    warning is logged. If torch does not report which kernel it uses, the name is ``UNKNOWN``.
+    warning is logged. If torch does not report its choice, the name is ``UNKNOWN``.
 
     Args:
         shape: the shape (B, H, T, D) of the queries in training.
-        dropout: the dropout probability in training. Some kernels support no dropout, or only some probabilities.
     """
     q = torch.zeros(shape, device=device, dtype=dtype, requires_grad=True)
     kernels = _preferred(device)
@@ -86,9 +84,9 @@ def fastest_kernel(
 
 @contextmanager
 def kernels_for_any_length() -> Iterator[None]:
-    """Return a context manager. Inside its ``with`` block, attention does not use cuDNN's kernel.
+    """Return a context manager in which attention does not use cuDNN's kernel.
 
-    Use it if the lengths of the inputs vary. For each new shape, cuDNN's kernel needs up to 0.4 s of preparation.
+    For each new shape, cuDNN's kernel needs up to 0.4 s of preparation.
     """
     with sdpa_kernel(list(_KERNELS), set_priority=True):
         yield
@@ -98,7 +96,7 @@ def _preferred(device: torch.device) -> list[SDPBackend]:
     """Return the kernels that torch may choose, the fastest first.
 
     cuDNN's kernel is the fastest on Hopper and Blackwell data center GPUs. cuDNN up to 9.15.0 computes wrong results
-    for some lengths (https://github.com/pytorch/pytorch/issues/169849). torch itself follows the same rule.
+    for some lengths (https://github.com/pytorch/pytorch/issues/169849).
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return list(_KERNELS)
@@ -107,7 +105,7 @@ def _preferred(device: torch.device) -> list[SDPBackend]:
 
 
 def _choose(kernels: list[SDPBackend], q: Tensor, dropout: float) -> SDPBackend | None:
-    """Return the kernel that torch chooses. Returns None on devices for which torch has no such query, such as MPS."""
+    """Return the kernel that torch chooses. Returns None if torch cannot report it for this device, such as MPS."""
     with sdpa_kernel(kernels, set_priority=True), suppress(NotImplementedError):
         return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=dropout, is_causal=True))
     return None

@@ -1,8 +1,7 @@
 """Compute the output layer and the loss in blocks of the vocabulary, so that the logits never exist as a whole.
 
-The logits and their gradient are the largest tensors of a training step. Here, only the logits of one block of tokens
-of the vocabulary are in memory at a time. The forward pass keeps, for each row, the largest logit so far and the sum of
-exponentials so far (Milakov and Gimelshein 2018). The backward pass computes the logits of each block again.
+The logits and their gradient would be the largest tensors of a training step. The forward pass keeps each row's largest
+logit and sum of exponentials (Milakov and Gimelshein 2018). The backward pass computes the logits of each block again.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,13 +32,13 @@ def blocked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab
 
 
 def block_columns(padded_vocab_size: int) -> int:
-    """Return the number of tokens of the vocabulary per block. The last block may have fewer."""
+    """Return the number of tokens per block of the vocabulary. The last block may have fewer."""
     blocks = -(-padded_vocab_size // BLOCK_COLUMNS)
     return -(-padded_vocab_size // (8 * blocks)) * 8
 
 
 def bytes_of_a_block(rows: int, padded_vocab_size: int, logit_bytes: int) -> int:
-    """Return the memory that the backward pass needs for a block, if its operations are not compiled.
+    """Return the memory that the backward pass needs for a block, if it is not compiled.
 
     Args:
         rows: the number of targets.
@@ -71,7 +70,6 @@ def compute_losses(
 
     Args:
         targets: (N,) int64 ids, or -1 if a target is not scored.
-        compiles: whether to compile the operations on a block.
     """
     add_block = _compiled(_add_block) if compiles else _add_block
     largest = hidden.new_full(hidden.shape[:1], torch.finfo(torch.float32).min, dtype=torch.float32)
@@ -91,18 +89,18 @@ def compute_gradients(
     vocab_size: int,
     compiles: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the hidden states and of the weight, in their dtype. The sum over blocks is in fp32.
+    """Return the gradients of ``hidden`` and ``weight``, in their dtype. The sum over blocks is in fp32.
 
     Args:
-        grad_losses: (N,) gradients of the losses.
-        log_totals: the second result of ``compute_losses``, which also describes the other arguments.
+        targets: (N,) int64 ids, or -1 if a target is not scored.
+        log_totals: the second result of ``compute_losses``.
     """
     replace_with_gradient = _compiled(_replace_with_gradient) if compiles else _replace_with_gradient
     factors = torch.where(targets >= 0, grad_losses, 0.0)
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
     grad_weight = torch.empty_like(weight)
     summand = torch.empty_like(hidden)
-    # A CPU with AMX computes this product twice as fast as the product of the transposed logits and the hidden states.
+    # On a CPU with AMX, this is twice as fast as the product of the transposed logits and the hidden states.
     transposed = hidden.t().contiguous()
     for block, logits in _blocks_of_logits(hidden, weight, vocab_size):
         replace_with_gradient(logits, targets - block.start, log_totals, factors)
@@ -114,7 +112,7 @@ def compute_gradients(
 def _blocks_of_logits(hidden: Tensor, weight: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield each block of the vocabulary with its logits, shape (N, tokens of the block). Padding has logits of -inf.
 
-    All blocks use the same memory, so the logits of a block are only valid until the next block.
+    The logits of a block are only valid until the next block.
     """
     tokens, columns = weight.shape[0], block_columns(weight.shape[0])
     memory = hidden.new_empty(hidden.shape[0] * columns)
@@ -133,7 +131,8 @@ def _add_block(
     """Return each row's largest logit, its sum of exponentials relative to it, and its target's logit, with this block.
 
     Args:
-        columns: (N,) int64, the target's column in this block. Other values mean that the target is not in this block.
+        columns: (N,) int64, the target's column in this block. It is outside the block if the target is in another
+            block.
     """
     higher = torch.maximum(largest, logits.amax(dim=1).float())
     total = total * (largest - higher).exp() + (logits - higher.unsqueeze(1)).exp_().sum(dim=1)
@@ -143,12 +142,7 @@ def _add_block(
 
 
 def _replace_with_gradient(logits: Tensor, columns: Tensor, log_totals: Tensor, factors: Tensor) -> None:
-    """Replace a block of logits with its gradient.
-
-    Args:
-        columns: see ``_add_block``.
-        factors: (N,) gradients of the losses.
-    """
+    """Replace a block of logits with its gradient. ``factors`` contains the gradients of the losses, (N,)."""
     softmax = (logits - log_totals.unsqueeze(1)).exp_()  # fp32
     ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
     one_hot = (ids == columns.int().unsqueeze(1)).float()
@@ -160,7 +154,7 @@ def _compiled(step: _Step) -> _Step:
     return torch.compile(step, dynamic=False)
 
 
-#: As operators of torch, the two functions are opaque to torch.compile. They are differentiable only together.
+#: torch.compile does not trace into operators.
 _losses = torch.library.custom_op("gpt2_pipeline::blocked_losses", compute_losses, mutates_args=())
 _gradients = torch.library.custom_op("gpt2_pipeline::blocked_loss_gradients", compute_gradients, mutates_args=())
 LOSSES = torch.ops.gpt2_pipeline.blocked_losses.default

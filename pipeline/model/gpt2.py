@@ -25,7 +25,7 @@ from pipeline.model.output_layer import Method, OutputLayer, padded_vocab_size
 LAYER_NORM_EPS = 1e-5
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = x (linear + cubic x^2)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
-MOST_ROWS = 4096  # of a product in ``layer_products``: enough for the threads of a large CPU
+MOST_ROWS = 4096  # in ``layer_products``; enough for the threads of a large CPU
 
 
 class CausalSelfAttention(nn.Module):
@@ -50,7 +50,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Return GELU, computed with the tanh approximation that GPT-2 uses (Hendrycks and Gimpel 2016).
+    """Return GELU with GPT-2's tanh approximation (Hendrycks and Gimpel 2016).
 
     The result is x/2 (1 + tanh u), where u = sqrt(2/pi) (x + 0.044715 x^3).
     """
@@ -61,9 +61,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    activation: Callable[[Tensor], Tensor] = staticmethod(
-        gelu
-    )  # pipeline.interop measures the difference to another one
+    activation: Callable[[Tensor], Tensor] = staticmethod(gelu)  # pipeline.interop replaces it
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -93,7 +91,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """The input of ``GPT2.score``: rows of tokens, and the target tokens to score."""
+    """The input of ``GPT2.score``."""
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (N,) int64
@@ -120,16 +118,14 @@ class GPT2(nn.Module):
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
         """Call the method ``loss``, ``logits`` or ``score`` with ``inputs``, and return its result.
 
-        If a model is wrapped, do not call these methods directly. DDP, FSDP2, DeepSpeed, autocast and torch.compile do
-        their work only in a call of ``forward``.
+        Do not call these methods of a wrapped model directly. DDP, FSDP2, DeepSpeed, autocast and torch.compile do
+        their work only in ``forward``.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of the cross-entropies of all targets in nats, an fp32 scalar.
-
-        The result is not a mean, because the model does not know the number of targets in the global batch.
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
@@ -142,10 +138,10 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden_states(tokens), method="logits")
 
     def score(self, batch: ScoringBatch) -> Tensor:
-        """Return the log-probability of each target, and whether it is the most likely token, fp32 of shape (2, N).
+        """Return each target's log-probability, and whether it is the most likely token, fp32 of shape (2, N).
 
-        The result has one column per target. The first row contains the log-probability in nats. The second row
-        contains 1 if the target is the most likely token, otherwise 0.
+        Row 0 contains the log-probabilities in nats. Row 1 contains 1 where the target is the most likely token,
+        otherwise 0.
         """
         hidden = self.hidden_states(
             batch.tokens,
@@ -158,8 +154,8 @@ class GPT2(nn.Module):
         """Return the logits for the next token of each row, shape (B, V), in the compute dtype.
 
         Args:
-            tokens: the new tokens. If the cache is empty, these are whole rows, shape (B, T), padded on the right.
-                Otherwise, there is one new token per row, shape (B, 1).
+            tokens: if the cache is empty, whole rows, shape (B, T), padded on the right. Otherwise, one new token per
+                row, (B, 1).
             lengths: the number of new tokens per row, without padding.
             cache: the cache with all earlier tokens. The new tokens are appended to it.
         """
@@ -174,7 +170,7 @@ class GPT2(nn.Module):
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
-            positions: (B, T) int64, see ``ScoringBatch``.
+            positions: (B, T) int64, each token's position in its text. None if each row is one text.
             attend: the attention function. If None, causal attention within each row is used.
         """
         x = self.wte(tokens) + self.wpe(self._positions(tokens) if positions is None else positions)  # (B, T, C)
@@ -184,7 +180,10 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def _positions(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Return each token's position, (T,) or (B, T): in its text if positions restart, otherwise in the window."""
+        """Return each token's position in its row, shape (T,) or (B, T).
+
+        If ``reset_positions_at`` is set, positions restart at 0 at each token with this id.
+        """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         if cache is not None:
             positions = positions + cache.first_slots()  # (B, T)
@@ -196,9 +195,9 @@ class GPT2(nn.Module):
         return positions - starts
 
     def tie_weights(self) -> None:
-        """Make the output layer use the weight of the token embedding. Call this after ``nn.Module.to_empty``.
+        """Make the output layer use the weight of the token embedding.
 
-        ``to_empty`` creates one tensor per name, so that the output layer and the embedding have separate weights.
+        Call this after ``nn.Module.to_empty``, which separates the two weights.
         """
         self.lm_head.weight = self.wte.weight
 
@@ -216,7 +215,7 @@ def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
 
 
 def place_model(model: GPT2, device: torch.device | str) -> None:
-    """Move the weights to a device. If they have no memory yet, allocate it on the device, without initial values."""
+    """Move the weights to a device. Weights on ``meta`` are allocated on the device, without initial values."""
     if model.wte.weight.is_meta:
         model.to_empty(device=device)
         model.tie_weights()
@@ -225,10 +224,7 @@ def place_model(model: GPT2, device: torch.device | str) -> None:
 
 
 def build_model(config: ModelConfig, seed: int) -> GPT2:
-    """Return a new fp32 model on the CPU with initial weights.
-
-    The same seed gives the same weights on every rank and machine.
-    """
+    """Return a new fp32 model on the CPU. The same seed gives the same initial weights on every machine."""
     model = allocate_model(config, "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -237,9 +233,7 @@ def build_model(config: ModelConfig, seed: int) -> GPT2:
 
 
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
-    """Return the number of parameters of a model.
-
-    The token embedding and the output layer share one weight, which is counted once.
+    """Return the number of parameters. The weight that embedding and output layer share is counted once.
 
     Args:
         padded: whether to include the padding rows of the shared weight.
@@ -254,18 +248,17 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Return the model FLOPs of the forward and backward pass per token: 6 N + 12 L C T.
 
     N is the number of parameters without the position embedding, L is ``n_layer``, C is ``n_embd``, and T is
-    ``seq_len``. The second term is for attention. FLOPs for recomputing activations do not count. The formula is from
-    Chowdhery et al. 2022, appendix B.
+    ``seq_len``. Recomputing activations does not count. The formula is from Chowdhery et al. 2022, appendix B.
     """
     n = parameter_count(config, padded=True) - config.context_length * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * seq_len
 
 
 def layer_products(config: ModelConfig, tokens: int) -> list[tuple[int, int, int]]:
-    """Return the shapes (m, k, n) of the matrix products in the linear layers of a block, in the forward pass.
+    """Return the shapes (m, k, n) of the matrix products in a block's linear layers, in the forward pass.
 
     Args:
-        tokens: the number of tokens in a micro-batch. m is the smaller of this number and ``MOST_ROWS``.
+        tokens: the number of tokens in a micro-batch. m is at most ``MOST_ROWS``.
     """
     m, C = min(tokens, MOST_ROWS), config.n_embd
     return [(m, C, 3 * C), (m, C, C), (m, C, 4 * C), (m, 4 * C, C)]

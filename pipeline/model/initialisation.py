@@ -1,4 +1,4 @@
-"""Draw the initial weights. A rank can draw any range of a parameter, and gets the same values as any other rank."""
+"""Draw the initial weights. Any rank can draw any range of a parameter, and always gets the same values."""
 
 import math
 from collections.abc import Iterator
@@ -11,27 +11,25 @@ from pipeline.seeds import derive_seed
 
 INIT_STD = 0.02
 
-#: The number of random values in memory at a time. torch draws normal values in groups of 16, so a multiple of 16 gives
-#: the same values as a single call for the whole parameter.
+#: The number of values to draw at a time. It is a multiple of 16, because torch draws normal values in groups of 16.
 BLOCK_ELEMENTS = 1 << 18
 
 
 def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, start: int, target: Tensor) -> None:
-    """Set a range of one parameter to its initial values. Each parameter has its own random generator.
+    """Set a range of one parameter to its initial values.
 
     Weights are normally distributed with standard deviation 0.02. For weights whose output is added to the residual
     stream, the standard deviation is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and
     LayerNorm weights are 1.
 
-    The values do not depend on how a parameter is divided into ranges. A random generator cannot skip values.
-    Therefore, the function draws all values of the parameter up to the end of the range. It keeps at most ``2 *
-    BLOCK_ELEMENTS`` of them in memory.
+    A random generator cannot skip values. Therefore, the function draws all values of the parameter up to the end of
+    the range. It keeps at most ``2 * BLOCK_ELEMENTS`` of them in memory.
 
     Args:
         name: the canonical name of the parameter.
         shape: the shape of the whole parameter.
         start: the index of the range's first element in the flattened parameter.
-        target: the tensor to fill, shape (n,), fp32, on any device.
+        target: the tensor to fill, fp32 of shape (n,), on any device.
     """
     if name.endswith("bias"):
         target.zero_()
@@ -52,10 +50,10 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
 
 
 def _normal_blocks(count: int, stop: int, std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """Yield the values of a parameter with ``count`` elements in blocks, until element ``stop`` is reached.
+    """Yield blocks of a parameter's ``count`` values, each with the index of its first value, up to ``stop``.
 
-    Each block is yielded with the index of its first element, and is valid until the next block is drawn. The last
-    block of a parameter is not shorter than the other blocks, because torch draws fewer than 16 values differently.
+    The next block overwrites a block. The last block of a parameter is not shorter than the other blocks, because torch
+    draws fewer than 16 values differently.
     """
     values = torch.empty(min(count, 2 * BLOCK_ELEMENTS))
     first = 0

@@ -1,4 +1,4 @@
-"""Store the keys and values of a text's tokens. Each forward pass then needs to process only the new tokens."""
+"""Store the keys and values of earlier tokens, so that a forward pass processes only the new tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +11,15 @@ from pipeline.config.schema import ModelConfig
 
 
 class KeyValueCache:
-    """The keys and values of a batch of texts. The memory is allocated once, when the cache is created.
+    """The keys and values of a batch of texts. The memory is allocated once.
 
-    Each text is one row. A row has ``capacity`` slots. Each slot stores the keys and values of one token. Rows begin at
-    slot 0 and can have different lengths. The first call of ``append`` adds the tokens of whole texts. Shorter texts
-    are padded on the right. Each later call adds one token per row. Attention never reads the slots of padding, and
-    later tokens overwrite them.
+    Each text is one row with one slot per token. Rows can have different lengths. The first call of ``append`` adds
+    whole texts, padded on the right. Each later call adds one token per row. Attention never reads padding, and later
+    tokens overwrite it.
 
     Args:
         rows: the number B of texts.
-        capacity: the largest number S of tokens per row. It must not exceed ``context_length``.
+        capacity: the largest number of tokens per row, at most ``context_length``.
     """
 
     def __init__(
@@ -43,24 +42,18 @@ class KeyValueCache:
         self._text_starts.zero_()
 
     def keep(self, rows: list[int]) -> None:
-        """Keep only some of the rows, and remove the others.
-
-        Args:
-            rows: the indices of the rows to keep, in their new order.
-        """
+        """Keep only the rows with the given indices, in the given order."""
         self._memory = self._memory[:, :, rows]
         self._text_starts = self._text_starts[rows]
         self.lengths = [self.lengths[row] for row in rows]
 
     @contextmanager
     def append(self, lengths: list[int]) -> Iterator[None]:
-        """Return a context manager that appends tokens to the rows.
-
-        Inside the ``with`` block, every layer must call ``attend`` once with the new tokens.
+        """Return a context manager that appends tokens. Inside it, every layer must call ``attend`` once with them.
 
         Args:
-            lengths: the number of new tokens per row, without padding. If the cache is not empty, every number must
-                be 1.
+            lengths: the number of new tokens per row, without padding. If the cache is not empty, each number must be
+                1.
         """
         assert lengths == [1] * len(self.lengths) or not any(self.lengths), "only an empty cache takes whole rows"
         self._new = lengths
@@ -69,7 +62,7 @@ class KeyValueCache:
         self.lengths = [seen + new for seen, new in zip(self.lengths, lengths, strict=True)]
 
     def _open(self, count: int) -> None:
-        """Create the views and the mask that all layers need to append ``count`` tokens per row, with padding."""
+        """Create the views and the mask for appending ``count`` tokens per row, with padding."""
         first, end = max(self.lengths), max(self.lengths) + count
         seen = self._memory[..., :end, :]
         self._keys, self._values = seen[:, 0].unbind(), seen[:, 1].unbind()  # per layer, (B, H, end, C/H) each
@@ -80,19 +73,17 @@ class KeyValueCache:
             self._scattered = torch.arange(len(self.lengths), device=slots.device), slots[:, 0]
 
     def first_slots(self) -> Tensor:
-        """Return the first free slot of each row, shape (B, 1). The row's next token is stored in this slot."""
+        """Return the first free slot of each row, shape (B, 1)."""
         return torch.tensor(self.lengths, device=self._memory.device)[:, None]
 
     def carry_text_starts(self, starts: Tensor) -> Tensor:
-        """Complete ``starts`` for documents that started in an earlier call, and return it, shape (B, T).
+        """Return the first slot of each new token's document, shape (B, T). Positions are counted from this slot.
 
-        A row can contain several documents. Positions are counted from the slot at which a document starts. If a
-        document started in an earlier call, its first slot is not known from the new tokens. Therefore, each call
-        stores the first slot of each row's last document, and the next call reads this slot.
+        The new tokens do not show where a document started in an earlier call. Each call therefore stores the first
+        slot of each row's last document for the next call.
 
         Args:
-            starts: the first slot of each new token's document, shape (B, T). If the document started before the new
-                tokens, the value is 0.
+            starts: the first slot of each new token's document, or 0 if the document started before the new tokens.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1
@@ -103,8 +94,7 @@ class KeyValueCache:
         """Store the new keys and values. Return causal attention over all stored tokens, shape (B, H, T, C/H).
 
         Args:
-            q, k, v: the queries, keys and values of the new tokens, each of shape (B, H, T, C/H). If the cache is
-                not empty, T must be 1.
+            q, k, v: for the new tokens, each of shape (B, H, T, C/H). If the cache is not empty, T must be 1.
         """
         keys, values = self._keys[layer], self._values[layer]
         T = q.shape[2]

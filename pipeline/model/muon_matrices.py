@@ -1,7 +1,4 @@
-"""List the weight matrices that Muon updates, and divide them among the ranks.
-
-Muon updates the weight matrices of the transformer blocks.
-"""
+"""List the weight matrices that Muon updates, and divide them among the ranks."""
 
 from __future__ import annotations
 
@@ -25,12 +22,11 @@ class Matrix:
 
     @property
     def numel(self) -> int:
-        """Return the number of elements."""
         return self.rows * self.columns
 
     @property
     def stop(self) -> int:
-        """Return the index after the matrix's last element, in the flattened parameter."""
+        """Return the index after the last element, in the flattened parameter."""
         return self.start + self.numel
 
     @property
@@ -47,7 +43,7 @@ class Matrix:
 
     @property
     def update_scale(self) -> float:
-        """Return the factor by which Muon multiplies the orthogonalized matrix (Liu et al. 2025).
+        """Return Muon's factor for the orthogonalized matrix (Liu et al. 2025).
 
         With this factor, an update of Muon is about as large as an update of AdamW.
         """
@@ -57,8 +53,7 @@ class Matrix:
 def iterations_per_gram(rows: int, columns: int) -> int:
     """Return how many Newton-Schulz iterations use one Gram matrix: 2 if this needs fewer FLOPs, otherwise 1.
 
-    If two iterations use the same Gram matrix, they need two fewer products with the (rows, columns) matrix. However,
-    they need three more products of matrices that are as large as the Gram matrix.
+    Sharing a Gram matrix saves two products with the whole matrix. It adds three products of Gram matrices.
     """
     return 2 if 2 * max(rows, columns) > 3 * min(rows, columns) else 1
 
@@ -73,7 +68,7 @@ def muon_matrices(shapes: Mapping[str, Sequence[int]], *, split_qkv: bool) -> It
 
     Args:
         shapes: maps canonical names of parameters to their shapes.
-        split_qkv: whether the weight of the projection to queries, keys and values is split into three matrices.
+        split_qkv: whether the weight for queries, keys and values counts as three matrices.
     """
     for name, shape in shapes.items():
         if belongs_to_muon(name, shape):
@@ -84,11 +79,9 @@ def muon_matrices(shapes: Mapping[str, Sequence[int]], *, split_qkv: bool) -> It
 
 
 def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Divide matrices into batches of about the same size.
+    """Divide matrices into batches of about the same size. The ranks exchange one batch at a time.
 
-    The ranks exchange all matrices of a batch at once. With larger batches, the work is divided more equally among the
-    ranks. With smaller batches, the exchange needs less memory. As a compromise, the size of a batch has a limit, which
-    grows with the number of ranks and with the size of the largest matrix.
+    Large batches divide the work more equally among the ranks. Small batches need less memory.
     """
     total = sum(matrix.numel for matrix in matrices)
     largest = max((matrix.numel for matrix in matrices), default=0)
@@ -102,10 +95,9 @@ def divide_into_batches(matrices: Sequence[Matrix], ranks: int) -> list[list[Mat
 
 
 def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Assign matrices to ranks. Return the matrices of each rank.
+    """Return the matrices that each rank owns (orthogonalizes).
 
-    The rank of a matrix is called its owner, and orthogonalizes it. The matrices are assigned in the order of
-    decreasing cost. Each matrix goes to the rank that has the least work so far.
+    The most expensive matrices are assigned first. Each matrix goes to the rank that has the least work so far.
     """
     owned: list[list[Matrix]] = [[] for _ in range(ranks)]
     work = [0] * ranks
@@ -117,7 +109,7 @@ def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
 
 
 def group_by_shape(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
-    """Group matrices that have the same numbers of rows and columns."""
+    """Group matrices of the same shape."""
     groups: dict[tuple[int, int], list[Matrix]] = {}
     for matrix in matrices:
         groups.setdefault((matrix.rows, matrix.columns), []).append(matrix)
@@ -127,16 +119,14 @@ def group_by_shape(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
 def exchange_elements(batch: Sequence[Matrix], ranks: int, ranks_per_copy: int) -> int:
     """Return how many elements a rank needs in memory to exchange and orthogonalize a batch of matrices.
 
-    If some ranks need more than others, the result is the number for the rank that needs most.
+    The result is for the rank that needs most.
 
     Args:
-        batch: the matrices of the batch.
-        ranks: the number of ranks.
         ranks_per_copy: the number of ranks that together hold one copy of all matrices.
     """
     total = sum(matrix.numel for matrix in batch)
     own = max(sum(matrix.numel for matrix in owned) for owned in assign_owners(batch, ranks))
-    assembling = own if ranks_per_copy == 1 else 2 * own + -(-total // ranks)  # with the elements to send and received
+    assembling = own if ranks_per_copy == 1 else 2 * own + -(-total // ranks)  # sent and received elements
     held = -(-total // ranks_per_copy)  # the elements that a rank receives
     returning = own if ranks == 1 else own + own * (ranks // ranks_per_copy) + held
     iterating = own + max(_elements_to_iterate(owned) for owned in assign_owners(batch, ranks))
@@ -144,6 +134,6 @@ def exchange_elements(batch: Sequence[Matrix], ranks: int, ranks_per_copy: int) 
 
 
 def _elements_to_iterate(owned: Iterable[Matrix]) -> int:
-    """Return the largest number of elements of temporary tensors while a rank orthogonalizes its matrices."""
+    """Return the peak number of elements in temporary tensors while a rank orthogonalizes its matrices."""
     groups = group_by_shape(owned)
     return max((sum(2 * m.numel + 4 * min(m.rows, m.columns) ** 2 for m in group) for group in groups), default=0)

@@ -1,7 +1,4 @@
-"""Define the output layer and the loss.
-
-In a small model, the output layer and the loss take half of the time of a training step, and most of its memory.
-"""
+"""Define the output layer and the loss."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,7 +12,7 @@ from pipeline.model.blocked_loss import blocked_cross_entropy
 
 IGNORE_INDEX = -100  # marks a target that is not scored; torch's default
 VOCAB_MULTIPLE = 128  # matrix products are faster with multiples of this number: 50257 becomes 50304
-SCORED_AT_ONCE = 128  # targets whose logits are in memory together: 26 MB in fp32, which fit into the caches of a CPU
+SCORED_AT_ONCE = 128  # logits of this many targets take 26 MB in fp32, which fit into the caches of a CPU
 
 Method = Literal["loss", "logits", "score"]
 
@@ -23,17 +20,15 @@ Method = Literal["loss", "logits", "score"]
 def padded_vocab_size(vocab_size: int) -> int:
     """Return the vocabulary size, rounded up to a multiple of ``VOCAB_MULTIPLE``.
 
-    The result is the number of rows in the weight of the token embedding. The rows from index ``vocab_size`` on are
-    padding. The softmax ignores their logits.
+    This is the number of rows of the token embedding. The softmax ignores the logits of padding rows.
     """
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class OutputLayer(nn.Linear):
-    """The linear layer that computes logits from hidden states, and then the loss from the logits.
+    """The linear layer that computes logits from hidden states, together with the loss.
 
-    The linear layer and the loss are in one module. torch.compile can therefore fuse them even if it compiles each
-    module separately.
+    torch.compile can fuse both, because they are in one module.
     """
 
     __call__: Callable[..., Tensor]
@@ -47,7 +42,7 @@ class OutputLayer(nn.Linear):
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
         """Call the method ``loss``, ``logits`` or ``score`` with ``inputs``, and return its result.
 
-        Do not call these methods directly. ``GPT2.forward`` explains why every computation must start with ``forward``.
+        Do not call these methods directly: FSDP2, DeepSpeed and torch.compile do their work only in ``forward``.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result
@@ -67,22 +62,23 @@ class OutputLayer(nn.Linear):
             losses = blocked_cross_entropy(states, weight, targets, self.vocab_size, IGNORE_INDEX)
         else:
             losses = cross_entropy(self._padded_logits(hidden).flatten(0, 1), targets, self.vocab_size)
-        return losses.sum()  # torch sums pairwise, so the error is about the rounding error of one addition
+        return losses.sum()  # torch sums pairwise, so rounding errors stay small
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits for hidden states of shape (..., C): shape (..., V), in the compute dtype."""
         return self._padded_logits(hidden)[..., : self.vocab_size]
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the log-probability of each target, and whether it is the most likely token, fp32 of shape (2, N).
+        """Return each target's log-probability, and whether it is the most likely token, fp32 of shape (2, N).
 
-        The two rows of the result are described in ``GPT2.score``.
+        Row 0 contains the log-probabilities in nats. Row 1 contains 1 where the target is the most likely token,
+        otherwise 0.
 
         Args:
             hidden: hidden states, shape (N, C).
             targets: (N,) int64 ids.
         """
-        # The loop is inside the layer, because FSDP2 and ZeRO-3 gather the layer's weight once per call of the layer.
+        # The loop is inside the layer, because FSDP2 and ZeRO-3 gather the weight once per call of the layer.
         pieces = zip(torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True)
         return torch.cat([score_targets(self.logits(x), y) for x, y in pieces], dim=1)
 
@@ -91,9 +87,7 @@ class OutputLayer(nn.Linear):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Return the cross-entropy of each target in nats, fp32 of shape (N,).
-
-    For a target that is ``IGNORE_INDEX``, the cross-entropy is 0.
+    """Return the cross-entropy of each target in nats, fp32 of shape (N,). For ``IGNORE_INDEX``, it is 0.
 
     Args:
         logits: shape (N, padded vocabulary size), in any dtype. Columns from ``vocab_size`` on are padding.
@@ -131,9 +125,10 @@ class _CompiledCrossEntropy(torch.autograd.Function):
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the log-probability of each target, and whether it is the most likely token, fp32 of shape (2, n).
+    """Return each target's log-probability, and whether it is the most likely token, fp32 of shape (2, n).
 
-    The two rows of the result are described in ``GPT2.score``.
+    Row 0 contains the log-probabilities in nats. Row 1 contains 1 where the target is the most likely token, otherwise
+    0.
 
     Args:
         logits: shape (n, V).

@@ -1,8 +1,7 @@
 """Define linear layers for fast inference on a CPU, and choose by a measurement how they store their weights.
 
-In generation, the input of a linear layer has few rows, so a product takes as long as reading the weight from memory.
-torch's own products and those of oneDNN read weights at different speeds. On a CPU with AMX, torch's product of one
-fp32 row is the faster one. On other CPUs, oneDNN's product can be twice as fast. See docs/benchmarks.
+In generation, a product takes as long as reading the weight from memory, because the input has few rows. Whether torch
+or oneDNN reads weights faster depends on the CPU. See docs/benchmarks.
 """
 
 import time
@@ -17,13 +16,13 @@ from torch import Tensor
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import OutputLayer
 
-#: The number of rows to which an input can be filled up. oneDNN reads fp32 weights faster in a product of four rows
-#: than in a product of one to three rows, but not on every CPU.
+#: The number of rows to which an input can be filled up. On some CPUs, oneDNN reads fp32 weights faster for four rows
+#: than for one to three rows.
 FILLED_ROWS = 4
 ROUNDS = 5
-MEASURED_BLOCKS = 2  # so that the caches of the CPU do not hold the weights until the next round
+MEASURED_BLOCKS = 2  # so many that the weights do not stay in the caches of the CPU
 MEASURED_OUTPUTS = 8192  # of the output layer
-LEAST_GAIN = 0.05  # another way than the usual one must save this share of the time
+LEAST_GAIN = 0.05  # the share of time that a way must save to replace the usual one
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class Way:
         return F.linear(x, stored, bias)
 
 
-#: The ways to measure per dtype. The first one is the usual one. bf16 has one way, because two ways round differently,
-#: and then a repeated command could generate another text.
+#: The ways to measure per dtype, the usual one first. Ways round bf16 differently, so a choice could change the text
+#: that a repeated command generates.
 WAYS = {
     torch.float32: (Way(is_packed=True), Way(is_packed=True, fewest_rows=FILLED_ROWS), Way(is_packed=False)),
     torch.bfloat16: (Way(is_packed=True),),
@@ -69,7 +68,7 @@ class InferenceLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the layer, shape (..., out), in the dtype of the layer.
+        """Return the output, shape (..., out), in the dtype of the layer.
 
         Args:
             x: shape (..., in), in any dtype.
@@ -85,23 +84,21 @@ class InferenceLinear(nn.Module):
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None) -> None:
-    """Replace the linear layers of a model by layers that are faster. Call this function before inference on a CPU.
+    """Replace the linear layers of a model by layers that are faster on a CPU, for inference.
 
-    If the model is on a GPU, or if oneDNN does not support the dtype on this CPU, nothing changes.
-
-    The original weights in the blocks are freed if they are stored in another layout. The original weight of the output
-    layer is kept, because the token embedding uses the same weight.
+    Nothing changes on a GPU, or if oneDNN does not support the dtype on this CPU. The original weights of repacked
+    blocks are freed.
 
     Args:
-        rows: the number of rows in most inputs. If it is given, a measurement chooses the way that is fastest with this
-            number. If it is None, the usual way is chosen, so that the rounding is the same each time.
+        rows: the number of rows in most inputs. A measurement then chooses the fastest way for this number. If None,
+            the usual way is chosen, so that the rounding is the same each time.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return
     usual = dict.fromkeys(map(_shape, linear_layers(model)), WAYS[dtype][0])
     ways = usual if rows is None or len(WAYS[dtype]) == 1 else fastest_ways(model, dtype, rows)
     model.lm_head.packed_product = InferenceLinear(model.lm_head, dtype, ways[_shape(model.lm_head)])
-    # The list must not contain the linear layers. Otherwise all their weights would stay in memory until the end.
+    # A list of the linear layers would keep all their weights in memory.
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and not isinstance(child, OutputLayer):
@@ -109,7 +106,7 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Return whether the installed torch and this CPU support oneDNN's products in a dtype."""
+    """Return whether torch and this CPU support oneDNN's products in a dtype."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -121,7 +118,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def fastest_ways(model: GPT2, dtype: torch.dtype, rows: int) -> dict[tuple[int, int], Way]:
-    """Return the fastest way for each shape (out, in) of a linear layer. This measures products.
+    """Measure products. Return the fastest way for each shape (out, in) of a linear layer.
 
     Args:
         rows: the number of rows in the inputs.

@@ -1,4 +1,4 @@
-"""Define the names of the tensors that belong to a parameter: its weight, its optimizer tensors, and its average."""
+"""Define the names of a parameter's tensors: its weight, its optimizer tensors, and its average."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ StateNames = Mapping[str, Iterable[str]]
 
 
 def state_names_of(shapes: Mapping[str, Sequence[int]], config: Config) -> dict[str, tuple[str, ...]]:
-    """Return a dict that maps the name of each parameter to the names of the tensors that training keeps for it.
+    """Return the names of the tensors that training keeps for each parameter, in addition to its weight.
 
-    These are the names of the optimizer tensors, such as ``exp_avg``. If ``averaging.ema`` is set, ``ema`` is added for
-    the average of the weight. The names do not include the weight itself. The result does not depend on the backend or
-    the rank.
+    These are the optimizer tensors, such as ``exp_avg``, and ``ema`` if ``averaging.ema`` is set. The result does not
+    depend on the backend or the rank.
 
     Args:
         shapes: maps the canonical names of all parameters to their shapes.

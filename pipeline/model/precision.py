@@ -31,11 +31,10 @@ class ComputeModel(nn.Module):
 
 
 class AutocastModel(ComputeModel):
-    """A model that uses autocast inside its ``forward``. In the precision ``fp32``, it does not use autocast.
+    """A model that uses autocast inside its ``forward``, except in the precision ``fp32``.
 
-    If autocast is active when DeepSpeed calls ``forward``, DeepSpeed turns it off. Therefore, ``forward`` itself turns
-    autocast on. DeepSpeed's own option ``torch_autocast`` is not used. With this option, DeepSpeed would clip fp16
-    gradients before it unscales them.
+    DeepSpeed turns off autocast that is active outside of ``forward``. DeepSpeed's own option ``torch_autocast`` would
+    clip fp16 gradients before unscaling them.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:
@@ -51,8 +50,7 @@ class AutocastModel(ComputeModel):
 class Bf16ViewModel(ComputeModel):
     """A model that computes with bf16 copies of its fp32 parameters, for backends that keep all weights on every rank.
 
-    The optimizer updates the fp32 parameters. The cast to bf16 belongs to the autograd graph, so gradients are
-    accumulated and reduced in fp32.
+    The cast to bf16 belongs to the autograd graph, so gradients are accumulated and reduced in fp32.
     """
 
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
@@ -61,8 +59,5 @@ class Bf16ViewModel(ComputeModel):
 
 
 def replicated_compute(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
-    """Wrap a model in a module that computes in the given precision.
-
-    Use this function only if there is no backend, or if the whole fp32 model is on every rank.
-    """
+    """Wrap a model in a module that computes in the given precision. The whole fp32 model must be on every rank."""
     return Bf16ViewModel(model) if precision == "bf16" else AutocastModel(model, precision, device)

@@ -14,13 +14,12 @@ from pipeline.model.gpt2 import GPT2, Block
 
 
 def recompute_blocks(model: GPT2) -> None:
-    """Make some blocks recompute their activations in the backward pass.
+    """Make the blocks that ``model.activation_checkpointing`` selects recompute their activations.
 
-    The config key ``model.activation_checkpointing`` selects the blocks. The function replaces only the ``forward`` of
-    the selected blocks, so all modules and parameters keep their names.
+    All modules and parameters keep their names.
     """
-    # Without this setting, compiled code draws the dropout masks of these blocks from its own generators, which do not
-    # use the seeds of the micro-batches. The setting applies to the whole process.
+    # Otherwise, compiled blocks would not draw dropout masks from the seeds of the micro-batches. The setting applies
+    # to the whole process.
     functorch_config.graphsafe_rng_functionalization = False
     for layer, block in enumerate(model.h):
         assert isinstance(block, Block)
@@ -29,7 +28,7 @@ def recompute_blocks(model: GPT2) -> None:
 
 
 class _PlainBlock(nn.Module):
-    """Computes what the block computed before its ``forward`` was replaced, without the block's hooks."""
+    """Computes the block's original ``forward``, without the block's hooks."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -44,7 +43,6 @@ def _recompute(plain: _PlainBlock, x: Tensor, attend: Attend | None = None) -> T
         return Block.forward(plain.block, x, attend)
     if torch.compiler.is_compiling():  # the first and the repeated forward pass are in one graph
         return checkpoint(plain, x, attend, use_reentrant=False)
-    # Bf16ViewModel replaces the parameters with bf16 copies only during its forward pass. Pass the copies explicitly,
-    # so that the repeated forward pass uses them, too.
+    # The repeated forward pass must use the bf16 copies, too. Bf16ViewModel sets them only during its forward pass.
     copies = {name: weight for name, weight in plain.named_parameters() if not isinstance(weight, nn.Parameter)}
     return checkpoint(functional_call, plain, copies, (x, attend), use_reentrant=False)

@@ -1,9 +1,8 @@
-"""Compute the memory that one micro-batch needs for activations, by tracing the real model with fake tensors.
+"""Compute the activation memory of one micro-batch, by tracing the real model with fake tensors.
 
-Fake tensors have shapes and dtypes but no memory. The model of :mod:`pipeline.model.gpt2` runs one forward and backward
-pass with them. The program counts the bytes of every storage while the storage exists. The result follows every change
-of the model's code, because this code itself is traced. The fake tensors are CPU tensors. The program assumes that the
-model needs the same tensors on a GPU.
+Fake tensors have shapes and dtypes but no memory. The model runs one forward and backward pass with fake CPU tensors.
+The program counts the bytes of all storages that exist at a time. It assumes that the model needs the same tensors on a
+GPU.
 """
 
 import weakref
@@ -34,12 +33,11 @@ Compute = Literal["autocast", "bf16_view", "bf16_weights"]
 class Peak:
     """The peak memory in one interval of a forward and backward pass.
 
-    The first interval begins at the start of the forward pass. Whenever the backward pass finishes the gradient of a
-    parameter, a new interval begins.
+    A new interval begins whenever the backward pass finishes the gradient of a parameter.
     """
 
     finished_elements: int  # elements of all parameters whose gradients are finished
-    activation_bytes: int  # without logits; includes copies of weights and the gradient that is being computed
+    activation_bytes: int  # without logits; includes copies of weights and unfinished gradients
     logit_bytes: int  # bytes of the tensors whose last dimension is the vocabulary
 
 
@@ -57,14 +55,11 @@ class Request:
 
 @lru_cache(maxsize=512)
 def trace_activations(request: Request) -> tuple[Peak, ...]:
-    """Return the peaks of the memory for activations during a forward and backward pass, in the order of time.
+    """Return the peak memory in each interval of a forward and backward pass, in the order of time.
 
-    There is one peak per interval. The class ``Peak`` describes the intervals.
-
-    Tracing a deep model would take long. Instead, the function traces a model with few blocks, and a model with a few
-    more blocks. From the difference between their peaks, it computes the peaks of the deep model. For a deep model, the
-    result contains only the peaks in the first blocks and in the last blocks. The largest of all peaks is always among
-    them, because the memory changes linearly from block to block.
+    ``Peak`` describes the intervals. To save time, the function traces two models with few blocks, and extrapolates to
+    deep models. The result for a deep model contains only the intervals of the first and the last blocks. The largest
+    peak is among them, because the memory changes linearly from block to block.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
@@ -79,12 +74,10 @@ def trace_activations(request: Request) -> tuple[Peak, ...]:
 
 
 def _extrapolate(shallow: Sequence[Peak], deeper: Sequence[Peak], periods: int) -> tuple[Peak, ...]:
-    """Return the peaks of a model with ``periods`` more periods than the shallow model.
+    """Return the peaks of a model with ``periods`` more periods (groups of blocks that repeat) than ``shallow``.
 
-    The deeper model has one more period than the shallow model. A period is a group of blocks that repeats.
-
-    The backward pass begins at the last block. The first half of the shallow model's peaks therefore belongs to the
-    last blocks of any deeper model, and the second half to its first blocks.
+    ``deeper`` has one more period than ``shallow``. The backward pass begins at the last block. Therefore, the first
+    half of the peaks belongs to the last blocks of any model, and the second half to its first blocks.
     """
     half = len(shallow) // 2
     partners = [*deeper[:half], *deeper[half - len(shallow) :]]
@@ -125,8 +118,7 @@ def _build(request: Request) -> tuple[GPT2, nn.Module]:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that were allocated inside this dispatch mode and are not freed yet.
 
-    The mode works with real tensors and with fake tensors. Memory that a kernel allocates and frees internally is not
-    counted.
+    The mode works with real tensors and with fake tensors. It does not see temporary memory inside a kernel.
     """
 
     def __init__(self, vocabulary: Container[int] = ()) -> None:
@@ -171,7 +163,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _memory_inside(func: Any, args: Any) -> int:
-    """Return the bytes of a block of logits if ``func`` computes the loss in blocks. Otherwise, return 0."""
+    """Return the bytes of a block of logits if ``func`` computes the loss in blocks, otherwise 0."""
     if func is LOSSES:
         hidden, weight, *_ = args
     elif func is GRADIENTS:

@@ -1,9 +1,8 @@
 """List the collectives that a backend issues during a step, and the computation between them.
 
-A micro-step is a list of stages. A stage begins when its weights are gathered. When the stage ends, gradients are
-ready to be reduced. The forward pass and the backward pass each have one stage per block, one for the output layer, and
-one for the embeddings. The output layer and the token embedding share one weight. The backward pass finishes the
-gradient of this weight last.
+A micro-step is a list of stages. A stage begins when its weights are gathered. When a stage ends, gradients are ready
+to be reduced. The forward and the backward pass each have one stage per block, one for the output layer, and one for
+the embeddings. The output layer and the token embedding share one weight, whose gradient is finished last.
 
 The list describes this project's backends with torch 2.13 and DeepSpeed 0.19.8.
 """
@@ -24,7 +23,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the computation of a micro-step, for example the forward pass of one block."""
+    """A piece of the computation of a micro-step, such as the forward pass of one block."""
 
     share: float  # of the FLOPs of the forward and backward pass
     elements: int  # of the weights with which this stage computes
@@ -35,7 +34,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class StepCollectives:
-    """The collectives of one optimizer step."""
+    """The collectives of one step."""
 
     first: list[Stage]  # the first micro-step
     middle: list[Stage]  # each micro-step between the first and the last
@@ -44,7 +43,7 @@ class StepCollectives:
     after: list[Collective]  # after the last backward pass, one by one
 
     def micro_steps(self) -> Iterator[tuple[int, list[Stage]]]:
-        """Yield a pair for each kind of micro-step: the number of such micro-steps in the step, and their stages."""
+        """Yield each kind of micro-step: how often it occurs in the step, and its stages."""
         if self.accumulation > 1:
             yield 1, self.first
             yield self.accumulation - 2, self.middle
@@ -52,7 +51,7 @@ class StepCollectives:
 
     @property
     def sent_bytes(self) -> int:
-        """Return the number of bytes that a rank sends to other ranks."""
+        """Return the number of bytes that a rank sends per step."""
         within = sum(
             count * collective.sent_bytes
             for count, stages in self.micro_steps()
@@ -76,14 +75,14 @@ def step_collectives(config: Config, plan: BatchPlan) -> StepCollectives:
 
 
 def muon_matrices_of(config: Config) -> list[Matrix]:
-    """Return the matrices that Muon updates. Returns an empty list for AdamW."""
+    """Return the matrices that Muon updates, or an empty list for AdamW."""
     if config.optimizer.name != "muon":
         return []
     return list(muon_matrices(sizes_of(config.model).shapes, split_qkv=config.optimizer.muon.split_qkv))
 
 
 def _muon_collectives(config: Config, ranks: int) -> Iterator[Collective]:
-    """Yield the all-to-alls that assemble matrices and return their updates (``backends/matrix_exchange.py``)."""
+    """Yield the all-to-alls that send Muon's matrices to their owners, and the updates back."""
     width = FP32 if config.run.precision == "fp32" else BF16
     group = config.backend.ranks_per_copy(ranks)
     matrices = muon_matrices_of(config)
@@ -168,9 +167,8 @@ class _Issuer:
     def _zero3_gathers(self, stages: Sequence[Stage], *, is_first: bool) -> list[Stage]:
         """Add the gathers of ZeRO-3.
 
-        A stage gathers its weights, unless they are still there. DeepSpeed keeps weights that the micro-step needs
-        again before it has used ``stage3_max_reuse_distance`` other elements. With hpZ, all gathers but the first of a
-        step are within the groups that have secondary shards.
+        DeepSpeed keeps gathered weights if the micro-step uses them again soon, that is, within
+        ``stage3_max_reuse_distance`` elements. With hpZ, only the first gather of a weight per step includes all ranks.
         """
         reach = int(self.backend.zero.get("stage3_max_reuse_distance", MAX_REUSE_ELEMENTS))
         secondary = Group(self.backend.hpz_group_size) if self.backend.hpz_group_size > 1 else self.world
@@ -187,7 +185,7 @@ class _Issuer:
         return result
 
     def _modules(self) -> list[int]:
-        """Return the number of the module whose weights each stage uses: 0 for the root, and 1, 2, ... for blocks."""
+        """Return the module of each stage as a number: 0 for the root, and 1, 2, ... for blocks."""
         blocks = list(range(1, len(self.forward) - 1))
         return [0, *blocks, 0, 0, *reversed(blocks), 0]
 
@@ -242,5 +240,4 @@ def _passes(model: ModelConfig, sizes: Sizes, seq_len: int) -> tuple[list[Stage]
 
 
 def _divide(total: int, limit: int) -> list[int]:
-    """Divide a number of elements into buckets of at most ``limit`` elements."""
     return [min(limit, total - start) for start in range(0, total, limit)]

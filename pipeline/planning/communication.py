@@ -1,13 +1,12 @@
 """Estimate the time of collectives from the bandwidths and latencies of the links between ranks.
 
-NCCL estimates the time of each algorithm from a bandwidth and a latency, and takes the fastest one
-(``src/graph/tuning.cc`` of NCCL 2.12). This module does the same. Gloo always uses a ring for an all-reduce.
+As in NCCL 2.12 (``src/graph/tuning.cc``), the fastest algorithm for each collective is assumed. Gloo always uses a ring
+for an all-reduce.
 
-In the formulas, p is the number of ranks of a group, h the number of hosts on which these ranks are, g = p / h the
-number of ranks per host, and n the number of bytes. Each rank has a link within its host and a link between hosts, with
-bandwidths B_host and B_net and latencies a_host and a_net. B is the bandwidth of an algorithm. For a group on one
-host, B is B_host. For a group on several hosts, NCCL builds one ring per network adapter of a host. Together, these
-rings use all adapters. Therefore, B is min(B_host, g B_net).
+In the formulas, n is the number of bytes, p the number of ranks, h the number of hosts, and g = p / h the number of
+ranks per host. Each rank has a link within its host, with bandwidth B_host and latency a_host. It also has a link
+between hosts, with B_net and a_net. The bandwidth B is B_host on one host. On several hosts, NCCL's rings together use
+all network adapters, so B is min(B_host, g B_net).
 
 =============  ==================================================================================  ====================
 algorithm      time                                                                                used for
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
-#: n of a collective is the size of its input. For an all-gather, it is the size of the output.
+#: The bytes that a rank sends, in units of n (p - 1) / p. n is the size of the input, or of an all-gather's output.
 _SENT_SHARES: dict[Kind, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 
 
@@ -41,7 +40,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks of a collective: ``size`` ranks. The numbers of two consecutive ranks differ by ``stride``.
+    """The ranks of a collective. The numbers of two consecutive ranks differ by ``stride``.
 
     All other ranks are in groups of the same kind, which communicate at the same time.
     """
@@ -60,7 +59,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Return how many bytes each rank sends. If the ranks send different numbers of bytes, return the mean."""
+        """Return how many bytes each rank sends, as a mean over the ranks."""
         return _SENT_SHARES[self.kind] * self.size * (self.group.size - 1) / self.group.size
 
 
@@ -83,7 +82,7 @@ class Cluster:
         return min(self.seconds_by_algorithm(collective).values(), default=0.0)
 
     def seconds_by_algorithm(self, collective: Collective) -> dict[str, float]:
-        """Return the time of a collective with each algorithm. Returns an empty dict if the group is a single rank."""
+        """Return the time of a collective with each algorithm. The result is empty for a single rank."""
         size, group = collective.size, collective.group
         hosts = self.hosts_of(group)
         if group.size == 1:

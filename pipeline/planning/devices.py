@@ -36,25 +36,18 @@ class Device:
 
     @property
     def usable_bytes(self) -> int:
-        """Return how many bytes of the device's memory are available for tensors.
-
-        Tensors cannot use the memory of the driver and of libraries, or the memory that is lost to fragmentation.
-        """
+        """Return the bytes for tensors: the memory without driver, libraries and fragmentation."""
         return int((self.memory_gib - self.reserved_gib) * (1 - self.fragmentation) * GIB)
 
     def flops(self, precision: str) -> float:
-        """Return the FLOP/s of the device in matrix products.
-
-        Args:
-            precision: a value of the config key ``run.precision``.
-        """
+        """Return the FLOP/s in matrix products, for a value of the config key ``run.precision``."""
         return TERA * (self.fp32_tflops if precision == "fp32" else self.bf16_tflops)
 
 
-#: Dense TFLOP/s and NVLink or PCIe bandwidths are from NVIDIA's data sheets. The network has 400 Gbit/s per GPU in DGX
-#: H100 and H200, and 200 Gbit/s in DGX A100. We assume that eight small cards share 100 Gbit/s. llm.c reports an MFU of
-#: 0.40 for GPT-2 on eight H100, and of 0.60 on eight A100, for which we assume 0.50. Other MFUs are guesses. The
-#: latencies of NVLink, PCIe and the network are those in ``src/graph/tuning.cc`` of NCCL 2.12 (rings, large messages).
+#: Dense TFLOP/s and NVLink or PCIe bandwidths are from NVIDIA's data sheets. The network bandwidths are those of DGX
+#: H100, H200 and A100. We assume that eight small cards share 100 Gbit/s. llm.c reports an MFU of 0.40 for GPT-2 on
+#: eight H100, and of 0.60 on eight A100, for which we assume 0.50. Other MFUs are guesses. The latencies are those in
+#: ``src/graph/tuning.cc`` of NCCL 2.12 (rings, large messages).
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
@@ -79,15 +72,15 @@ def find_device(
     per_node: int | None = None,
     network_gbit_per_s: float | None = None,
 ) -> Device:
-    """Return the device with the given name from ``DEVICES``. If the name is ``this``, measure this machine.
+    """Return a device from ``DEVICES``. If the name is ``this``, measure this machine in the given precision.
 
     Args:
-        precision: a value of the config key ``run.precision``. This machine is measured in this precision.
+        precision: a value of the config key ``run.precision``.
         world_size: the number of ranks. If this machine has no GPU, the ranks share its CPU and its memory.
-        memory_gib: if given, the returned device has this memory in GiB.
-        tflops: if given, the returned device has this speed in dense matrix products, in TFLOP/s.
-        per_node: if given, a node has this number of devices.
-        network_gbit_per_s: if given, all network adapters of a node together have this bandwidth in Gbit/s.
+        memory_gib: replaces the memory of the device.
+        tflops: replaces the speed of the device in dense matrix products.
+        per_node: replaces the number of devices per node.
+        network_gbit_per_s: the bandwidth of all network adapters of a node together.
 
     Raises:
         ConfigError: the name is unknown, or the ranks do not fill all nodes.
@@ -116,10 +109,10 @@ def find_device(
 
 
 def _measure_this_machine(precision: str, world_size: int) -> Device:
-    """Return the first GPU, or a rank's share of the CPU if there is no GPU, with measured FLOP/s and copy bandwidth.
+    """Return the first GPU, or a rank's share of the CPU if there is no GPU, with measured speeds.
 
-    If there are several GPUs, the bandwidth between them is that of a copy from the first to the second GPU. With one
-    GPU, it is that of the copy from the host. The plan assumes that all ranks are on this machine if it has no GPU.
+    The bandwidth between GPUs is that of a copy from the first to the second GPU. For a single device, it is that of a
+    copy from the host. Without a GPU, all ranks are assumed to be on this machine.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -153,10 +146,7 @@ def _measure_this_machine(precision: str, world_size: int) -> Device:
 
 
 def _measure_copy(start: torch.device, end: torch.device) -> float:
-    """Return the bytes/s of a copy from one device to another.
-
-    A copy from the host to a GPU starts in pinned memory, as in training. From other memory, it would be slower.
-    """
+    """Return the bytes/s of a copy. From host to GPU, the source is pinned memory, as in training."""
     is_pinned = start.type == "cpu" and end.type == "cuda"
     size = _COPIED_BYTES[end.type]
     source = torch.ones(size, dtype=torch.uint8, device=start, pin_memory=is_pinned)

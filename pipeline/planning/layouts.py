@@ -1,12 +1,11 @@
 """Compute how many bytes of memory a rank needs for weights, masters, optimizer state, gradients and buffers.
 
-Masters are fp32 weights that the optimizer updates, in addition to the weights that the model computes with. If some
-ranks need more memory than others, the functions return the number for the rank that needs most.
+Masters are fp32 weights that the optimizer updates, in addition to the weights that the model computes with. All
+results are for the rank that needs most.
 
-The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives the
-source of every term. ``make plan-check`` compares the results with measured peaks of memory. For world sizes that are
-too large to run, the command creates the backend of one rank only, and compares the results with the size of the
-tensors that this backend allocates.
+The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives their
+sources. ``make plan-check`` compares the results with measured memory. For world sizes that are too large to run, it
+compares them with the tensors that the backend of one rank allocates.
 """
 
 import math
@@ -37,9 +36,8 @@ REPLICATED_BUCKET_ELEMENTS = 500_000_000
 class Layout:
     """The bytes of memory that one rank needs for each kind of state.
 
-    ``gradients`` and ``buffers`` are functions, because the memory for gradients and buffers changes during the
-    backward pass. The argument of each function is the number of parameter elements whose gradients are already
-    finished.
+    ``gradients`` and ``buffers`` change during the backward pass. The argument of these functions is the number of
+    parameter elements whose gradients are finished.
     """
 
     compute: Compute
@@ -53,7 +51,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model's parameters, as numbers of elements."""
+    """The sizes of a model's parameters, in elements."""
 
     shapes: dict[str, torch.Size]  # of all parameters, by canonical name
     total: int
@@ -77,7 +75,7 @@ class _Case:
         """Return the bytes of host memory of a buffer that DeepSpeed pins.
 
         Args:
-            always: whether DeepSpeed also pins the buffer if ``offload_optimizer.pin_memory`` is false.
+            always: whether DeepSpeed ignores ``offload_optimizer.pin_memory`` for this buffer.
         """
         pins = always or self.backend.zero.get("offload_optimizer", {}).get("pin_memory", True)
         return pinned_size(size) if self.pins_host_memory and pins else size
@@ -98,7 +96,7 @@ class _Case:
 
     @property
     def state_widths(self) -> dict[str, int]:
-        """Return the bytes of optimizer state per element of every parameter."""
+        """Return the bytes of optimizer state per element, by the name of the parameter."""
         names = state_names_of(self.sizes.shapes, self.config)
         return {name: FP32 * len(kinds) for name, kinds in names.items()}
 
@@ -107,9 +105,9 @@ class _Case:
         return sum(width * shard(self.sizes.shapes[name]) for name, width in self.state_widths.items())
 
     def partitions(self) -> Iterator[tuple[list[int], int, int]]:
-        """Yield, for each optimizer group, the sizes of its parameters, its elements per rank and the bytes of state.
+        """Yield the parameter sizes, elements per rank and state bytes per element of each optimizer group.
 
-        The number of elements per rank is even. The bytes of optimizer state are per element.
+        The number of elements per rank is even.
         """
         groups: dict[tuple[bool, int], list[int]] = {}
         for name, shape in self.sizes.shapes.items():
@@ -120,7 +118,7 @@ class _Case:
 
 @cache
 def sizes_of(model: ModelConfig) -> Sizes:
-    """Return the sizes of a model's parameters. No memory is allocated for the parameters."""
+    """Return the sizes of a model's parameters, without allocating the parameters."""
     with torch.device("meta"):
         built = GPT2(model)
     block = sum(parameter.numel() for parameter in built.h[0].parameters())
@@ -133,8 +131,7 @@ def layout_of(config: Config, plan: BatchPlan, *, pins_host_memory: bool = False
     """Return the memory that one rank needs for each kind of state, with the backend of the config.
 
     Args:
-        plan: how the batch is divided among the ranks and micro-steps.
-        pins_host_memory: whether buffers in host memory are pinned. They are pinned if the ranks train on GPUs.
+        pins_host_memory: whether buffers in host memory are pinned, as in training on GPUs.
     """
     backend, is_bf16 = config.backend, config.run.precision == "bf16"
     sizes, accumulates = sizes_of(config.model), plan.accumulation > 1
@@ -159,10 +156,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def exchange_bytes(config: Config, world_size: int) -> int:
-    """Return how many bytes of memory one rank needs while the ranks exchange and orthogonalize Muon's matrices.
-
-    If the optimizer of the config is AdamW, the result is 0.
-    """
+    """Return the bytes that one rank needs to exchange and orthogonalize Muon's matrices. For AdamW, return 0."""
     if config.optimizer.name != "muon":
         return 0
     shapes = sizes_of(config.model).shapes
@@ -204,8 +198,8 @@ def _zero0(case: _Case) -> Layout:
 def _fsdp(case: _Case) -> Layout:
     """Return the layout of FSDP2: the ranks of a shard group divide the rows of each parameter.
 
-    Each rank allocates the largest shard. The root and two consecutive blocks are gathered at a time. Without
-    resharding, the root and all blocks are gathered.
+    Each rank allocates the largest shard. The root and two blocks are gathered at a time. Without resharding, all
+    blocks are gathered.
     """
     sizes = case.sizes
     group = case.backend.ranks_per_copy(case.world_size)
@@ -236,7 +230,7 @@ def _overlapping_bytes(case: _Case, bytes_of: Callable[[int], int]) -> int:
     """Return the bytes of all parameters that overlap a rank's partition, for the rank with the most bytes.
 
     Args:
-        bytes_of: returns the bytes of a whole parameter with a number of elements.
+        bytes_of: maps the number of elements of a whole parameter to its bytes.
     """
     largest = 0
     for group, partition, _ in case.partitions():
@@ -276,7 +270,7 @@ def _zero1(case: _Case) -> Layout:
 
 
 def _shard_after_backward(case: _Case, shard: int) -> Callable[[int], int]:
-    """Return the bytes of buffers: buckets in the backward pass, then the fp32 gradients of the rank's partition."""
+    """Return the bytes of buffers: buckets in the backward pass, then the fp32 gradients of the partition."""
     buckets = _reduce_buckets(case)
     return lambda finished: FP32 * shard if finished == case.sizes.total else buckets
 
@@ -284,9 +278,8 @@ def _shard_after_backward(case: _Case, shard: int) -> Callable[[int], int]:
 def _zero2(case: _Case) -> Layout:
     """Return the layout of ZeRO-2: as ZeRO-1, with partitioned gradients.
 
-    With bf16 weights, a rank keeps exactly the gradients of its partition, also with offload in the memory of the
-    device. Otherwise it keeps the gradients of all parameters that overlap the partition. With offload, it accumulates
-    these gradients in host memory.
+    With bf16 weights, a rank keeps the gradients of its partition on the device, even with offload. Otherwise, it keeps
+    the gradients of all parameters that overlap the partition. With offload, they are accumulated in host memory.
     """
     sizes, width = case.sizes, case.width
     shard = sum(partition for _, partition, _ in case.partitions())
@@ -319,8 +312,8 @@ def _pinned_partitions(case: _Case) -> int:
 def _zero3(case: _Case) -> Layout:
     """Return the layout of ZeRO-3: each parameter is padded and divided into one shard per rank.
 
-    Up to ``stage3_max_live_parameters`` weights stay gathered. With hpZ, the ranks of a group also share secondary
-    shards of all weights.
+    Up to ``stage3_max_live_parameters`` weights stay gathered. With hpZ, each group of ranks also holds a secondary
+    copy of all weights.
     """
     zero, group = case.backend.zero, case.backend.hpz_group_size
 

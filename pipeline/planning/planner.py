@@ -16,7 +16,7 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of one rank in bytes, at the time when the rank needs most. There is one field per use."""
+    """The memory of one rank in bytes at the peak, by use."""
 
     parameters: int
     masters: int
@@ -28,7 +28,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Return the peak memory in bytes, which is the sum of all fields."""
+        """Return the peak memory in bytes."""
         return sum(vars(self).values())
 
 
@@ -41,11 +41,11 @@ class Plan:
     memory: Memory
     host_bytes: int  # of each rank, see ``host_memory``
     usable_bytes: int
-    least_bytes: int  # the peak memory with one sequence, if the config's micro-batch does not fit; otherwise the peak
-    largest_micro_batch: int  # the largest that fits and divides the batch; 0 if one sequence needs too much memory
+    least_bytes: int  # the peak with the config's micro-batch if it fits, otherwise with one sequence
+    largest_micro_batch: int  # the largest that fits and divides the batch; 0 if none fits
     micro_batch_size: int  # of ``speed`` and ``days``: that of the config if it fits, otherwise the largest that fits
     speed: Speed
-    days: float | None  # days until the token budget is used; None if no micro-batch fits into the device's memory
+    days: float | None  # until the token budget is used; None if no micro-batch fits
 
     @property
     def fits(self) -> bool:
@@ -54,10 +54,7 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        """Return the hours of all devices together until the token budget is used.
-
-        Call this only if a micro-batch fits.
-        """
+        """Return the hours of all devices together until the token budget is used. A micro-batch must fit."""
         assert self.days is not None
         return 24 * self.days * self.batch.world_size
 
@@ -77,9 +74,8 @@ def plan_run(
         name: the name for the plan in tables, such as the name of the backend.
         mfu: the fraction of the device's FLOP/s that the computation reaches.
         tokens: the number of tokens that the whole run trains on.
-        grow_batch: if True, a batch that the ranks cannot divide equally is enlarged until they can. The plan then
-            starts from the largest micro-batch up to the config's that divides the batch. If this micro-batch fits,
-            the function does not search for a larger one.
+        grow_batch: whether to enlarge a batch that the ranks cannot divide equally. The micro-batch is then the largest
+            one up to the config's that divides the batch. If it fits, no larger one is tried.
 
     Raises:
         ConfigError: ``grow_batch`` is False, and the batch cannot be divided equally among the ranks.
@@ -111,10 +107,9 @@ def plan_run(
 
 
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:
-    """Return the peak memory of a rank during a step, on its device, divided by what uses the memory.
+    """Return the peak memory of a rank on its device during a step, by use.
 
-    The result holds for every step except the first. The first step may need a different amount, because the optimizer
-    state and the buckets for gradients are created during that step.
+    The first step may differ, because it creates the optimizer state and the buckets for gradients.
     """
     layout = layout_of(config, plan)
     request = Request(
@@ -142,20 +137,18 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 
 
 def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
-    """Return the peak host memory of a rank in bytes. The memory of libraries and data is not included.
+    """Return the peak host memory of a rank in bytes, without libraries and data.
 
-    Host memory contains the state that the backend offloads. It also contains a copy of the whole training state, from
-    which checkpoints are written.
+    It consists of offloaded state, and of a copy of the training state from which checkpoints are written.
     """
     offloaded = layout_of(config, plan, pins_host_memory=device.is_gpu).host
     return offloaded - (-checkpoint_bytes(config) // plan.world_size)
 
 
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
-    """Return the largest micro-batch size with which the run fits into the memory of the device.
+    """Return the largest micro-batch size that fits into the memory of the device, or 0 if one sequence does not fit.
 
-    The number of tokens per step must not change. Therefore, the function tries only sizes that divide the number of
-    sequences that a rank processes per step. If even a micro-batch of one sequence does not fit, the result is 0.
+    Only sizes that divide the sequences per rank and step are tried, so the number of tokens per step stays the same.
     """
     sequences = batch.micro_batch_size * batch.accumulation  # per rank and step
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
@@ -163,7 +156,7 @@ def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int
     def fits(size: int) -> bool:
         return peak_memory(config, _divide(batch, size)).total <= device.usable_bytes
 
-    if fits(sequences):  # a single micro-step accumulates nothing, so it may need less memory than several smaller ones
+    if fits(sequences):  # a single micro-step accumulates nothing, so it may need less memory
         return sequences
     return max(sizes[: bisect_left(sizes, True, key=lambda size: not fits(size))], default=0)
 

@@ -1,4 +1,4 @@
-"""Show plans: in tables with one row per backend, and in a plot of memory and speed against the world size."""
+"""Show plans in tables and in a plot against the world size."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,16 +27,13 @@ def format_plans(
     price: float | None = None,
     tables: Iterable[str] | None = None,
 ) -> str:
-    """Return a text about the plans of several backends.
-
-    The text contains the verdict (see ``format_verdict``), the assumptions, the speed of the fastest plan, a table of
-    memory and a table of speed.
+    """Return a text about plans: the verdict, the assumptions, the speed of the fastest plan, and two tables.
 
     Args:
-        config: the config that is planned. The backends of the plans may differ from its backend.
+        config: the planned config. The plans may have other backends.
         mfu: the fraction of the device's FLOP/s that the computation would reach without communication.
         tokens: the number of tokens that the whole run trains on.
-        price: if given, the text also contains the cost, at this price per hour and device.
+        price: the price per hour and device. If given, the text contains the cost.
         tables: lines that replace the two tables.
     """
     flops = device.flops(config.run.precision)
@@ -65,7 +62,6 @@ def _describe_links(device: Device, world_size: int) -> str:
 
 
 def _speed_lines(plan: Plan, price: float | None) -> Iterator[str]:
-    """Yield lines with the speed of a plan, what limits it, and the cost."""
     speed, waits = plan.speed, plan.speed.waits
     step_s = speed.compute_s + waits.total_s
     yield f"speed    predicted: {speed.tokens_per_s:,.0f} tokens/s, a step of {1e3 * step_s:,.1f} ms"
@@ -82,10 +78,10 @@ def _speed_lines(plan: Plan, price: float | None) -> Iterator[str]:
 
 
 def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
-    """Return the plan that needs the fewest days. If the model does not fit with any backend, return None.
+    """Return the plan that needs the fewest days, or None if no plan fits.
 
-    A plan that needs at most 1% more days than the fastest plan counts as equally fast, because plans are not accurate
-    enough to show such a small difference. If several plans are equally fast, the first of them is returned.
+    Plans within 1% of the fewest days count as equally fast, because plans are not more accurate. The first of them is
+    returned.
     """
     fitting = [(plan, plan.days) for plan in plans if plan.days is not None]
     fewest = min((days for _, days in fitting), default=0.0)
@@ -93,7 +89,7 @@ def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
 
 
 def format_verdict(plans: Sequence[Plan]) -> str:
-    """Return one line that says whether the model fits, and which backend with which micro-batch size is fastest."""
+    """Return one line that says whether the model fits, and which backend and micro-batch size are fastest."""
     if plan := fastest_plan(plans):
         assert plan.days is not None
         return f"fits: {plan.backend}, micro-batch {plan.micro_batch_size}, {format_days(plan.days)}"
@@ -106,7 +102,7 @@ def format_verdict(plans: Sequence[Plan]) -> str:
 
 
 def format_days(days: float) -> str:
-    """Return a duration as text. A duration of less than one day is shown in hours, a longer one in days."""
+    """Return a duration as text, in hours if it is less than one day, otherwise in days."""
     return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.2g} hours"
 
 

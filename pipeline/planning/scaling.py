@@ -15,8 +15,8 @@ BAR_WIDTH = 30
 def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, tokens: int) -> list[Plan]:
     """Return the fastest plan for each number of ranks. If no plan fits, return the one that needs the least memory.
 
-    If the ranks cannot divide a step of the config equally, a larger step is planned. If the micro-batch of the config
-    does not fit or does not divide the step, a smaller one is planned.
+    If the ranks cannot divide a step equally, a larger step is planned. If the micro-batch does not fit or does not
+    divide the step, a smaller one is planned.
 
     Args:
         configs: maps the names of backends to configs, which differ only in the backend.

@@ -6,18 +6,15 @@ GROUP_MARK = "/"  # in the name of a plan, between the backend and the size of t
 
 
 def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> dict[str, Config]:
-    """Return copies of the FSDP2 config with larger and larger shard groups.
+    """Return copies of the FSDP2 config whose shard groups have the ranks of one, two, four, ... nodes.
 
-    A shard group is a set of ranks that together hold one copy of the weights. In the first copy of the config, a shard
-    group contains the ranks of one node. In the later copies, it contains the ranks of two, four, eight, ... nodes.
-    Numbers of nodes are skipped if the ranks cannot be divided into groups of this size without a remainder.
+    A shard group is a set of ranks that together hold one copy of the weights. Only sizes that divide the world size
+    are used. The keys of the result are names for the plans.
 
-    The keys of the result are names for the plans. The result is empty if ``config`` is None or already sets the size
-    of the shard groups. The result is also empty if there is only one node, or if a node has fewer than ``per_node``
-    ranks.
+    The result is empty if ``config`` is None or already sets the size of the shard groups. It is also empty if there is
+    only one node, or if a node is not full.
 
     Args:
-        config: a config with the backend FSDP2, or None.
         per_node: the number of ranks per node.
     """
     if config is None or config.backend.fsdp.shard_group_size is not None or world_size % per_node:

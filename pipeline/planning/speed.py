@@ -1,4 +1,4 @@
-"""Estimate how long a step takes, from the computation of its stages and from the collectives between them."""
+"""Estimate how long a step takes, from the computation of its stages and from its collectives."""
 
 import math
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from pipeline.planning.devices import GB, Device
 from pipeline.planning.layouts import FP32, sizes_of
 
 LINK_EFFICIENCY = 0.7  # assumed fraction of a link's published bandwidth
-#: Bytes per element that CPUAdam reads (weight, moments, gradient) and writes (weight, moments). The plan assumes the
-#: bandwidth of the link between device and host for these bytes.
+#: Bytes per element that CPUAdam reads (weight, moments, gradient) and writes (weight, moments). They are assumed to
+#: have the bandwidth of the link between device and host.
 CPU_ADAM_BYTES = 2 * (FP32 + 2 * FP32) + FP32
 
 
 @dataclass(frozen=True)
 class Waits:
-    """How many seconds of a step a rank waits and does not compute. Each field is the wait for one cause."""
+    """The seconds of a step in which a rank waits and does not compute, by cause."""
 
     latency_s: float = 0.0  # of the messages of collectives
     within_host_s: float = 0.0  # for bytes on the links within a host
@@ -30,7 +30,6 @@ class Waits:
 
     @property
     def total_s(self) -> float:
-        """Return the sum of all waits."""
         return sum(vars(self).values())
 
 
@@ -63,7 +62,6 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
     """Estimate the duration of a step from the FLOP/s and the links of a device.
 
     Args:
-        plan: how the batch is divided among the ranks and micro-steps.
         mfu: the fraction of the device's FLOP/s that the computation would reach without communication.
     """
     rate = device.flops(config.run.precision) * mfu
@@ -80,7 +78,7 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
 
 
 def cluster_of(device: Device, world_size: int) -> Cluster:
-    """Return a cluster of nodes with this device. The bandwidths are the ones that collectives are assumed to reach."""
+    """Return a cluster of nodes with this device. Its bandwidths are those that collectives are assumed to reach."""
     return Cluster(
         min(device.per_node, world_size),
         Link(LINK_EFFICIENCY * GB * device.node_gb_per_s, 1e-6 * device.node_latency_us),
@@ -91,8 +89,8 @@ def cluster_of(device: Device, world_size: int) -> Cluster:
 def overlaps(config: Config, device: Device) -> bool:
     """Return whether the backend computes while its collectives run.
 
-    On a CPU, only DDP does so: FSDP2 and DeepSpeed wait for each collective of gloo. DeepSpeed's default of
-    ``overlap_comm`` depends on the stage.
+    On a CPU, FSDP2 and DeepSpeed wait for each collective of gloo. DeepSpeed's default of ``overlap_comm`` depends on
+    the stage.
     """
     backend = config.backend
     if backend.name == "deepspeed":
@@ -110,15 +108,14 @@ def compute_seconds(collectives: StepCollectives, pass_s: float) -> float:
 
 
 def communication_waits(collectives: StepCollectives, pass_s: float, cluster: Cluster, *, overlaps: bool) -> Waits:
-    """Return how long a rank waits for collectives in a step.
+    """Return how long a rank waits for collectives in a step, by cause.
 
-    The function computes the wait for three clusters: the real one, the same cluster with links without latency, and
-    the second cluster with infinite bandwidth between hosts. The wait for latency is the difference between the first
-    two results. The wait for the links between hosts is the difference between the last two results. The last result is
-    the wait for the links within a host.
+    The wait is computed three times: for the real cluster, without latency, and also without limit on the bandwidth
+    between hosts. The differences are the waits for latency and for the links between hosts. The last result is the
+    wait for the links within a host.
 
     Args:
-        pass_s: see ``compute_seconds``.
+        pass_s: the seconds of the forward and backward pass of one micro-step, without recomputation.
     """
     prompt = replace(
         cluster,
@@ -145,12 +142,11 @@ def _exposed_seconds(collectives: StepCollectives, pass_s: float, cluster: Clust
 def micro_step_seconds(stages: Sequence[Stage], pass_s: float, cluster: Cluster, *, overlaps: bool) -> float:
     """Return the duration of a micro-step.
 
-    If computation and communication overlap, one collective runs at a time, in the order in which the rank issues them.
-    At the beginning of a stage, it issues the gathers of the next stage. At the end, it issues the reductions. The
-    micro-step ends with the last reduction.
+    With overlap, one collective runs at a time. When a stage begins, the rank issues the gathers of the next stage.
+    When it ends, the rank issues its reductions. The micro-step ends with the last reduction.
 
     Args:
-        pass_s: see ``compute_seconds``.
+        pass_s: the seconds of the forward and backward pass of one micro-step, without recomputation.
     """
     gathers_s = [_seconds(stage.gathers, cluster) for stage in stages]
     reductions_s = [_seconds(stage.reductions, cluster) for stage in stages]
