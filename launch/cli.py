@@ -193,7 +193,6 @@ class _HighlightingFormatter(logging.Formatter):
 
 
 def highlighted(text: str) -> str:
-    """Return a text in bold yellow for a terminal."""
     return f"\033[1;33m{text}\033[0m"
 
 

@@ -68,7 +68,6 @@ def _follow(parser: ArgumentParser, arguments: Sequence[str]) -> ArgumentParser:
 
 
 def _actions(parser: ArgumentParser) -> Iterator[argparse.Action]:
-    """Yield the options and arguments of a parser and of its sub-commands."""
     for action in parser._actions:
         yield action
         for subparser in _subparsers(action).values():

@@ -107,7 +107,6 @@ def _plan_branch(arguments: argparse.Namespace, milestone: int) -> Branch:
 
 
 def _decay(milestone: int, stop: int) -> list[str]:
-    """Return the config overrides of a branch."""
     schedule = ["schedule.name=wsd", f"schedule.max_steps={stop}", f"schedule.decay_steps={stop - milestone}"]
     return [*schedule, "checkpoint.keep_every_steps=null", "checkpoint.init_from=null"]
 

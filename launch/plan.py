@@ -105,7 +105,6 @@ def _launcher(world_size: int, per_node: int) -> list[str]:
 def _train_options(
     arguments: argparse.Namespace, config: Config, name: str, chosen: Config, micro_batch_size: int
 ) -> list[str]:
-    """Return the options of the train command for the planned backend and micro-batch."""
     overrides = list(arguments.set)
     name, _, group = name.partition(GROUP_MARK)
     if group:

@@ -116,7 +116,6 @@ def choose_settings(given: Sequence[str], config: Config, deadline: float) -> li
 
 
 def _with_defaults(given: Sequence[str], defaults: Mapping[str, object]) -> list[str]:
-    """Return the values of ``--set``, and the defaults of the keys that they do not set."""
     keys = {value.partition("=")[0] for value in given}
     return [*given, *(f"{key}={value}" for key, value in defaults.items() if key not in keys)]
 
@@ -219,7 +218,6 @@ def boxed(text: str, title: str) -> str:
 
 
 def _prints_lines() -> bool:
-    """Return whether standard output can print the characters of a box."""
     try:
         "┌─┐│└┘".encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:

@@ -35,14 +35,13 @@ def average_checkpoints(
     """Average the weights of several checkpoints of ``run``, and write a new run into ``run_folder``.
 
     Moving averages of the weights (``averaging.ema``) are averaged too, if all checkpoints have one. All other values
-    come from the newest of the checkpoints. Only one parameter is in memory at a time.
+    come from the newest averaged checkpoint. Only one parameter is in memory at a time.
 
     Args:
         last: average this number of the newest checkpoints, at least 2. Give either ``last`` or ``steps``.
 
     Raises:
-        CheckpointError: the run lacks these checkpoints, one is damaged, their parameters have different shapes, or the
-            new run cannot be written.
+        CheckpointError: a checkpoint is missing, damaged or of another shape, or the new run cannot be written.
         ConfigError: the newest checkpoint's config is not valid, or another process uses ``run_folder``.
     """
     require_new_run_folder(run_folder)
@@ -92,7 +91,6 @@ def _choose_checkpoints(run: Path, last: int | None, steps: Sequence[int] | None
 
 
 def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
-    """Raise CheckpointError if a checkpoint has other parameter names or shapes than the newest."""
     newest = manifests[-1]["parameters"]
     for folder, manifest in zip(folders, manifests, strict=True):
         for name in {**newest, **manifest["parameters"]}:
@@ -105,7 +103,7 @@ def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[dict[s
 
 
 def _choose_state_names(manifests: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Return the newest checkpoint's names, without the moving average if any checkpoint has none."""
+    """Return the names of the tensors to average, without the moving average if any checkpoint has none."""
     names: dict[str, list[str]] = manifests[-1]["optimizer_state"]
     have_average = [all(EMA in kinds for kinds in manifest["optimizer_state"].values()) for manifest in manifests]
     if any(have_average) and not all(have_average):

@@ -36,7 +36,7 @@ class BackgroundSaver:
 
     Args:
         config: the resolved config, which each checkpoint contains.
-        asynchronous: if False, ``start`` returns only after the checkpoint is complete.
+        asynchronous: if False, ``start`` waits until the checkpoint is complete.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class BackgroundSaver:
 
 
 class SnapshotTaker:
-    """Copies the weights and optimizer state that this rank saves to host memory, pinned if they are on a GPU.
+    """Copies this rank's share of the weights and optimizer state to host memory. From a GPU, the copy is pinned.
 
-    A snapshot is valid until the next one, because all snapshots share their buffers. With AdamW, the buffers need 12
-    bytes per weight that this rank saves.
+    All snapshots share their buffers, so a snapshot is valid until the next one. With AdamW, the buffers need 12 bytes
+    per weight in the share.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:
@@ -119,7 +119,7 @@ class SnapshotTaker:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, state: TrainingState) -> Snapshot:
-        """Copy the weights and optimizer state that this rank saves. Return the copy together with ``state``."""
+        """Copy this rank's share of the weights and optimizer state. Return the copy together with ``state``."""
         shapes = {name: list(shape) for name, shape in self.backend.parameter_shapes.items()}
         groups: TensorGroups = {group: {} for group in GROUPS}
         sources: dict[str, Tensor] = {}

@@ -57,11 +57,7 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
 def config_of_new_run(folder: Path, stored_config: dict[str, Any], run_folder: Path) -> Config:
     """Return the config of a checkpoint, with ``run.out_dir`` changed to ``run_folder``.
 
-    Args:
-        folder: the checkpoint folder, for error messages.
-
-    Raises:
-        ConfigError: the stored config is not valid for this program.
+    Raises ConfigError if the config is not valid. The message names the checkpoint ``folder``.
     """
     config = config_from_json(stored_config, origin=str(folder / STATE_FILE))
     return config.model_copy(update={"run": config.run.model_copy(update={"out_dir": str(run_folder)})})

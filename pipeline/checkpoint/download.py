@@ -1,4 +1,4 @@
-"""Download a checkpoint from a URL into a run folder. Only one rank downloads each byte."""
+"""Download a checkpoint from a URL into a run folder. The ranks share the work."""
 
 import logging
 import os

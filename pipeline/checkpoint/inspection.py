@@ -50,8 +50,6 @@ class CheckpointReport:
 
 @dataclass(frozen=True)
 class SizedFolder:
-    """A folder and the total size of its files."""
-
     path: Path | str
     bytes: int
 
@@ -80,7 +78,7 @@ class RunReport:
 
 
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
-    """Return the keys of ``backend.deepspeed`` that can change the results compared with other backends.
+    """Return the keys of ``backend.deepspeed`` that can make a run's results differ from those of other backends.
 
     Also reads the metrics up to ``step``, because the run may have started with another config.
     """
@@ -90,7 +88,7 @@ def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[
 
 
 def inspect(path: Path | str) -> CheckpointReport | RunReport:
-    """Return a description of a checkpoint, or of all checkpoints of a run, in a folder or at a URL.
+    """Describe a checkpoint, or all checkpoints of a run. ``path`` may also be a URL.
 
     Raises:
         CheckpointError: ``path`` has no checkpoints, or is a checkpoint whose JSON files cannot be read.
@@ -191,7 +189,7 @@ def _backend_name(backend: dict[str, Any]) -> str:
 
 
 def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
-    """Return the number of parameters, with the tied weight once and without the embedding's padding rows."""
+    """Count the parameters: the tied weight once, and no padding rows of the embedding."""
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     if isinstance(vocab_size, int) and "wte.weight" in shapes:
         counts["wte.weight"] = vocab_size * shapes["wte.weight"][-1]
@@ -249,5 +247,4 @@ def _table_row(report: CheckpointReport) -> str:
 
 
 def _describe_mean(contents: dict[str, Any]) -> str:
-    """Return which steps the weights are the mean of, or an empty text."""
     return f"mean of steps {', '.join(map(str, steps))}" if (steps := contents["averaged_steps"]) else ""

@@ -52,11 +52,7 @@ def split_url(url: str) -> tuple[str, int | None]:
 
 
 def checkpoint_of_step(run_folder: Path, step: int) -> Path:
-    """Return the checkpoint folder of a step.
-
-    Raises:
-        CheckpointError: the run has no checkpoint of this step.
-    """
+    """Return the checkpoint folder of a step. Raises CheckpointError if the run has none."""
     folder = checkpoint_folder(run_folder, step)
     if folder.is_dir():
         return folder
@@ -74,7 +70,7 @@ def checkpoint_of_step(run_folder: Path, step: int) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is a checkpoint folder, which may be damaged.
+    """Return whether a path is a checkpoint folder. The checkpoint may be damaged.
 
     A folder of token shards is not a checkpoint folder, although it has a ``manifest.json``.
     """
@@ -200,7 +196,7 @@ def describe_readable_versions() -> str:
 
 
 def bytes_of_tensors(folder: Path) -> int:
-    """Return the size of all tensor files according to the manifest. Raises CheckpointError if it cannot be read."""
+    """Return the size of all tensor files in bytes. Raises CheckpointError if the manifest cannot be read."""
     files = read_manifest(folder)["files"]
     return sum(entry["bytes"] for name, entry in files.items() if parse_tensor_file(name))
 

@@ -30,7 +30,7 @@ def load_training_state(folder: Path, backend: Backend, rank: int | None = None)
     """Load a checkpoint into the backend, and return its training state.
 
     If another optimizer wrote the checkpoint, only the weights are loaded. The optimizer then starts with zero state at
-    step count 0, and ``optimizer_start`` in the result is the run's number of updates.
+    step count 0. In the result, ``optimizer_start`` is the number of updates so far.
 
     If the backend averages the weights but the checkpoint has no average, the average starts as a copy of the weights.
 
@@ -86,7 +86,7 @@ def _has_all(pieces: list[Piece], fragment: Fragment) -> bool:
 
 
 def _kinds_by_parameter(index: PieceIndex) -> dict[str, set[str]]:
-    """Return, for each parameter, the names of its stored tensors without the weight."""
+    """Return parameter -> the names of its stored tensors except the weight."""
     kinds = index.keys() - {WEIGHT}
     return {name: {kind for kind in kinds if name in index[kind]} for name in index[WEIGHT]}
 
@@ -99,9 +99,10 @@ def _log_average(folder: Path, *, is_stored: bool, is_kept: bool) -> None:
 
 
 def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "training") -> None:
-    """Copy the weights of a checkpoint into the parameters of a model, given by canonical name.
+    """Copy the weights of a checkpoint into a model.
 
     Args:
+        parameters: the whole parameters of the model, by canonical name.
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
@@ -144,7 +145,7 @@ def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
 
 
 def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
-    """Check that a checkpoint fits a model, and return the index of its pieces.
+    """Check that a checkpoint fits a model, and return the index of the checkpoint's pieces.
 
     A piece is a stored range of a parameter's flattened elements.
 
@@ -172,10 +173,10 @@ def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> dict[s
 
 
 def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Copy a range of a flattened parameter from its stored pieces into ``target``. Read only the rows that it needs.
+    """Fill ``target`` with a range of a flattened parameter. Read only the stored rows that contain this range.
 
     Args:
-        target: the tensor to fill, shape (n,), on any device.
+        target: shape (n,), on any device.
         start: the index of the range's first element in the flattened parameter.
         pieces: all stored pieces of the parameter.
     """

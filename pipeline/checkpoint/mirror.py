@@ -134,7 +134,7 @@ class Mirror:
     def _newest_step(self) -> int:
         return max(map(step_of, list_checkpoints(self.run_folder)), default=0)
 
-    # Rank 0
+    # Methods of rank 0
 
     def _lead(self) -> None:
         while True:
@@ -261,7 +261,7 @@ class Mirror:
     def _delete_older(self, found: Mapping[int, Mapping[str, int]]) -> None:
         """Delete checkpoints at the URL by the rules of ``delete_older``, and the files of interrupted uploads.
 
-        The rules start from the newest checkpoint that is both on the disk and at the URL.
+        The newest checkpoint that is both on the disk and at the URL counts as ``verified``.
         """
         remote = self._open()
         complete = {step for step, files in found.items() if MANIFEST_FILE in files}
@@ -285,14 +285,14 @@ class Mirror:
             if list_checkpoints(self.run_folder):
                 self._open().write_metrics((self.run_folder / METRICS_FILE).read_bytes())
 
-    # Every rank
+    # Methods of every rank
 
     def _open(self) -> RemoteRun:
         self._remote = self._remote or RemoteRun(self.url)
         return self._remote
 
     def _follow(self) -> None:
-        """Upload this rank's files in each round, until rank 0 ends. A rank that is late leaves rounds out."""
+        """Upload this rank's files in each round, until rank 0 ends. A late rank skips rounds."""
         with suppress(RuntimeError):  # the process with the store has ended
             while not self._store.check([_END]):
                 number = _read_number(self._store)
@@ -307,7 +307,7 @@ class Mirror:
     def _upload_share(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> str:
         """Upload this rank's tensor files. Returns the problem in one line, or "".
 
-        The files of rank r belong to rank r modulo the world size, because the world size may have changed since the
+        Rank r modulo the world size uploads the files of rank r, because the world size may have changed since the
         save.
         """
         folder = checkpoint_folder(self.run_folder, step)
@@ -325,7 +325,6 @@ class Mirror:
 
 
 def _wait_for_file(path: Path) -> None:
-    """Wait until this host sees a file that another host has renamed."""
     deadline = time.monotonic() + _VISIBLE_S
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(_POLL_S / 5)

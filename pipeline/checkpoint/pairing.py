@@ -43,7 +43,7 @@ def is_abandoned(run_folder: Path, url: str, step: int) -> bool:
 
 
 def forget_abandoned(run_folder: Path, url: str) -> None:
-    """Record that all abandoned checkpoints at the URL were set aside with ``RemoteRun.set_aside``."""
+    """Delete the record of ``abandon`` for a URL. Call this after the checkpoints there were renamed."""
     record = _read(run_folder)
     if record["abandoned_from"].pop(url, None) is not None:
         _write(run_folder, record)

@@ -47,7 +47,7 @@ PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
 def group_of(kind: str) -> str:
-    """Return the group of tensors of a kind: ``weights`` or ``moments``.
+    """Return the group of a kind of tensors: ``weights`` or ``moments``.
 
     Args:
         kind: ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
@@ -77,7 +77,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] | None = None) -> PieceIndex:
-    """Return the index of the pieces in a checkpoint. Reads only the headers of the tensor files.
+    """Return the index of the pieces (stored ranges of parameters) in a checkpoint. Reads only headers.
 
     Args:
         files: the names of the tensor files to read. If None, all files are read, and every element must be stored

@@ -1,7 +1,7 @@
 """Read and write the checkpoints of a run at a URL, such as ``s3://bucket/run``.
 
-The URL has the layout of a local run folder, and the checkpoints have the same bytes. The manifest of a checkpoint is
-written last and deleted first, so a checkpoint with a ``manifest.json`` is complete.
+The files have the same names and bytes as in a local run folder. The manifest of a checkpoint is written last and
+deleted first, so a checkpoint with a ``manifest.json`` is complete.
 """
 
 from collections.abc import Mapping
@@ -102,7 +102,7 @@ class RemoteRun:
         return content
 
     def upload(self, step: int, path: Path, entry: Mapping[str, Any]) -> None:
-        """Upload a file of a checkpoint. Read it back, and compare it with ``entry``, its entry in the manifest."""
+        """Upload a file, read it back, and compare it with ``entry``, its entry in the manifest."""
         name = _prefix(step) + path.name
         self.folder.upload(path, name)
         if self.folder.sha256(name, entry["bytes"]) != entry["sha256"]:

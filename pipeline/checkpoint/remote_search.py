@@ -11,9 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def find_checkpoints(url: str) -> list[RemoteCheckpoint]:
-    """Return the undamaged checkpoints at the URL of a run or a checkpoint, newest first.
-
-    Compares file sizes, but no hashes.
+    """Return the undamaged checkpoints at the URL of a run or a checkpoint, newest first. Computes no hashes.
 
     Raises:
         CheckpointError: the URL has no undamaged checkpoint.
@@ -35,7 +33,7 @@ def complete_steps(found: Mapping[int, Mapping[str, int]]) -> list[int]:
 def open_undamaged(
     run: RemoteRun, found: Mapping[int, Mapping[str, int]], steps: Iterable[int]
 ) -> list[RemoteCheckpoint]:
-    """Open the checkpoints of the given steps. Leave out and log those with a bad manifest or wrong file sizes.
+    """Open checkpoints. Log and leave out those with a bad manifest or wrong file sizes.
 
     Args:
         found: the result of ``RemoteRun.list``.

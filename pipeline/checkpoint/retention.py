@@ -141,8 +141,7 @@ def is_state_of_milestone(state: StateFile) -> bool:
 def best_step(newest: Path) -> int | None:
     """Return the step with the run's lowest validation loss, or None if ``checkpoint.keep_best`` is not true.
 
-    Args:
-        newest: the newest checkpoint of the run. If its ``state.json`` cannot be read, CheckpointError is raised.
+    Raises CheckpointError if the ``state.json`` of ``newest``, the newest checkpoint, cannot be read.
     """
     state = read_state_file(newest)
     keeps_best = config_section(state.config, "checkpoint").get("keep_best")
@@ -151,8 +150,6 @@ def best_step(newest: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Pruning:
-    """The result of ``prune``."""
-
     kept: list[Path]  # newest first
     deletions: list[tuple[Path, int, str]]  # (folder, bytes, reason), in the order of deletion
     done: bool  # False for a dry run
@@ -224,7 +221,7 @@ def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[P
 
 
 def _require_known_format(folder: Path) -> None:
-    """Raise CheckpointError if a checkpoint has an unknown format version, because it may be undamaged."""
+    """Raise CheckpointError if a checkpoint has an unknown format version, because the checkpoint may be undamaged."""
     with suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("format_version")
         if found not in READABLE_VERSIONS:

@@ -105,7 +105,7 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
 
 
 def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the section ``key`` of a stored config, or an empty dict if there is no such dict.
+    """Return the section ``key`` of a stored config, or an empty dict if the section is missing or malformed.
 
     Another version of this program may have written the config.
     """

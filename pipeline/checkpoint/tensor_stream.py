@@ -49,7 +49,7 @@ def write_tensors(
         The size and the SHA-256 of the file, as in a checkpoint's manifest.
 
     Raises:
-        CheckpointError: the file contains other bytes than those that were written.
+        CheckpointError: the file differs from the bytes that were written.
         OSError: the file cannot be written.
     """
     digest = hashlib.sha256()

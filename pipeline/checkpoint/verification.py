@@ -54,7 +54,6 @@ def _find_first(find: Callable[[Item], str | None], items: Iterable[Item]) -> st
 
 
 def _find_not_finite(path: Path) -> str | None:
-    """Return a description of the first tensor with NaN or infinite elements, or None."""
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             if problem := describe_not_finite(file.get_tensor(key)):
@@ -63,7 +62,11 @@ def _find_not_finite(path: Path) -> str | None:
 
 
 def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
-    """Return a message if a file is missing, a link, or of another size than in its manifest entry, else None."""
+    """Return a message if a file is missing, is a link, or has the wrong size. Otherwise, return None.
+
+    Args:
+        entry: the file's entry in the manifest.
+    """
     if path.is_symlink():
         return f"{path}: is a link, which may point outside the folder; expected a file"
     if not path.is_file():

@@ -88,7 +88,7 @@ def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> Path:
 def _without_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest without the optimizer's state.
 
-    If there is a moving average of the weights, keep all files, because it is in the files of the optimizer's state.
+    If there is a moving average of the weights, keep all files, because the average is in the optimizer's files.
     """
     has_average = any(EMA in kinds for kinds in manifest["optimizer_state"].values())
     content = {

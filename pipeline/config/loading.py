@@ -256,7 +256,6 @@ def _decode(text: str, origin: str) -> Any:
 
 
 def _explain(mistake: ErrorDetails, origins: dict[str, str]) -> str:
-    """Describe a mistake that pydantic has found, in one line."""
     # pydantic appends "[key]" if the key of a mapping is wrong.
     *section, name = [str(key) for key in mistake["loc"] if key != "[key]"] or [""]
     path = ".".join([*section, name])

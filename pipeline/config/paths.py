@@ -8,7 +8,7 @@ from pipeline.config.schema import Config, RunConfig
 
 
 def with_working_dir(config: Config) -> Config:
-    """Return a copy of a config in which a null ``run.working_dir`` is replaced by the current folder."""
+    """Return a copy of a config in which the current folder replaces a null ``run.working_dir``."""
     run = config.run.model_copy(update={"working_dir": config.run.working_dir or str(Path.cwd())})
     return config.model_copy(update={"run": run})
 

@@ -124,7 +124,6 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _to_page_element(svg: str, title: str) -> str:
-    """Return the ``<svg>`` element of an SVG file, with the page's colors and width."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r' (width|height)="[\d.]+pt"', "", element, count=2)

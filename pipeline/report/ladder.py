@@ -25,7 +25,7 @@ class Branch:
 
     milestone: int  # the step at which the decay begins
     stop: int  # the last step of the decay
-    run: Path  # the run folder of the branch
+    run: Path
 
 
 @dataclass(frozen=True)

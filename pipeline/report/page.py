@@ -105,7 +105,6 @@ def _page_lines(runs: Sequence[Run], svgs: Sequence[str], written_at: str) -> It
 
 
 def _generated_texts(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield the last text that each run has generated in an evaluation."""
     figures = []
     for i, run in enumerate(runs):
         rows = [row for row in run.rows if SAMPLE_KEY in row]

@@ -161,7 +161,6 @@ class ServiceSink(Sink):
             self._flush()
 
     def _flush(self) -> None:
-        """Connect if necessary, and send all rows that are not sent yet."""
         with _Caught(self):
             if not self._is_connected:
                 self._run_id = self._service.connect(self._config, self._run_id)

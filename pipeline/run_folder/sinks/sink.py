@@ -20,13 +20,13 @@ class Sink:
         """
 
     def write(self, row: Row) -> None:
-        """Receive one row. The row has the key ``step``."""
+        """Receive one row, which has the key ``step``."""
 
     def count_step(self, step: int) -> None:
         """Receive the number of started steps. Called at every step, and not only when there is a row."""
 
     def rewind(self, step: int) -> None:
-        """Delete the rows of all steps after ``step``. The run has gone back to its checkpoint of ``step``."""
+        """Delete the rows of all steps after ``step``, because the run has gone back to this step."""
 
     def settle(self, step: int) -> None:
         """Receive the step of a saved checkpoint.
