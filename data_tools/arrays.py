@@ -12,7 +12,7 @@ CountArray = npt.NDArray[np.int64]  # counts and positions
 
 
 def as_arrow(values: npt.NDArray[Any]) -> pa.Array:
-    """Return a contiguous integer array of shape (n,) as an Arrow array. Both arrays use the same memory.
+    """Return a contiguous integer array of shape (n,) as an Arrow array on the same memory.
 
     ``pa.array`` is not used, because it imports pandas, which is slow.
     """

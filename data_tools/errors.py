@@ -14,8 +14,8 @@ _LONGEST_NAME = 40
 class UserError(Exception):
     """A mistake or a problem that the user can correct.
 
-    The message is one line: what is wrong, where, and what would be right. A command prints it and exits with
-    ``exit_status``. Any other exception is a bug in this project.
+    The message is one line: what is wrong, where, and what would be right. Commands print the message and exit with
+    ``exit_status``. Any other exception is a bug.
     """
 
     exit_status = 2
@@ -44,7 +44,7 @@ def list_names(names: Iterable[object]) -> str:
 def install_command(extra: str = "") -> str:
     """Return the shell command that installs this project, for an error message about a missing package.
 
-    The command installs the checkout if there is one, otherwise the published package.
+    In a checkout, the command installs the checkout, otherwise the published package.
 
     Args:
         extra: the optional dependencies to install, as named in ``pyproject.toml``.

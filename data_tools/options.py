@@ -20,7 +20,7 @@ class SourceRequest:
 
     Attributes:
         inputs: files, folders or glob patterns. For ``hf``, the name of one dataset, or one local folder.
-        text_field: the field or column that contains a document's text.
+        text_field: the field or column with the text of a document.
         document_separator: for ``text``, the text between two documents of a file. If None, each file is one document.
         dataset_config: for ``hf`` and ``fineweb-edu``, the configuration of the dataset.
         dataset_split: for ``hf`` and ``fineweb-edu``, the split of the dataset.

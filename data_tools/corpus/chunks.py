@@ -87,7 +87,7 @@ class ChunkRecord:
         checked: the number of documents whose tokens were compared with tiktoken's.
         is_divided: whether the only document was divided between the splits.
         bad_rows: the number of rows left out because they cannot be read.
-        bad_places: where the first ``REPORTED_BAD_ROWS`` of these rows are, and what is wrong.
+        bad_places: messages about the first ``REPORTED_BAD_ROWS`` of these rows.
         empty: the number of empty documents, which are left out.
     """
 
@@ -167,7 +167,7 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
 
 
 def _chunk_bytes(text_bytes: int | None, request: TokenizeRequest) -> int:
-    """Return the target bytes of text per chunk. ``text_bytes`` is the size of the source, or None if unknown."""
+    """Return the target bytes of text per chunk."""
     largest = max(request.shard_tokens * _BYTES_PER_TOKEN, _SMALLEST_CHUNK_BYTES)
     wanted = largest if text_bytes is None else text_bytes // _WANTED_CHUNKS
     return min(max(wanted, _SMALLEST_CHUNK_BYTES), largest)
@@ -191,7 +191,7 @@ def documents_of(
 
 
 def _apply_limit(chunks: Sequence[Chunk], source: Source, request: TokenizeRequest) -> Iterator[Chunk]:
-    """Yield the chunks up to ``limit_documents``, or up to the document that reaches ``limit_bytes``."""
+    """Yield the chunks up to the document that reaches ``limit_documents`` or ``limit_bytes``."""
     documents, utf8_bytes = 0, 0
     for chunk in chunks:
         for taken, document in enumerate(documents_of(chunk, source, request), start=1):

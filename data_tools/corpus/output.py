@@ -125,8 +125,8 @@ class OutputFolder:
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
         """Write the manifest and return it. Remove the plan and the records.
 
-        Processes that share the folder all call this method after their work. Only the last call writes the manifest.
-        The earlier calls return None.
+        Processes that share the folder all call this method. Only the last call writes the manifest. The earlier calls
+        return None.
 
         Raises:
             DataError: the source has no document with text.
@@ -164,7 +164,7 @@ class OutputFolder:
     def abandon(self) -> None:
         """Remove the files of unfinished chunks, so that the same request can continue later.
 
-        If no chunk is finished, remove the plan, too. If other processes use the folder or ``plan`` failed, remove
+        If no chunk is finished, also remove the plan. If other processes use the folder or ``plan`` failed, remove
         nothing.
         """
         if not self._is_planned:  # the folder may belong to another request
@@ -198,7 +198,7 @@ def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> I
     The ``with`` block gets an ``OutputFolder``. If the block raises an error, ``abandon`` is called.
 
     Args:
-        identity: the identity of the request, from ``identity_of``.
+        identity: the result of ``identity_of``.
         shared: whether other processes write to the folder at the same time.
 
     Raises:
@@ -219,7 +219,6 @@ def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> I
 
 @contextmanager
 def _created(path: Path) -> Iterator[None]:
-    """Create a folder and its parents. If the block fails, remove the created folders that are empty."""
     if path.exists() and not path.is_dir():
         raise DataError(f"--out {path} is a file; name a folder")
     with one_line_write_errors(path):

@@ -56,7 +56,7 @@ def unordered_map(
 
     Args:
         on_report: receives the arguments of each call of ``report``, in this process.
-        preload: modules to import once for all workers, if the platform has ``forkserver``.
+        preload: modules that the workers import only once, if possible.
 
     Raises:
         DataError: several workers died at the same item, or a worker cannot be started.
@@ -181,7 +181,6 @@ class _Worker(Generic[Item, Result]):
 
 
 def _serve(work: Work[Item, Result], connection: Connection) -> None:
-    """Process items from the pipe until the pipe is closed."""
     # Ctrl-C sends SIGINT to the whole process group. The parent handles the signal and then kills its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

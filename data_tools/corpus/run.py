@@ -40,7 +40,7 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
     """Return the manifest in the output folder of a request, or None if the folder is not complete.
 
     Raises:
-        DataError: the source cannot be opened, or the folder is damaged or belongs to another request.
+        DataError: the folder is damaged or belongs to another request.
     """
     return load_complete(request.out, identity_of(request, open_source(request)))
 
@@ -68,8 +68,8 @@ def tokenize_share(
 ) -> Manifest | None:
     """Encode one share of a request's chunks: the chunks whose index modulo ``shares`` is ``share``.
 
-    Several processes can share an output folder. Each process calls this function with its own ``share``, from 0 to
-    ``shares - 1``. The last call writes the manifest and returns it. The earlier calls return None.
+    Each process that shares the output folder calls this function with its own ``share``, from 0 to ``shares - 1``. The
+    last call writes the manifest and returns it. The earlier calls return None.
 
     If ``deduplicate`` is ``exact``, each share needs two calls. The first call hashes the documents. After all first
     calls have returned, the second call encodes the documents.

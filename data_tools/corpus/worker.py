@@ -54,8 +54,7 @@ class Job:
 def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkRecord]:
     """Encode a chunk, and write its shards into a temporary folder.
 
-    ``finish`` of the result moves the shards into the output folder, then writes and returns the chunk's record. Files
-    of an interrupted attempt are replaced.
+    ``finish`` of the result moves the shards into the output folder, then writes and returns the chunk's record.
 
     Raises:
         DataError: ``finish`` found that the encoder and tiktoken return different tokens.
@@ -128,7 +127,7 @@ def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _open_source(job: Job) -> Source:
-    """Return the source of a job. Cached, because listing the files takes time."""
+    """Return the source of a job. Cached, because listing files is slow."""
     source = open_source(job.request)
     if sha256_of_json(identity_of(job.request, source)) != job.identity_sha256:
         raise DataError(f"--source {job.request.source}: its files changed since the run began; start again")
@@ -136,7 +135,6 @@ def _open_source(job: Job) -> Source:
 
 
 def _load_repeated(request: TokenizeRequest, chunk: Chunk) -> set[int]:
-    """Return the positions of the chunk's repeated documents."""
     if request.deduplicate != "exact":
         return set()
     content = open_folder(request.out).read(chunk.repeated_file)

@@ -51,8 +51,7 @@ class Encoder(Protocol):
 class GigatokenEncoder:
     """An encoder that uses gigatoken with tiktoken's vocabulary.
 
-    gigatoken and tiktoken use different versions of Unicode. If only one version defines a character of a text,
-    tiktoken encodes this text.
+    gigatoken and tiktoken use different versions of Unicode. Texts with very new characters are encoded with tiktoken.
     """
 
     def __init__(self) -> None:
@@ -88,7 +87,7 @@ def has_new_characters(text: str) -> bool:
 
 @functools.cache
 def _kinds_of_characters() -> npt.NDArray[np.uint8]:
-    """Return the kind of each code point: ``_UNKNOWN``, ``_OLD`` or ``_NEW``. ``_find_kinds`` fills the array."""
+    """Return the kind of each code point. ``_find_kinds`` fills the array."""
     kinds = np.full(sys.maxunicode + 1, _UNKNOWN, dtype=np.uint8)
     for first, last in _NEW_IN_UNICODE_17:
         kinds[first : last + 1] = _NEW
@@ -96,7 +95,7 @@ def _kinds_of_characters() -> npt.NDArray[np.uint8]:
 
 
 def _find_kinds(points: Iterable[int]) -> None:
-    """Set the kinds of code points. Setting all kinds at once would take a tenth of a second."""
+    """Set the kinds of code points. Setting all at once would take a tenth of a second."""
     kinds = _kinds_of_characters()
     for point in points:
         kinds[point] = _NEW if unicodedata.category(chr(point)) == "Cn" else _OLD

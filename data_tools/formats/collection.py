@@ -53,8 +53,8 @@ class TokenCollection:
         path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
         tokenizer: assumed to be GPT-2's if there is no manifest.
-        source: the origin of the tokens, for a new manifest.
-        manifest: the manifest of the folder. None if another program wrote the files.
+        source: the origin of the tokens.
+        manifest: None if another program wrote the files.
     """
 
     path: Path
@@ -71,7 +71,7 @@ class TokenCollection:
 
 
 class Concatenated:
-    """A stream of tokens that joins several streams, one after another."""
+    """A stream of tokens that joins several streams."""
 
     def __init__(self, streams: Sequence[Tokens]) -> None:
         self._streams = streams
@@ -106,10 +106,6 @@ def require_tokens(path: Path, tokens: int) -> None:
 
 
 def require_split_name(name: str, place: str) -> None:
-    """Raise DataError if the name of a split is not allowed in file names.
-
-    Args:
-        place: the file or folder with this split, for the error message.
-    """
+    """Raise DataError if the name of a split is not allowed in file names. ``place`` is for the message."""
     if not FILE_NAME.fullmatch(name):
         raise DataError(f"{place}: {name!r} is not a name for a split; use letters, digits and . _ -")

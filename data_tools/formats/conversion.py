@@ -36,8 +36,8 @@ class Conversion:
 def convert(request: ConvertRequest, written: Advance = no_progress, verified: Advance = no_progress) -> Conversion:
     """Convert tokens into a new folder. If the conversion fails, the folder is not created.
 
-    The tokens and their order do not change, except for ``END_OF_TEXT`` in Megatron's files (see
-    ``open_megatron_pair``). Shards with a manifest are verified first. A folder for nanoGPT gets no manifest.
+    The tokens do not change, except for ``END_OF_TEXT`` in Megatron's files (see ``open_megatron_pair``). Shards with a
+    manifest are verified first. A folder for nanoGPT gets no manifest.
 
     Args:
         written: receives the number of bytes written since its last call.
@@ -81,12 +81,11 @@ def adopt_in_place(
     Args:
         source_format: the format of the shards, or ``auto``.
         split_of: maps file names to splits. Required if a file name does not contain its split.
-        workers: the number of threads. None means one per core.
         advance: receives the number of bytes read since its last call.
 
     Raises:
-        DataError: the folder has no such shards. Or it has a manifest that does not name exactly the shards, or
-            ``split_of`` is given in addition to a manifest.
+        DataError: the folder has no such shards. Or it has a manifest, and ``split_of`` is given or the manifest does
+            not name exactly the shards.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})

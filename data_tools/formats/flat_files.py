@@ -22,7 +22,7 @@ _OWN_VOCABULARY = "meta.pkl"
 
 
 class _MappedTokens:
-    """The tokens of one mapped file, which must have at least one token."""
+    """The tokens of one mapped file."""
 
     def __init__(self, path: Path, tokens: TokenArray, vocab_size: int) -> None:
         require_tokens(path, tokens.size)

@@ -76,15 +76,13 @@ class FolderReport:
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
     """Return a report on token files of any format, without reading the tokens.
 
-    For shards with a manifest, missing and damaged shards raise no error. See ``FolderReport.problem``.
+    If there is a manifest, damaged shards raise no error (see ``FolderReport.problem``).
 
     Args:
-        path: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``.
-        format: one of ``INPUT_FORMATS``, or ``auto``.
-        split_of: maps files of other programs to splits. Required if a file name does not contain its split.
+        path, format, split_of: as in ``open_collection``.
 
     Raises:
-        DataError: the format is not recognized.
+        DataError: the format is not recognized, or the split of a file is unknown.
     """
     format = recognize(path) if format == AUTO else format
     if format == NATIVE and not split_of:
@@ -171,7 +169,7 @@ def first_documents(
         characters: the largest number of characters per document. A longer text is cut.
 
     Raises:
-        DataError: the split does not exist, the tokenizer is not GPT-2's, or a token is outside the vocabulary.
+        DataError: the split does not exist, or the tokenizer is not GPT-2's.
     """
     if split not in collection.splits:
         raise DataError(f"{collection.path} has no split {split!r}; it has {', '.join(collection.splits) or 'none'}")

@@ -1,14 +1,13 @@
 """Read datasets of Megatron-LM and gpt-neox.
 
-``X.bin`` contains the tokens. The index ``X.idx`` says where sequences and documents begin. It is written by
-``MMapIndexedDataset``. All values are little-endian:
+``X.bin`` contains the tokens. The index ``X.idx``, written by ``MMapIndexedDataset``, says where sequences and
+documents begin. All values in the index are little-endian:
 
 1. the magic number, the version (uint64) and the type of the tokens (uint8);
 2. the number of sequences and the number of document boundaries (uint64 each);
 3. the length of each sequence in tokens (int32);
 4. the offset of each sequence in ``X.bin`` in bytes (int64);
-5. the document boundaries (int64): the number of sequences before each boundary. The first is 0, and the last is the
-   number of all sequences.
+5. the document boundaries (int64): the number of sequences before each boundary, from 0 to all sequences.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
         vocab_size: all tokens must be below this number.
 
     Raises:
-        DataError: a file is damaged, or the tokens have a type that is not supported.
+        DataError: a file is damaged, or the type of the tokens is not supported.
     """
     path = tokens_file_of(index_path)
     index = _read_index(index_path)
@@ -123,7 +122,7 @@ class _DocumentBlock:
 
 @dataclass(frozen=True)
 class _Index:
-    """A memory-mapped index. All its entries have been checked. Sequences follow each other without gaps."""
+    """A memory-mapped index without errors. Its sequences follow each other without gaps."""
 
     dtype: np.dtype[Any]  # the dtype of the tokens, uint16 or int32
     tokens: int

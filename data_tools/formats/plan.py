@@ -28,11 +28,9 @@ class ConvertRequest:
     """A request to convert tokens into a new folder.
 
     Attributes:
-        source: a folder, a file, or the path of a pair of Megatron's files without ``.bin`` and ``.idx``.
+        source, source_format, split_of: as ``path``, ``format`` and ``split_of`` of ``open_collection``.
         out: a new or empty folder.
         to: one of ``OUTPUT_FORMATS``.
-        source_format: one of ``INPUT_FORMATS``, or ``auto``.
-        split_of: maps files of other programs to splits. Required if a file name does not contain its split.
         shard_tokens: the number of tokens per shard. None keeps the shards if the source has a manifest and ``to`` is
             npy or arrow. Otherwise, None means 100 million.
         name: for llm.c's format, the prefix of the new file names. None means the name of ``out``.
@@ -94,7 +92,7 @@ def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_by
         knows_bytes: whether the bytes of text can be computed from the tokens (only for GPT-2's tokenizer).
 
     Raises:
-        DataError: the new format cannot store all information in the collection, or a split has no tokens.
+        DataError: the new format cannot store all information, or a split has no tokens.
     """
     for split, tokens in collection.splits.items():
         require_split_name(split, str(collection.path))

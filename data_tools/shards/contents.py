@@ -1,4 +1,4 @@
-"""Count the documents and the bytes of text in an array of tokens, and check that all tokens are valid."""
+"""Count the documents and the bytes of text in tokens, and check that all tokens are valid."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: TokenizerRecord) -> None:
-        """Load the bytes of each token."""
         self.size = tokenizer.vocab_size
         self.end_of_text = tokenizer.end_of_text
         self.knows_bytes = tokenizer.name == TOKENIZER_NAME and tokenizer == gpt2_tokenizer_record()
@@ -75,11 +74,7 @@ class Vocabulary:
 
 
 def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, place: object) -> None:
-    """Raise DataError if a token id is outside the vocabulary.
-
-    Args:
-        place: the file or folder with the tokens, for the message.
-    """
+    """Raise DataError if a token id is outside the vocabulary. ``place`` is for the message."""
     if tokens.size == 0:
         return
     for token in (int(tokens.max()), int(tokens.min())):

@@ -118,7 +118,6 @@ class Manifest:
     """The description of a folder of token shards.
 
     Attributes:
-        source: the origin of the documents.
         settings: the options for the shards, such as their format.
         shards: the records of all shards. The shards of a split are in the order of their tokens.
         report: statistics about the documents, such as their lengths, or None.
@@ -186,9 +185,6 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
 
     Args:
         place: the path or URL of the file, for error messages.
-
-    Raises:
-        DataError: the manifest is not JSON, has an unknown version or dtype, or has a wrong field.
     """
     try:
         value = json.loads(content)

@@ -28,9 +28,6 @@ def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
     """Memory-map a shard, and return its tokens as a list of arrays.
 
     An Arrow stream can contain several arrays. Other formats contain one.
-
-    Raises:
-        DataError: the number of tokens differs from the manifest.
     """
     path = folder / shard.file
     if path.suffix not in _PIECES_BY_SUFFIX:
@@ -46,9 +43,6 @@ def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
     """Memory-map the mask of a shard, uint8 of shape (tokens,). The shard must have a mask.
 
     A value is 1 if the token is scored (counts in the loss), otherwise 0.
-
-    Raises:
-        DataError: the length of the mask is not the number of tokens.
     """
     assert shard.mask_file, f"{shard.file} has no mask"
     path = folder / shard.mask_file
@@ -74,7 +68,7 @@ def map_bytes(path: Path) -> pa.Buffer:
     Raises:
         DataError: the file is a git-lfs pointer.
         OSError: the file is missing, empty or unreadable.
-        ValueError: the file cannot be mapped as one contiguous range of memory.
+        ValueError: the file cannot be mapped as one range of memory.
     """
     require_fetched(path)
     with pa.memory_map(str(path)) as file:
@@ -107,8 +101,7 @@ def npy_tokens(content: pa.Buffer, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> Mappe
     """Return the array in the content of a ``.npy`` file, without a copy.
 
     Raises:
-        ValueError: the header is damaged or does not match the size of the content, or the array has another dtype or
-            shape.
+        ValueError: the header is damaged, does not match the size of the content, or has another dtype or shape.
     """
     file = pa.BufferReader(content)
     try:

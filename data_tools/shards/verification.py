@@ -14,8 +14,7 @@ from data_tools.threads import Advance, map_threads, no_progress
 def verify(folder: Path | str, workers: int | None = None, advance: Advance = no_progress) -> Manifest:
     """Check the shards against the hashes and numbers in the manifest. Return the manifest.
 
-    All tokens must be in the vocabulary, and masks must contain only 0 and 1. The bytes of text are checked only for
-    GPT-2's tokenizer and shards without a mask.
+    The bytes of text are checked only for GPT-2's tokenizer and shards without a mask.
 
     Args:
         folder: the folder with the manifest.
@@ -23,7 +22,8 @@ def verify(folder: Path | str, workers: int | None = None, advance: Advance = no
         advance: receives the number of bytes verified since its last call.
 
     Raises:
-        DataError: a shard does not match. The message names the first such shard.
+        DataError: a shard does not match, a token is outside the vocabulary, or a mask contains a value that is neither
+            0 nor 1.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -33,11 +33,7 @@ def verify(folder: Path | str, workers: int | None = None, advance: Advance = no
 
 
 def require_unchanged(folder: Path, shard: ShardRecord, advance: Advance = no_progress) -> None:
-    """Raise DataError if a file of a shard is unreadable or has another SHA-256 than the manifest says.
-
-    Args:
-        advance: receives the number of bytes verified since its last call.
-    """
+    """Raise DataError if the SHA-256 of a shard or its mask differs from the manifest."""
     for name, sha256 in ((shard.file, shard.sha256), (shard.mask_file, shard.mask_sha256)):
         if name is None:
             continue

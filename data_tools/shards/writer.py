@@ -38,7 +38,7 @@ def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2
     again after the block.
 
     Args:
-        header: takes the number of values and returns the header, which always has the same length.
+        header: takes the number of values and returns the header, always of the same length.
     """
     size = 0
 
@@ -77,7 +77,6 @@ _BY_SUFFIX: dict[str, OpenFormat] = {**SHARD_FORMATS, LLMC_SUFFIX[1:]: partial(w
 
 @contextmanager
 def _shard_file(path: Path, open_format: OpenFormat) -> Iterator[WriteValues]:
-    """Write a file under a temporary name. If the block ends without an error, rename the file."""
     with one_line_write_errors(path), atomic_file(path, durable=False) as file, open_format(file) as write:
         yield write
 

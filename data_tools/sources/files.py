@@ -130,12 +130,12 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
     """Return the path and the size in bytes of each input file. The files of each input are sorted by path.
 
     Args:
-        inputs: files, folders and glob patterns. A folder stands for all files in it and in its subfolders, except
-            hidden files.
+        inputs: files, folders and glob patterns. A folder stands for all files in it and its subfolders that are not
+            hidden.
         suffixes: in folders, only files with these suffixes are found. An empty tuple allows all suffixes.
 
     Raises:
-        DataError: an input does not exist, an input contains no file, or two inputs contain the same file.
+        DataError: an input contains no file, or two inputs contain the same file.
     """
     files: dict[str, int] = {}
     for text in inputs:
@@ -296,7 +296,6 @@ def open_decompressed(path: str) -> Iterator[BinaryIO]:
 
 
 def _ends_in_zero(file: BinaryIO) -> bool:
-    """Return whether the last byte of a file is zero. Seek to the beginning of the file."""
     file.seek(-1, os.SEEK_END)
     last = file.read(1)
     file.seek(0)
@@ -305,7 +304,7 @@ def _ends_in_zero(file: BinaryIO) -> bool:
 
 @contextmanager
 def one_line_read_errors(path: str | Path) -> Iterator[None]:
-    """Return a context manager that converts read errors of its ``with`` block to a DataError."""
+    """Return a context manager that converts read errors to a DataError."""
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
@@ -322,8 +321,7 @@ def one_line_read_errors(path: str | Path) -> Iterator[None]:
 def explain_content(path: str, reason: str) -> str:
     """Return the reason why a file cannot be read, for an error message.
 
-    If the first bytes of the file do not fit its suffix, describe the content. Otherwise, return the first line of
-    ``reason``.
+    If the first bytes do not fit the suffix, describe the content. Otherwise, return the first line of ``reason``.
     """
     kind = _KINDS.get(os.path.splitext(path)[1])
     if found := describe_content(path, kind):
@@ -339,7 +337,7 @@ def describe_error(error: Exception) -> str:
 
 
 def decode_utf8(content: bytes, path: str, offset: int) -> str:
-    """Decode a document or a line of a file from UTF-8. Raise BadRowError if it is not valid UTF-8.
+    """Decode a document or a line of a file. Raise BadRowError if it is not valid UTF-8.
 
     Args:
         offset: the position of ``content`` in the decompressed file in bytes, for the error message.

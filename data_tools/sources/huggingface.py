@@ -41,10 +41,9 @@ class HuggingFaceSource:
     """One split of a dataset. Its documents are read from the data files without a copy in a cache."""
 
     def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
-        """Choose a dataset on the hub, or a local folder with data files or with the output of ``save_to_disk``.
+        """Choose a dataset.
 
-        Raises:
-            DataError: ``inputs`` does not have exactly one element.
+        ``inputs`` has one element: a name on the hub, a folder with data files, or the output of ``save_to_disk``.
         """
         if len(inputs) != 1:
             raise DataError(f"--source hf takes one --input, a dataset's name or folder, not {len(inputs)}")
@@ -123,7 +122,6 @@ class HuggingFaceSource:
             ) from error
 
     def _require_fetched_files(self) -> None:
-        """Raise DataError if a file of a local folder is a git-lfs pointer."""
         if os.path.isdir(self._dataset):
             for path, _ in find_files((self._dataset,), suffixes=()):
                 require_fetched(path)
@@ -149,7 +147,7 @@ class HuggingFaceSource:
         return any(Path(self._dataset, name).is_file() for name in (_SAVED_DATASET, _SAVED_DATASET_DICT))
 
     def _mean_file_bytes(self, files: int) -> int | None:
-        """Return the mean size of a local data file. Return None for a dataset on the hub."""
+        """Return the mean size of a local data file, or None for a dataset on the hub."""
         if not os.path.isdir(self._dataset):
             return None
         return sum(size for _, size in find_files((self._dataset,), suffixes=())) // max(files, 1)

@@ -1,8 +1,11 @@
 """Read instructions and chats. Only the tokens of the answers count in the loss.
 
-A file contains one record per line, or one JSON array of records. An instruction is ``{"instruction": ..., "input":
-..., "output": ...}``, where ``input`` may be missing or empty. A chat is a list of messages ``{"role": "user",
-"content": ...}``, or an object that contains such a list. ShareGPT's names of keys are accepted, too.
+A file contains one record per line, or one JSON array of records. A record is an instruction or a chat:
+
+- An instruction is ``{"instruction": ..., "input": ..., "output": ...}``. ``input`` may be missing or empty.
+- A chat is a list of messages ``{"role": "user", "content": ...}``, or an object that contains this list.
+
+The key names of ShareGPT are accepted, too.
 """
 
 import json
@@ -135,7 +138,6 @@ def _join_texts(items: list[Any], index: int, place: object) -> str:
 
 
 def _lines_of(calls: Any, index: int, place: object) -> list[str]:
-    """Return ``{"name": ..., "arguments": ...}`` for each tool call."""
     if not isinstance(calls, list):
         raise BadRowError(place, f"tool_calls of message {index} is {json_type(calls)}, it must be a list")
     lines = []

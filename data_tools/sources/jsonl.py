@@ -41,7 +41,7 @@ class JsonlSource(FileSource):
 
 
 class Line(NamedTuple):
-    """One line of a file. ``offset`` is its position in the decompressed file, and ``str(line)`` names this place."""
+    """One line of a file. ``str(line)`` says where the line is. ``offset`` counts decompressed bytes."""
 
     path: str
     offset: int
@@ -147,7 +147,7 @@ def text_of_record(record: Any, text_field: str, place: object) -> str:
 
 
 def _is_array(path: str) -> bool:
-    """Return whether a file is one JSON array. A chat as a list of messages in the first line is not an array."""
+    """Return whether a file is one JSON array of records. A list of messages is a chat, not an array of records."""
     with open_decompressed(path) as file:
         if not file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             return False
@@ -158,7 +158,7 @@ def _is_array(path: str) -> bool:
 
 
 def _first_element(head: bytes) -> Any:
-    """Return the first element of a JSON array that begins with ``head``, or None if the element is incomplete."""
+    """Return the first element of a JSON array that begins with ``head``, or None if it is incomplete."""
     try:
         return json.JSONDecoder().raw_decode(head[1:].decode("utf-8", "replace").lstrip())[0]
     except (ValueError, RecursionError):

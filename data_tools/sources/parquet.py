@@ -40,7 +40,6 @@ class ParquetSource(FileSource):
                 row += batch.num_rows
 
     def _row_group_bytes(self, path: str) -> list[int]:
-        """Return the bytes of text in each row group."""
         with _open_parquet(path) as file:
             _check_column(file.schema_arrow, self._text_field, path)
             metadata = file.metadata

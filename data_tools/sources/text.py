@@ -71,11 +71,7 @@ class TextSource(FileSource):
 
 
 def _decode_text(content: bytes, path: str, offset: int) -> str:
-    """Decode a document that begins at ``offset`` bytes in the decompressed file.
-
-    Raises:
-        BadRowError: the document is not valid UTF-8, or the file begins as a tar archive or as text in UTF-16.
-    """
+    """Decode a document. Raise BadRowError if it is not UTF-8, or if the file is a tar archive or in UTF-16."""
     if offset == 0 and content and (found := describe_decoded(content)):
         raise BadRowError(f"{path} {found}")
     return decode_utf8(content, path, offset)

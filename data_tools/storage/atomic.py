@@ -51,9 +51,6 @@ def publish(aside: Path, target: Path) -> None:
     """Rename ``aside`` to ``target`` atomically, and fsync the parent folder. ``aside`` must be fsynced.
 
     A file may replace a file. A folder may replace only an empty folder.
-
-    Raises:
-        OSError: ``aside`` does not exist, or ``target`` cannot be replaced.
     """
     os.replace(aside, target)
     fsync_folder(target.parent)
@@ -110,8 +107,8 @@ def write_json_durably(path: Path, value: Any) -> None:
 def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
     """Return a context manager for writing a folder. Its ``with`` block gets an empty folder with a temporary name.
 
-    At the end of the block, the folder is renamed to ``target``. If the block raises an error, the folder is deleted.
-    During the block, the folder is locked.
+    Then the folder is renamed to ``target``. If the block raises an error, the folder is deleted. During the block, the
+    folder is locked.
 
     Args:
         target: the final name. It must be an empty folder or not exist.
@@ -120,7 +117,7 @@ def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
 
     Raises:
         DataError: another process is writing to the folder.
-        OSError: the folder cannot be written, or ``target`` is not empty.
+        OSError: the folder cannot be written.
     """
     target = Path(os.path.abspath(target))
     aside = aside or hidden_partial_path(target)
@@ -146,12 +143,9 @@ def make_empty_folder(folder: Path) -> None:
 
 
 def publish_folder(aside: Path, target: Path) -> None:
-    """Fsync everything in the folder ``aside``, rename it to ``target``, and fsync the parent folder.
+    """Fsync everything in the folder ``aside``, then rename it to ``target`` with ``publish``.
 
     Processes on other machines must fsync their files in ``aside`` before this call.
-
-    Raises:
-        OSError: ``target`` is a file or a non-empty folder, or the disk reports an error.
     """
     for folder, _, names in os.walk(aside):
         for name in names:

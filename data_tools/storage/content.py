@@ -49,10 +49,10 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
 def describe_content(path: Path | str, *expected: str | None) -> str | None:
     """Return the end of an error message about a local file, such as ``is a PDF; extract its text into a file``.
 
-    Returns None if the kind is expected or not recognized, or if the file cannot be read.
+    Returns None if the kind of file is expected or not recognized, or if the file cannot be read.
 
     Args:
-        expected: the expected kinds of file, as keys of ``_KINDS``.
+        expected: the expected kinds, as keys of ``_KINDS``.
     """
     head = _read_head(path)
     kind = None if head is None else _recognize(head)
@@ -60,9 +60,9 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message about a file that is valid UTF-8 but not text.
+    """Return the end of an error message about a file that is valid UTF-8 but not text. Otherwise, return None.
 
-    Such a file is a tar archive, consists of zeros, or is ASCII text in UTF-16. For all other files, return None.
+    Such a file is a tar archive, consists of zeros, or is ASCII text in UTF-16.
 
     Args:
         content: the first bytes of the file.
@@ -72,7 +72,7 @@ def describe_decoded(content: bytes) -> str | None:
 
 
 def _recognize(head: bytes) -> str | None:
-    """Return the kind of a file with these first bytes, a key of ``_KINDS``, or None."""
+    """Return the kind of a file with these first bytes, or None."""
     if not head:
         return "empty"
     if not head.strip(b"\0") and len(head) > 1:
@@ -108,7 +108,7 @@ def begins_as(path: Path | str, kind: str) -> bool:
 
 
 def _read_head(path: Path | str) -> bytes | None:
-    """Return the first bytes of a local file. Return None for a URL or an unreadable file."""
+    """Return the first bytes of a file, or None for a URL or an unreadable file."""
     if is_remote(str(path)):
         return None
     try:

@@ -1,4 +1,7 @@
-"""Read and write files in a folder that is local or at a URL. A file with its final name is always complete."""
+"""Read and write files in a folder that is local or at a URL. A file with its final name is always complete.
+
+Reading a missing file raises ``FileNotFoundError``.
+"""
 
 import hashlib
 import os
@@ -142,21 +145,13 @@ class RemoteFolder:
         return content
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Return bytes ``start`` to ``stop - 1`` of a file, or fewer if the file ends before.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-        """
+        """Return bytes ``start`` to ``stop - 1`` of a file, or fewer if the file ends before."""
         with self._one_line_errors():
             content: bytes = self._files.cat_file(name, start=start, end=stop)
         return content
 
     def sha256(self, name: str, size: int) -> str:
-        """Return the SHA-256 of the first ``size`` bytes of a file as 64 hexadecimal digits.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-        """
+        """Return the SHA-256 of the first ``size`` bytes of a file as 64 hexadecimal digits."""
         digest = hashlib.sha256()
         for start in range(0, size, _READ_BYTES):
             digest.update(self.read_range(name, start, min(start + _READ_BYTES, size)))

@@ -74,7 +74,7 @@ class FileLock:
         os.close(self._descriptor)
 
     def _is_in_place(self) -> bool:
-        """Return whether the open file is still in the folder. The previous holder of the lock may have removed it."""
+        """Return whether the open file is still in the folder. Another process may have removed it."""
         with suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(self._descriptor), self._path.stat())
         return False
@@ -128,10 +128,7 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
 
 @contextmanager
 def waiting_for_lock(path: Path) -> Iterator[None]:
-    """Return a context manager that holds an exclusive lock on a file during its ``with`` block.
-
-    It waits until no other process holds a lock on the file.
-    """
+    """Return a context manager that holds an exclusive lock on a file. It waits for the locks of other processes."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
