@@ -236,6 +236,8 @@ def quick_imports() -> Iterator[None]:
 def run_command(command: Callable[[], object]) -> NoReturn:
     """Run a command. Exit with status 0 if it succeeds, otherwise with the ``exit_status`` of its error.
 
+    Exit statuses:
+
     - 1: an unexpected error;
     - 2: a mistake of the user, or a run that cannot continue;
     - 3: a rank is lost or stuck;

@@ -62,7 +62,7 @@ def build_root_parser() -> ArgumentParser:
 
 
 def _follow(parser: ArgumentParser, arguments: Sequence[str]) -> ArgumentParser:
-    """Return the parser of the sub-command that the arguments begin with, or the same parser."""
+    """Return the parser of the sub-command that the arguments begin with, or ``parser`` itself."""
     subparsers = {name: subparser for action in parser._actions for name, subparser in _subparsers(action).items()}
     return subparsers.get(arguments[0], parser) if arguments else parser
 

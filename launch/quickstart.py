@@ -121,7 +121,7 @@ def _with_defaults(given: Sequence[str], defaults: Mapping[str, object]) -> list
 
 
 def choose_precision(device: str) -> str:
-    """Return the precision in which this machine trains fastest, among those without loss scaling."""
+    """Return the fastest precision on this machine, among those without loss scaling."""
     import torch
 
     from pipeline.distributed.device import measure_matmul_ceiling

@@ -60,7 +60,7 @@ def train(
     Args:
         arguments: the parsed options of the command ``run``.
         overrides: added to those of ``--set``.
-        start: options of ``launch/train.py`` that say where the run starts.
+        start: options of the train command that say where the run starts.
         stage: the heading to print.
     """
     launcher = [sys.executable]

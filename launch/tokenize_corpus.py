@@ -105,7 +105,7 @@ def build_parser() -> ArgumentParser:
 
 
 def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:
-    """Check and return ``--task`` and ``--tasks``. Without them, return None, and this process encodes all chunks.
+    """Check and return (``--task``, ``--tasks``). Without them, return None: this process encodes all chunks.
 
     Raises:
         DataError: only one of the options is given, ``--task`` is out of range, or the engine is ``ray``.

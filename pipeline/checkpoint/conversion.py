@@ -82,7 +82,7 @@ def write_new_run(
             ``weight`` or the name of an optimizer tensor, such as ``exp_avg``.
         stored_config: the config to store in the checkpoint. If None, ``config`` is stored.
         state_names: the names of each parameter's optimizer tensors. If None, ``config.optimizer`` decides.
-        averaged_steps: the steps of the averaged checkpoints if the weights are a mean.
+        averaged_steps: if the weights are an average, the steps of the averaged checkpoints.
 
     Raises:
         CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written.

@@ -113,8 +113,7 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
     - with ``checkpoint.keep_best``, the checkpoint with the lowest validation loss;
     - the checkpoints of the steps in ``pinned``.
 
-    Raises:
-        CheckpointError: the state of ``verified`` cannot be read.
+    Raises CheckpointError if the state of ``verified`` cannot be read.
     """
     folders = {step_of(folder): folder for folder in list_checkpoints(run_folder)}
     for step in surplus_steps(folders, step_of(verified), keep_last, best_step(verified)):

@@ -1,4 +1,4 @@
-"""Compare two resolved configs, for example those of a checkpoint and of this command."""
+"""Compare two resolved configs, such as those of a checkpoint and of this command."""
 
 import json
 from typing import Any
@@ -11,8 +11,7 @@ _UNSET = object()
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return the differences of two resolved configs: dotted key -> text such as ``0.001 -> 0.0001``, sorted.
 
-    Except in ``backend.deepspeed``, keys in only one config are ignored, because the program's version may have
-    changed.
+    Keys in only one config are ignored, except in ``backend.deepspeed``. Such keys can come from another version.
     """
     old, new = dict(dotted_keys(before)), dict(dotted_keys(now))
     changes = {}

@@ -1,7 +1,7 @@
 """Load a :class:`~pipeline.config.schema.Config` from JSON files and ``--set`` overrides, and validate it.
 
-One ConfigError reports all mistakes in one line. For each mistake, it names the dotted key, the file that sets the key,
-and what is expected.
+One ConfigError reports all mistakes in one line. For each mistake, the message names the dotted key, the file that sets
+the key, and what is expected.
 """
 
 import difflib
@@ -171,7 +171,7 @@ def _find_mistakes(merged: dict[str, Any], origins: dict[str, str]) -> Iterator[
 
 
 def _remove(content: Any, location: tuple[int | str, ...]) -> None:
-    """Remove an unknown key, because next to it pydantic does not check combinations of keys."""
+    """Remove an unknown key. As long as there is one, pydantic does not check combinations of keys."""
     *sections, name = location
     for section in sections:
         content = content[section]

@@ -1,4 +1,4 @@
-"""Describe all config keys, from the schema: for the command ``config keys``, and for a page of the docs.
+"""Describe all config keys for the command ``config keys`` and for the page ``docs/config.md``.
 
 ``python -m pipeline.config.reference > docs/config.md`` writes the page.
 """

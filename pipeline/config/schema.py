@@ -77,7 +77,7 @@ def describe_model(model: Mapping[str, Any]) -> str:
     """Return a model's preset and the sizes that differ from it.
 
     Args:
-        model: the section ``model`` of a resolved config, in which keys of other versions may be missing.
+        model: the section ``model`` of a resolved config. Keys may be missing if another version wrote the config.
     """
     preset = str(model.get("preset", "unknown"))
     sizes = next((sizes for name, sizes in MODEL_PRESETS.items() if name == preset), {})

@@ -16,7 +16,7 @@ def find_config(name: str | Path) -> Path:
     """Return the path of a config file.
 
     Args:
-        name: the path of a file, or the name of a config in ``ds_configs``. If neither exists, it is used as a path.
+        name: a file, or the name of a config in ``ds_configs``. If neither exists, ``name`` is returned as a path.
     """
     path = Path(name)
     return path if path.is_file() else shipped_configs().get(str(name), path)

@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 class Chat:
     """A conversation with a model, in the format of the training data.
 
-    There, each message begins with a heading line such as ``### User:``. An answer ends at ``<|endoftext|>`` or before
-    the next heading line.
+    Each message begins with a heading line such as ``### User:``. An answer ends at ``<|endoftext|>`` or before the
+    next heading line.
 
-    With the template "messages", an answer also ends at the empty line after a message, whose two line feeds are one
-    token. An empty line between paragraphs is two tokens, and does not end the answer.
+    With the template "messages", an answer also ends at the empty line after a message, which is one token. An empty
+    line between paragraphs is two tokens, and does not end the answer.
 
     Args:
         template: the kind of training data. With "instruction", the model sees only the last message.
@@ -83,5 +83,5 @@ class Chat:
         return self._encode(heading_of_role(role)) + self._encode(text + END_OF_TURN)
 
     def _encode(self, segment: str) -> list[int]:
-        """Encode a segment of a document separately from other segments, like stage 1."""
+        """Encode a segment of a document separately from other segments, as the tokenize command does."""
         return self.writer.tokenizer.encode(segment).tolist()

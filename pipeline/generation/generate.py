@@ -18,8 +18,8 @@ PADDING = 0  # any id: no token attends to it
 def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
     """Draw the next token at random from its logits, and return the token's id.
 
-    ``top_k`` keeps the most likely tokens. Of these, ``top_p`` keeps the most likely ones until their total probability
-    reaches ``top_p`` (Holtzman et al. 2020). With temperature 0, the most likely token is returned.
+    ``top_k`` keeps the most likely tokens. Of these tokens, ``top_p`` keeps the most likely ones until their total
+    probability reaches ``top_p`` (Holtzman et al. 2020). With temperature 0, the most likely token is returned.
 
     Args:
         logits: fp32 of shape (V,), on the CPU.
@@ -56,7 +56,7 @@ def generate_batch(
 
     Args:
         model: the model, in evaluation mode.
-        prompts: the token ids of each prompt, at least one. Of a text longer than the context, the model sees the end.
+        prompts: the token ids of each prompt, at least one id. If a text is too long, the model sees only the end.
         sample: the options for sampling. ``prompt`` and ``stop`` are not used.
         ends: token ids that end a row. They are not yielded.
         stopped: rows that get no further tokens. The caller may add rows between two yields.
@@ -102,7 +102,7 @@ class Decoder:
         """Return the logits for the next token of each text, fp32 of shape (B, V), on the CPU.
 
         Args:
-            texts: the token ids of each whole text. With each call, every text grows by one token.
+            texts: the token ids of each whole text. From call to call, every text must grow by one token.
         """
         starts = [window_start(len(text), self.model.config.context_length) for text in texts]
         if starts == self._starts:
@@ -127,8 +127,8 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the next token of a text.
 
-    If the text is longer than the context, the index is a multiple of half the context length. It changes rarely,
-    because each change requires a new key-value cache.
+    If the text is longer than the context, the index is a multiple of half the context length. A change of the index
+    requires a new key-value cache, so it must be rare.
 
     Args:
         length: the number of tokens in the text.

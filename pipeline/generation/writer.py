@@ -124,7 +124,7 @@ class TextStream:
     def feed(self, token: int) -> str:
         """Add a token, and return the text that can be shown now, which may be empty.
 
-        Incomplete characters and possible beginnings of a stop text are held until later tokens decide.
+        Incomplete characters and possible beginnings of a stop text are held back.
         """
         return self._release(self._decoder.decode(self._token_bytes[token]))
 

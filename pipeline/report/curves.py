@@ -79,7 +79,7 @@ def _training_chart(runs: Sequence[Run], name: str, title: str, key: str, **look
 
 
 def _difference_chart(runs: Sequence[Run]) -> Chart:
-    """Return the chart of each run's training loss minus the first run's, at the steps that both have logged."""
+    """Return the chart of each run's training loss minus the first run's loss, at the steps that both have logged."""
     reference = {row["step"]: row["loss"] for row in runs[0].rows if row.get("loss") is not None}
     curves = []
     for i, run in enumerate(runs[1:], start=1):

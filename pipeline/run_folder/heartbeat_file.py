@@ -23,9 +23,8 @@ STALE_AFTER_S = 600.0
 class HeartbeatFile:
     """Writes the step, the state and the time to ``heartbeat.json`` in the run folder.
 
-    Only the main thread writes, so the time becomes old if this thread is stuck. A new state is written at once. Other
-    writes follow at most every ``INTERVAL_S`` seconds. The file is replaced atomically, without fsync, which can be
-    slow.
+    Only the main thread writes, so the time becomes old if this thread is stuck. A new state is written at once, the
+    same state at most every ``INTERVAL_S`` seconds. There is no fsync, which can be slow.
 
     Args:
         run_folder: the run folder on the main rank. If None, nothing is written.

@@ -93,5 +93,5 @@ def format_duration(seconds: float) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), which JSON needs to be finite. A loss above 700 counts as 700."""
+    """Return exp(loss). A loss above 700 counts as 700, because JSON has no infinity."""
     return math.exp(min(loss, 700.0))

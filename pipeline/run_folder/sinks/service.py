@@ -32,7 +32,7 @@ class Service(ABC):
 
     @abstractmethod
     def connect(self, config: dict[str, Any], run_id: str | None) -> str:
-        """Continue the service's run ``run_id``, or create a run if None. Return the id of the run."""
+        """Continue the service's run ``run_id``, or create a run if ``run_id`` is None. Return the id of the run."""
 
     @abstractmethod
     def send(self, rows: Sequence[Row]) -> None:
@@ -204,7 +204,7 @@ class ServiceSink(Sink):
 
 
 class _Caught:
-    """Catches every error in the block, because a library may raise anything, and lets the sink count it."""
+    """Catches every error in the block, and lets the sink count the error. A library may raise anything."""
 
     def __init__(self, sink: ServiceSink) -> None:
         self._sink = sink
