@@ -8,10 +8,7 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the sequences of an optimizer step are divided into micro-batches.
-
-    In each micro-step, every rank computes one micro-batch.
-    """
+    """The sizes of micro-batches. In each micro-step, every rank computes one micro-batch."""
 
     micro_batch_size: int  # sequences per rank and micro-step
     seq_len: int  # tokens per sequence
@@ -39,8 +36,8 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
     """Divide the batch of an optimizer step into micro-batches.
 
     Raises:
-        ConfigError: ``batch.tokens_per_step`` is not a multiple of the tokens per micro-step, over all ranks. Or the
-            group size of FSDP or hpZ does not divide the number of ranks. The message suggests values that work.
+        ConfigError: ``batch.tokens_per_step`` is not a multiple of the tokens of one micro-step on all ranks, or the
+            group size of FSDP or hpZ does not divide the number of ranks.
     """
     _check_groups(config.backend, world_size)
     batch, seq_len = config.batch, config.seq_len

@@ -36,8 +36,8 @@ def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
 
     Raises:
         DataError: a dataset cannot be used.
-        ConfigError: a tokenizer does not match the model, the tokenizers differ, or the config needs a validation loss
-            and no dataset has a validation split.
+        ConfigError: a tokenizer differs from the model's or another dataset's, or a required validation split is
+            missing.
     """
     datasets = tuple(_open_dataset(component, config) for component in config.data.components)
     if (keys := config.keys_that_need_validation) and not any(dataset.validation for dataset in datasets):
@@ -61,10 +61,7 @@ def _open_dataset(component: MixtureComponent, config: Config) -> TokenDataset:
 
 
 def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
-    """Raise ConfigError if a dataset and a model differ in vocabulary size or end-of-text token.
-
-    ``path`` is the dataset's path, for the error message.
-    """
+    """Raise ConfigError if a dataset and a model differ in vocabulary size or end-of-text token."""
     tokenizer = stream.manifest.tokenizer
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(
@@ -79,7 +76,7 @@ def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) ->
 
 
 def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
-    """Raise ConfigError if the vocabularies differ. The names of the tokenizers may differ."""
+    """Raise ConfigError if the vocabularies differ. Tokenizers with different names can have the same vocabulary."""
     one, two = first.train.manifest.tokenizer, other.train.manifest.tokenizer
     keys = ("vocab_size", "end_of_text", "vocabulary_sha256")
     if any(getattr(one, key) != getattr(two, key) for key in keys):
@@ -105,7 +102,7 @@ def data_sha256(datasets: Sequence[TokenDataset]) -> str:
 def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
     """Raise DataError if the hash of a shard differs from the hash in the manifest.
 
-    Each rank checks some of the shards. Every rank must call this function.
+    Every rank must call this function, and checks some of the shards.
     """
     started, problem = time.perf_counter(), None
     shards = [(Path(dataset.path), shard) for dataset in datasets for shard in dataset.train.manifest.shards]

@@ -47,8 +47,7 @@ class MicroBatch:
     def pinned(self) -> MicroBatch:
         """Return a copy in pinned memory, which can be copied to a GPU asynchronously.
 
-        The caller may free the result while that copy runs, because PyTorch does not reuse the memory until the copy
-        ends.
+        The caller may free the result before that copy ends, because PyTorch does not reuse the memory earlier.
         """
         mask = self.target_mask
         return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())
@@ -56,7 +55,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return inputs and targets on the device, both int64 of shape (B, T).
 
-        Targets that do not count in the loss are ``IGNORE_INDEX``.
+        Targets that are not scored are ``IGNORE_INDEX``.
         """
         tokens = copy_to(self.tokens, device).long()
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -66,7 +65,7 @@ class MicroBatch:
 
 
 class TrainLoader:
-    """Reads the micro-batches that one rank processes in a step.
+    """Reads the micro-batches of one rank.
 
     The samples of a step depend only on the seed and on the number of earlier samples, not on the world size. Let B be
     the micro-batch size. Micro-batch j contains the samples jB to (j+1)B - 1 of the step. Rank j mod world_size
@@ -152,8 +151,7 @@ def suggest_batch(tokens: int, plan: BatchPlan) -> str:
 class Prefetcher:
     """Reads the micro-batches of the next step in a thread, while the device computes the current step.
 
-    The micro-batches of two steps are in memory. If a caller requests another step than the next one, the call itself
-    reads the micro-batches.
+    If a caller requests another step, the call itself reads the micro-batches.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:
@@ -192,11 +190,11 @@ def validation_batches(
     """Yield the validation batches of this rank, in the order of the split.
 
     All ranks together get each target once. Every rank gets the same number of batches, because forward passes are
-    collective under FSDP and ZeRO-3. The last batches may contain padding, which does not count in the loss.
+    collective under FSDP and ZeRO-3. The last batches may contain padding, which is not scored.
 
     Args:
         max_batches: the largest number of batches of all ranks together. If the split has more, the batches contain
-            windows that are spread evenly over the split. None means no limit.
+            windows that are spread evenly over the split.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

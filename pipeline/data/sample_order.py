@@ -1,8 +1,7 @@
 """Compute which window of which dataset a sample is.
 
-The number of the sample suffices, so a run can resume at any sample. A mixture assigns each sample to a dataset, in
-proportion to the weights of the datasets. Within a dataset, each epoch has a different random order of the windows. The
-seed determines all orders.
+The number of the sample suffices, so a run can resume at any sample. A mixture assigns samples to datasets, in
+proportion to the weights of the datasets. Within a dataset, each epoch has a different random order of the windows.
 """
 
 from __future__ import annotations
@@ -87,19 +86,16 @@ class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
     A dataset with the share s provides n s of the first n samples, with an error of less than two samples. The dataset
-    of a sample depends only on the weights and on the number of the sample.
-
-    The datasets are the leaves of a Huffman tree (Huffman 1952). Every inner node divides its samples between its two
-    children.
+    of a sample depends only on the weights and on the number of the sample. The datasets are the leaves of a Huffman
+    tree (Huffman 1952).
 
     Attributes:
-        shares: the exact fraction of the samples from each dataset. The sum is 1.
+        shares: the exact fraction of the samples from each dataset.
     """
 
-    # Why the error is less than two samples: Each node on the path to a leaf adds a rounding error of at most 1/2
-    # sample. Each node further down multiplies this error by the share of its parent's samples that it receives. In a
-    # Huffman tree, two of these factors in a row have a product of at most 1/2. The sum of all errors is therefore less
-    # than 1/2 * (1 + 1 + 1/2 + 1/2 + 1/4 + 1/4 + ...) = 2.
+    # Why the error is less than two samples: Each node on the path to a leaf adds a rounding error of at most 1/2.
+    # Each node further down multiplies this error by its share of its parent's samples. In a Huffman tree, the product
+    # of two such factors in a row is at most 1/2. The sum is less than 1/2 * (1 + 1 + 1/2 + 1/2 + ...) = 2.
 
     def __init__(self, weights: Sequence[float]) -> None:
         """Build the tree from positive weights. The weight 0.1 means exactly 1/10, not the nearest float."""

@@ -29,7 +29,7 @@ _ITEMS_AT_ONCE = 256  # the requests of more examples would need gigabytes: some
 
 @dataclass(frozen=True)
 class PreparedCore:
-    """The tasks of nanochat's bundle, read and checked. Texts are encoded only when they are scored, to save memory."""
+    """The tasks of nanochat's bundle. Texts are encoded only when they are scored, to save memory."""
 
     name: str
     facts: Figures
@@ -109,7 +109,6 @@ def prepare_core(path: str | None, settings: Settings, name: str) -> PreparedCor
     Args:
         path: the folder ``eval_bundle``.
         settings: ``limit`` is the number of examples per task, taken from the start of nanochat's shuffled order.
-        name: the name of the result.
 
     Raises:
         ConfigError: ``path`` is None, or ``settings`` asks for few-shot examples or a stride.

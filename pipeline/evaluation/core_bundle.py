@@ -72,10 +72,7 @@ class BundleTask:
         return (accuracy - self.baseline) / (1 - self.baseline)
 
     def prefix(self, number: int) -> str:
-        """Return the text of the few-shot examples for an item.
-
-        They come from the other items of the task. The seed depends on ``number``.
-        """
+        """Return the text of few-shot examples from the other items of the task. The seed depends on ``number``."""
         others = [i for i in range(len(self.items)) if i != number]
         drawn = random.Random(_SHOTS_SEED + number).sample(others, self.shots)
         return "".join(self._join(*self.items[i].pairs[self.items[i].gold]) + _SHOT_SEPARATOR for i in drawn)
@@ -126,8 +123,7 @@ class BundleTask:
     def answer(self, requests: Sequence[Request], scores: Sequence[Score]) -> int:
         """Return the index of the pair with the highest mean log-likelihood per token.
 
-        If the item has only one pair, return 0 (right) if greedy decoding generates the continuation, and 1 (wrong)
-        otherwise.
+        If the item has only one pair, return 0 if greedy decoding generates the continuation, and 1 (wrong) otherwise.
         """
         if len(scores) == 1:
             return int(not scores[0].is_greedy)

@@ -30,7 +30,7 @@ class Example:
     gold: int = 0
     choices: tuple[str, ...] = ()  # acc_norm divides each log-likelihood by the choice's length
     solved: str | None = None  # the example in few-shot prompts; if None, the right context and continuation
-    rendered_by_file: bool = False  # the file contains a prompt that may differ from the prompt of the task
+    rendered_by_file: bool = False  # the prompt may differ from that of the task
 
     @property
     def shot(self) -> str:
@@ -176,8 +176,8 @@ def winogrande(row: Row) -> Example:
 def lambada(row: Row) -> Example:
     """Read ``text``, whose last word becomes the continuation; or ``context`` and ``continuation``.
 
-    Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. A continuation of several words
-    may be a prompt of the file's own, so ``rendered_by_file`` is then True.
+    Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. If the continuation has several
+    words, ``rendered_by_file`` is True, because the file may contain prompts of its own.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
@@ -222,10 +222,7 @@ class TaskData:
 
 
 def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[Example], list[str]]:
-    """Convert the rows of a task to examples.
-
-    Returns:
-        The examples, and the text of the few-shot examples for each of them (or "").
+    """Convert the rows of a task to examples. Return them, and the text of few-shot examples for each of them.
 
     Raises:
         DataError: a row lacks a column, an answer is empty, or there are too few rows for the few-shot examples.

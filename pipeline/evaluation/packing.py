@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pipeline.model.gpt2 import ScoringBatch
 
-#: The minimum fraction of tokens that a tree must save. If a tree saves less, masked attention costs more time than
-#: the tree saves.
+#: The fraction of tokens that a tree must save. If it saves less, masked attention costs more time than the tree saves.
 LEAST_SAVING = 0.1
 
 
@@ -27,9 +26,9 @@ class Request:
     continuation: tuple[int, ...]  # at least one token
 
     def inputs(self, context_length: int) -> tuple[int, ...]:
-        """Return the tokens that the model must read to score the continuation.
+        """Return the tokens that the model must read to score the continuation, at most ``context_length``.
 
-        The last token is not needed. If more than ``context_length`` tokens are left, the first ones are left out.
+        The last token is not needed. The first tokens of a longer request are left out.
         """
         return (self.context + self.continuation)[:-1][-context_length:]
 
@@ -94,8 +93,7 @@ def build_trees(
     If a tree saves less than the fraction ``LEAST_SAVING`` of the group's tokens, each request gets its own tree.
 
     Args:
-        groups: the numbers of the requests of each group.
-        requests: all requests. A request's number is its index.
+        groups: the indices of each group's requests in ``requests``.
         context_length: the largest number of tokens per request. The first tokens of a longer request are left out.
         reset_at: a token id at which positions restart at 0.
     """

@@ -27,7 +27,7 @@ Encode = Callable[[Tokenizer, str, str], Request]
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task whose examples are already read and encoded. It can be measured several times."""
+    """A task whose examples are read and encoded. It can be measured several times."""
 
     name: str
     facts: dict[str, Any]  # protocol, data, hash of the data, and counts
@@ -59,8 +59,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     """Encode a context and its continuation as one text, and split the tokens into context and continuation.
 
     White space at the end of the context first moves to the continuation, because GPT-2's tokens contain the space
-    before a word. The number of tokens of the context alone determines where to split. An empty context becomes
-    ``<|endoftext|>``. lm-evaluation-harness does the same (``TemplateLM.loglikelihood`` and ``_encode_pair``).
+    before a word. The context gets as many tokens as it has alone. An empty context becomes ``<|endoftext|>``.
+    ``TemplateLM.loglikelihood`` of lm-evaluation-harness does the same.
 
     Raises:
         DataError: the continuation has no token, or the context contains only white space.
@@ -114,7 +114,7 @@ class ChoiceTask:
 
         Raises:
             DataError: a row cannot be used.
-            ConfigError: ``data.settings`` contains a stride, which only tasks on whole texts support.
+            ConfigError: the settings contain a stride.
         """
         examples, groups = _read_and_encode(data, self.read, self.encode)
         facts = facts_of(_protocol_of(name, self.protocol, examples), data, len(examples))
@@ -165,8 +165,8 @@ class ChoiceTask:
 class ContinuationTask:
     """A task with one right continuation per example.
 
-    ``acc`` is the fraction of examples for which greedy decoding generates exactly the continuation. ``perplexity`` is
-    exp of the mean negative log-likelihood per continuation, not per token.
+    ``acc`` is the fraction of continuations that greedy decoding generates exactly. ``perplexity`` is exp of the mean
+    negative log-likelihood per continuation, not per token.
     """
 
     protocol: str
@@ -177,7 +177,7 @@ class ContinuationTask:
 
         Raises:
             DataError: a row cannot be used.
-            ConfigError: ``data.settings`` contains a stride, which only tasks on whole texts support.
+            ConfigError: the settings contain a stride.
         """
         examples, groups = _read_and_encode(data, self.read, encode_pair)
         facts = facts_of(_protocol_of(name, self.protocol, examples), data, len(examples))

@@ -89,7 +89,7 @@ def run_tasks(
     paths = _find_files(tasks, paths or {}, config)
     precision = precision or config.run.precision
     batch_size = batch_size or config.batch.micro_batch_size
-    # Prepare all tasks before scoring starts, so that errors in the data appear at once. Scoring can take hours.
+    # Prepare all tasks first, so that errors in the data appear before hours of scoring.
     prepared = {
         task: prepare_task(task, paths.get(task), settings, config.model, world) for task in tasks if task != VALIDATION
     }
@@ -125,7 +125,6 @@ def run_tasks(
 
 
 def _find_files(tasks: Sequence[str], paths: Mapping[str, str], config: Config) -> dict[str, str]:
-    """Return the given paths, and the paths in the run's ``evaluation.data`` for the other tasks."""
     of_run = {task: path for task, path in config.evaluation.data.items() if task in tasks and task not in paths}
     return {**paths, **{task: find_path(path, config.run) for task, path in of_run.items()}}
 
@@ -138,7 +137,7 @@ def _open_validation(config: Config, path: str | None) -> dict[str, ValidationDa
 
     Raises:
         DataError: a split cannot be used, or no target is scored.
-        ConfigError: the vocabulary of a split is not that of the model.
+        ConfigError: a vocabulary is not that of the model.
     """
     if path is not None or config.data.mixture is None:
         path = find_path(path or config.data.components[0].path, config.run)
@@ -186,7 +185,7 @@ def _measure_validation(
 
 
 def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
-    """Raise ConfigError, before hours of scoring, if the scores of the examples cannot be written."""
+    """Raise ConfigError, before hours of scoring, if ``path`` cannot be written."""
     if set(tasks) == {VALIDATION}:
         raise ConfigError(f"--save-examples {path}: {VALIDATION} has no examples; leave it out, or name other --tasks")
     if path.is_dir() or not path.parent.is_dir() or not is_writable(path):
@@ -199,7 +198,7 @@ def _choose_folder(out: Path | None, run_folder: Path) -> Path | None:
     """Return the folder for results. Returns None if the run folder is not writable.
 
     Raises:
-        DataError: ``out`` is not writable, or is a file.
+        DataError: ``out`` is not writable.
     """
     folder = out or run_folder / EVALUATION_FOLDER
     if out is not None:

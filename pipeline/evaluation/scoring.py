@@ -48,13 +48,12 @@ class Scorer:
     def score(self, groups: Sequence[Sequence[Request]], label: str) -> list[list[Score]]:
         """Return the score of each request, in lists of the same shape as ``groups``.
 
-        Every rank must call this method, and gets all scores. All ranks run the same number of forward passes, because
-        a forward pass is collective under FSDP and ZeRO-3.
+        Every rank must call this method. All ranks get all scores.
 
         Args:
             groups: lists of requests. Put requests that begin with the same tokens into one list, to process them
                 faster.
-            label: the text to show next to the progress bar.
+            label: the text next to the progress bar.
 
         Raises:
             TrainingError: a log-likelihood is not finite.
@@ -78,7 +77,7 @@ class Scorer:
     def _sum_scores(self, batches: Sequence[Sequence[Tree]], requests: int, label: str) -> list[list[float]]:
         """Return, per request, the log-likelihood and the number of continuation tokens that are the argmax."""
         world, device = self.world, self.world.device
-        # A rank without a batch scores this token. No request uses the score.
+        # A rank without a batch scores this token, because forward passes are collective under FSDP and ZeRO-3.
         idle = [Tree(tokens=[0], parents=[-1], positions=[0], pairs={(0, 0): 0})]
         # Keep the sums on the device until the end, so that no forward pass waits for the previous forward pass.
         sums = torch.zeros(2, requests, dtype=summing_dtype(device), device=device)
@@ -106,7 +105,7 @@ class Scorer:
 def compute_for_scoring(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
     """Wrap a loaded model, so that it computes scores in the given precision.
 
-    On a CPU, the linear layers of the model are replaced by faster ones.
+    On a CPU, the model gets faster linear layers.
     """
     pack_linear_layers(model, matmul_dtype(precision))
     return replicated_compute(model, precision, device).eval()

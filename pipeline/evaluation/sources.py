@@ -74,10 +74,7 @@ def texts_field(row: Row, key: str) -> list[str]:
 def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
     """Return the index of the right choice, from 0 to ``count - 1``.
 
-    Args:
-        key: the key of the choice's number in the row.
-        count: the number of choices.
-        first: the number of the first choice in the row.
+    In the row, the first choice has the number ``first``.
 
     Raises:
         KeyError: the key is missing.
@@ -99,8 +96,8 @@ def as_json(value: object) -> str:
 def read_file(path: Path, *, by_line: bool = False) -> Rows:
     """Read the rows of a file.
 
-    A ``.jsonl`` or ``.json`` file contains one JSON object per line, or one array of objects. A ``.parquet`` file
-    contains a table. Any other file is UTF-8 text, and becomes one row with the column ``text``.
+    A ``.jsonl`` or ``.json`` file contains one object per line, or one array of objects. A ``.parquet`` file contains a
+    table. Any other file is UTF-8 text, and becomes one row with the column ``text``.
 
     Args:
         by_line: whether each line of a text file becomes a row, without white space at its end. Empty lines are

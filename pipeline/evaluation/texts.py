@@ -54,13 +54,11 @@ class TextTask:
     split: Callable[[str], list[str]] = lambda text: [text]
 
     def prepare(self, name: str, data: TaskData) -> PreparedTask:
-        """Encode the texts and split the tokens into windows.
-
-        Empty texts are left out. The result contains their number.
+        """Encode the texts and split the tokens into windows. Empty texts are left out.
 
         Raises:
             DataError: a row has no text, or all texts are empty.
-            ConfigError: ``settings`` asks for few-shot examples, or the stride is larger than the context length.
+            ConfigError: the settings ask for few-shot examples, or the stride is larger than the context length.
         """
         settings = data.settings
         if settings.shots:

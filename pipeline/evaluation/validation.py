@@ -42,8 +42,8 @@ def validate(
 
     Returns:
         A dict with ``val_loss``, ``val_perplexity``, and one ``val_loss_<name>`` per dataset of a mixture. The dict is
-        empty without the task ``validation`` or without a validation split. The loss of a dataset is None if its loss
-        mask excludes all targets. The loss of the mixture ignores such datasets.
+        empty without the task ``validation`` or without a validation split. If a loss mask excludes all targets of a
+        dataset, its loss is None and does not count in the mixture.
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}
@@ -66,8 +66,7 @@ def validate_average(
     Every rank must call this function.
 
     Returns:
-        A dict with ``val_ema_loss``. The dict is empty without ``averaging.ema``, or if ``validate`` returns an empty
-        dict.
+        A dict with ``val_ema_loss``. Without ``averaging.ema`` or validation, the dict is empty.
     """
     if config.averaging.ema is None or VALIDATION not in config.evaluation.tasks:
         return {}
@@ -138,8 +137,8 @@ def _sum_batch(logits: Tensor, targets: Tensor, end_of_text: int, dtype: torch.d
     Returns:
         By position in the window, (4, T): loss, number of targets, top-1 matches, top-5 matches.
 
-        Overall, (5,): loss on ``end_of_text`` targets, number of windows, and the sums over windows of loss^2, of loss
-        * targets, and of targets^2.
+        Overall, (5,): loss on ``end_of_text`` targets, number of windows, and the sums over windows of loss^2,
+        loss*targets and targets^2.
     """
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"

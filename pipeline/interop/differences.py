@@ -12,12 +12,11 @@ from pipeline.interop.foreign import model_shapes, read_padded
 from pipeline.model.gpt2 import GPT2, MLP, gelu
 from pipeline.model.parameter_state import WEIGHT
 
-#: The largest vocabulary that is assumed to be GPT-2's with added tokens or padding, if the files contain no other
-#: tokenizer. The value is 50257 rounded up to a multiple of 1024.
+#: A vocabulary up to this size counts as GPT-2's with added tokens or padding: 50257 rounded up to a multiple of 1024.
 LARGEST_PADDED_VOCABULARY = 51_200
 
 #: "Once upon a time there was a small town by the sea. Every morning the fishermen went out in their boats, and every
-#: evening the children waited on the beach to see what they had caught." The ids need no vocabulary file.
+#: evening the children waited on the beach to see what they had caught." Ids need no vocabulary file.
 SHORT_TEXT = (
     *(7454, 2402, 257, 640, 612, 373, 257, 1402, 3240, 416, 262, 5417, 13, 3887, 3329, 262, 34955, 1816, 503, 287),
     *(511, 16659, 11, 290, 790, 6180, 262, 1751, 13488, 319, 262, 10481, 284, 766, 644, 484, 550, 4978, 13),

@@ -16,13 +16,13 @@ FORMATS = {HUGGING_FACE: ("float32", "bfloat16"), GGUF: ("float32", "bfloat16", 
 class Export:
     path: Path
     bytes: int  # the size of the file with the weights
-    notes: list[str]  # messages for the user, for example about settings that the format does not have
+    notes: list[str]  # messages for the user
 
     def __str__(self) -> str:
         return "\n".join([f"wrote {self.path}, weights {self.bytes / 1e6:,.1f} MB", *self.notes])
 
 
-#: A function that exports a checkpoint. Its parameters are the checkpoint, the output path, the dtype and the weights.
+#: Exports a checkpoint. The parameters are the checkpoint, the output path, the dtype and the weights.
 ExportFunction = Callable[[Path | str, Path, str, str], Export]
 
 

@@ -42,8 +42,8 @@ class ForeignModel:
     def copy_elements(self, name: str, start: int, target: Tensor) -> None:
         """Copy a range of a flattened parameter into ``target``, a tensor of shape (n,) on any device.
 
-        The range begins at element ``start``. Only the rows that contain it are read. Elements that the file lacks,
-        such as padding rows, become zero.
+        The range begins at element ``start``. Only the rows that contain the range are read. Elements that the file
+        lacks, such as padding rows, become zero.
         """
         stored = self.weights.get(name)
         available = 0 if stored is None else min(len(target), max(0, stored.numel() - start))
@@ -57,7 +57,7 @@ class ForeignModel:
 @dataclass(frozen=True)
 class Conversion:
     saved: SavedCheckpoint
-    notes: list[str]  # messages for the user about the conversion
+    notes: list[str]  # messages for the user
 
     def __str__(self) -> str:
         return "\n".join([str(self.saved), *self.notes])
@@ -73,11 +73,13 @@ class SettingsObject:
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
     """Load a dict from a file of ``torch.save``. The tensors are memory-mapped. No code in the file is executed.
 
-    A ``SettingsObject`` replaces each ``GPTConfig`` of nanoGPT. ``expected`` describes the right kind of file in error
-    messages.
+    A ``SettingsObject`` replaces each ``GPTConfig`` of nanoGPT.
+
+    Args:
+        expected: the expected kind of file, for the error message.
 
     Raises:
-        CheckpointError: the file is damaged, or contains anything else than a dict of tensors and plain values.
+        CheckpointError: the file is damaged, or is not a dict of tensors and plain values.
     """
     try:
         content = _load_pickle(path, [])
@@ -116,13 +118,13 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
 
 
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the parameters of a state dict by canonical name.
+    """Return the parameters of a state dict by canonical name, without attention masks.
 
-    The result contains no output layer, which shares its weight with the embedding, and no attention masks.
+    The output layer is left out, because it shares the weight of the embedding.
 
     Raises:
-        CheckpointError: the token embedding is missing, a value is not a tensor of finite floats, a parameter is stored
-            twice, an attention mask is not causal, or the output layer differs from the embedding.
+        CheckpointError: a value is not a tensor of finite floats, a parameter is stored twice, or the weights are not
+            those of a GPT-2.
     """
     weights: dict[str, Tensor] = {}
     for key, value in state_dict.items():
@@ -148,10 +150,7 @@ def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, T
 
 
 def canonical_name(key: str) -> str:
-    """Return the canonical name of a parameter.
-
-    The key may have the prefix ``transformer.`` and the prefixes of wrappers such as DDP.
-    """
+    """Return the canonical name of a parameter, without prefixes of ``transformers`` and of wrappers such as DDP."""
     while prefix := next(filter(key.startswith, _WRAPPER_PREFIXES), None):
         key = key.removeprefix(prefix)
     return key.removeprefix(TRANSFORMER_PREFIX)
@@ -245,7 +244,8 @@ def read_padded(
     """Return a tensor in the shape that our model needs. Padding rows and missing tensors are zero.
 
     Args:
-        tensors: maps kinds (``weight``, ``exp_avg`` or ``exp_avg_sq``) to dicts from canonical names to tensors.
+        tensors: ``weight``, ``exp_avg`` or ``exp_avg_sq`` -> canonical name -> tensor.
+        kind: a key of ``tensors``.
     """
     tensor = tensors.get(kind, {}).get(name)
     if tensor is not None and list(tensor.shape) == shapes[name]:

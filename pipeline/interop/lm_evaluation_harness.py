@@ -114,7 +114,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return a completion of each prompt. It ends before ``<|endoftext|>`` or the first stop text.
 
-        The beginning of a prompt is removed if prompt and completion do not fit into the model's context.
+        If prompt and completion do not fit into the model's context, the beginning of the prompt is removed.
 
         The arguments of each request are a prompt and the options ``until``, ``max_gen_toks``, ``do_sample``,
         ``temperature``, ``top_k`` and ``top_p``. Other options are not used.
@@ -157,11 +157,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
         }
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return "", because the model has no chat template.
-
-        Raises:
-            ConfigError: the user asked for a chat template.
-        """
+        """Return "", because the model has no chat template. Raises ConfigError if the user asked for one."""
         if chat_template:
             raise ConfigError("--apply_chat_template: a checkpoint has no chat template; leave it out")
         return ""

@@ -2,7 +2,7 @@
 
 The file contains a dict with the keys ``model`` and ``optimizer`` (state dicts), ``model_args``, ``iter_num`` and
 ``config``. In build-nanogpt's ``model_*.pt``, ``config`` contains the sizes of the model, and ``step`` replaces
-``iter_num``. Matrices have our orientation.
+``iter_num``.
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ def read_nanogpt_model(path: Path) -> ForeignModel:
 
 
 def _read_model(file: NanoGptFile) -> tuple[ForeignModel, ModelConfig]:
-    """Return our model, and the config of the model in the file."""
     section = file.content.section("model")
     weights = read_named_weights(section.where, section.content)
     sizes = {ours: file.model_args.require(theirs, int) for ours, theirs in _SIZE_KEYS.items()}

@@ -14,19 +14,16 @@ _EXPECTED = "nanoGPT's ckpt.pt or build-nanogpt's model_*.pt"
 
 @dataclass(frozen=True)
 class Section:
-    """A dict in a file of nanoGPT or build-nanogpt. The type of each value is checked when it is read."""
+    """A dict in a file of nanoGPT or build-nanogpt.
+
+    Its methods raise CheckpointError if a value has the wrong type.
+    """
 
     where: str
     content: dict[Any, Any]
 
     def get(self, key: Any, kind: type[Any]) -> Any | None:
-        """Return the value of a key, or None if the key is missing.
-
-        If ``kind`` is float, the value may also be an int.
-
-        Raises:
-            CheckpointError: the value is not of type ``kind``.
-        """
+        """Return the value of a key, or None if the key is missing. If ``kind`` is float, the value may be an int."""
         if key not in self.content:
             return None
         value = self.content[key]
@@ -36,21 +33,13 @@ class Section:
         return value
 
     def require(self, key: Any, kind: type[Any]) -> Any:
-        """Return the value of a key.
-
-        Raises:
-            CheckpointError: the key is missing, or the value is not of type ``kind``.
-        """
+        """Return the value of a key. Raises CheckpointError if the key is missing."""
         if key not in self.content:
             raise CheckpointError(f"{self.where}: has no {key!r}; {list_keys(self.content)}; expected {_EXPECTED}")
         return self.get(key, kind)
 
     def section(self, key: Any) -> Section:
-        """Return the dict under a key, as a ``Section``.
-
-        Raises:
-            CheckpointError: the key is missing, or the value is not a dict.
-        """
+        """Return the dict under a key. Raises CheckpointError if the key is missing."""
         return Section(f"{self.where}: {key}", self.require(key, dict))
 
 
@@ -76,9 +65,6 @@ class NanoGptFile:
 
 def open_nanogpt_file(path: Path) -> NanoGptFile:
     """Open a model file of nanoGPT or build-nanogpt. Tensors are memory-mapped, and no code in the file is executed.
-
-    The key ``config`` contains the settings of the run in nanoGPT's files, and the sizes of the model in
-    build-nanogpt's.
 
     Raises:
         CheckpointError: the file is damaged, or does not come from these programs.

@@ -85,7 +85,7 @@ def _notes(config: ModelConfig) -> list[str]:
 
 
 def _stream_weights(source: Path, config: ModelConfig, dtype: torch.dtype, weights: str) -> dict[str, StreamedTensor]:
-    """Return all parameters by their names in ``transformers``. They are read when they are written."""
+    """Return all parameters by their names in ``transformers``. Each parameter is read only when it is written."""
     shapes, exported_shapes = model_shapes(config), stored_shapes(config)
     pieces = pieces_of_weights(source, shapes, weights)
 

@@ -60,8 +60,8 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
         source: a folder, or the name of a model on the hub.
 
     Raises:
-        CheckpointError: the model cannot be found, is damaged or not a GPT-2, or the run folder has checkpoints or
-            cannot be written.
+        CheckpointError: the model is missing, damaged or not a GPT-2, or the run folder has checkpoints or cannot be
+            written.
         ConfigError: a setting of the model is not valid in a run config, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)

@@ -21,8 +21,7 @@ def check_access(name: str) -> None:
     """Check that an upload can work. Call this function before the export, which can take long.
 
     Raises:
-        CheckpointError: the name is not ``MODEL`` or ``USER/MODEL``, there is no token, or the hub does not answer or
-            rejects the token.
+        CheckpointError: the name is not ``MODEL`` or ``USER/MODEL``, there is no token, or the hub does not accept it.
     """
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -49,8 +48,7 @@ def push_to_hub(export: Path, name: str, *, private: bool) -> str:
         private: whether the model must be private.
 
     Raises:
-        CheckpointError: the hub refuses the upload or does not answer, or ``private`` is True and a public model has
-            this name.
+        CheckpointError: the upload fails, or ``private`` is True and the model exists and is public.
     """
     later = f"; the export is in {export}: upload it later with: hf upload {name} {export}"
     with _one_line_errors(name, later) as api:
@@ -74,7 +72,7 @@ def push_to_hub(export: Path, name: str, *, private: bool) -> str:
 
 @contextmanager
 def _one_line_errors(name: str, advice: str = "") -> "Iterator[HfApi]":
-    """Return a context manager that gives a client of the hub, and converts its errors to a CheckpointError."""
+    """Yield a client of the hub, and convert its errors to CheckpointError."""
     # Imported here because the import is slow and a local export does not need this library.
     from huggingface_hub import HfApi
 

@@ -62,8 +62,7 @@ def _printer() -> Callable[[bytes], str]:
 def describe_other_tokenizer(folder: Path) -> str | None:
     """Return a line for the user if the tokenizer in a folder is not GPT-2's, and None otherwise.
 
-    GPT-2's tokenizer with further tokens counts as GPT-2's. If there is no tokenizer, or GPT-2's cannot be loaded, the
-    result is None.
+    A tokenizer that adds tokens to GPT-2's is accepted. The result is also None if either tokenizer is missing.
 
     Raises:
         CheckpointError: a file of the tokenizer is malformed.
@@ -85,7 +84,7 @@ def describe_other_tokenizer(folder: Path) -> str | None:
 
 
 def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Return the file that lists the tokens of a folder's tokenizer, and the ids by token, or None if no file does."""
+    """Return the file with a folder's vocabulary, and the ids by token. They are None if there is no vocabulary."""
     path = folder / VOCABULARY_FILE
     if path.is_file():
         return path, read_json_object(path)
