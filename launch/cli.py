@@ -241,9 +241,8 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     - 1: an unexpected error;
     - 2: a mistake of the user, or a run that cannot continue;
     - 3: a rank is lost or stuck;
-    - 128 + n: the signal n stopped the command.
-
-    If the output goes to a program that has ended, such as ``head``, the status is that of SIGPIPE, without a message.
+    - 128 + n: the signal n stopped the command;
+    - 128 + SIGPIPE: the program that read the output, such as ``head``, has ended.
     """
     status = 0
     lock_bars_among_threads()

@@ -1,8 +1,8 @@
 """Tokenize Python's standard library, train a small GPT-2 on it, evaluate it and generate text, in a few minutes.
 
-The command measures how long a step takes on this machine. It then chooses the number of steps so that all stages
-together take about --minutes. If the command is interrupted, repeat it. Finished stages are skipped, and an interrupted
-run continues.
+The command measures the time of a step on this machine, and chooses the number of steps so that all stages together
+take about --minutes. If the command is interrupted, repeat it. Finished stages are skipped, and an interrupted run
+continues.
 """
 
 import argparse
@@ -91,7 +91,6 @@ def choose_settings(given: Sequence[str], config: Config, deadline: float) -> li
 
     Args:
         given: the user's values of ``--set``. The result begins with them.
-        config: the config with the user's values.
         deadline: the end of all stages, on the clock ``time.perf_counter()``.
     """
     begun = Path(config.run.out_dir) / CONFIG_FILE

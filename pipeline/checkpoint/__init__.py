@@ -9,8 +9,4 @@ A checkpoint is a folder, for example ``checkpoints/step_00000100``, with these 
                                       size and SHA-256 of each file above, SHA-256 of the manifest itself
 
 Each rank saves the pieces that it holds, and loads only the elements that it needs. No file contains pickled objects.
-
-Saving:          ``background`` (starts a thread), ``saving``, ``retention`` (deletes old checkpoints)
-URL of the run:  ``mirror`` (uploads), ``remote_run`` (layout at the URL), ``pairing`` (which URLs belong to a run)
-Downloading:     ``download`` (to continue a run), ``weights_copy`` (only the weights)
 """

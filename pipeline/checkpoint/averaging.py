@@ -35,7 +35,7 @@ def average_checkpoints(
     """Average the weights of several checkpoints of ``run``, and write a new run into ``run_folder``.
 
     Moving averages of the weights (``averaging.ema``) are averaged too, if all checkpoints have one. All other values
-    come from the newest averaged checkpoint. Only one parameter is in memory at a time.
+    come from the newest averaged checkpoint.
 
     Args:
         last: average this number of the newest checkpoints, at least 2. Give either ``last`` or ``steps``.
@@ -103,7 +103,7 @@ def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[dict[s
 
 
 def _choose_state_names(manifests: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Return the names of the tensors to average, without the moving average if any checkpoint has none."""
+    """Return the names of the optimizer tensors to write, without the moving average if any checkpoint has none."""
     names: dict[str, list[str]] = manifests[-1]["optimizer_state"]
     have_average = [all(EMA in kinds for kinds in manifest["optimizer_state"].values()) for manifest in manifests]
     if any(have_average) and not all(have_average):

@@ -32,7 +32,7 @@ _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
     """Copy a checkpoint into a new run folder, with the files that a single rank would have written.
 
-    In the new ``config.json``, ``run.out_dir`` is the new folder. The config in the checkpoint does not change.
+    In the new ``config.json``, ``run.out_dir`` is the new folder.
 
     Args:
         source: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
@@ -76,10 +76,9 @@ def write_new_run(
     """Write ``config.json`` and a checkpoint into a run folder. Create the folder if it does not exist.
 
     Args:
-        config: the config for ``config.json``.
         shapes: the shapes of all parameters, by canonical name.
-        read: called with (kind, canonical name) just before a tensor is written, and returns this tensor. The kind is
-            ``weight`` or the name of an optimizer tensor, such as ``exp_avg``.
+        read: returns the tensor for (kind, canonical name), just before the tensor is written. The kind is ``weight``
+            or the name of an optimizer tensor, such as ``exp_avg``.
         stored_config: the config to store in the checkpoint. If None, ``config`` is stored.
         state_names: the names of each parameter's optimizer tensors. If None, ``config.optimizer`` decides.
         averaged_steps: if the weights are an average, the steps of the averaged checkpoints.

@@ -44,8 +44,8 @@ class Block:
 def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: World) -> Path:
     """Download a checkpoint into a run folder that all ranks share, verify it, and return its folder there.
 
-    A damaged checkpoint of the same step is replaced. If the run folder has no metrics, they are downloaded too. The
-    run folder records that the URL belongs to the run. This call is collective: every rank must make it.
+    A damaged checkpoint of the same step is replaced. If the run folder has no metrics, they are downloaded too. This
+    call is collective: every rank must make it.
 
     Raises:
         DamagedAtUrlError: the downloaded files differ from the manifest. The run folder has not changed.

@@ -29,18 +29,19 @@ _POSITIONS = "wpe.weight"
 def load_training_state(folder: Path, backend: Backend, rank: int | None = None) -> TrainingState:
     """Load a checkpoint into the backend, and return its training state.
 
-    If another optimizer wrote the checkpoint, only the weights are loaded. The optimizer then starts with zero state at
-    step count 0. In the result, ``optimizer_start`` is the number of updates so far.
+    If another optimizer wrote the checkpoint, only the weights are loaded. The optimizer then starts at step count 0,
+    and ``optimizer_start`` in the result is the number of updates so far.
 
-    If the backend averages the weights but the checkpoint has no average, the average starts as a copy of the weights.
+    If the checkpoint lacks an average of the weights that the backend keeps, the average starts as a copy of the
+    weights.
 
     Args:
         rank: the rank whose files are tried first. If they contain all that the rank needs, no other file is read. If
-            None, the headers of all files are read and checked.
+            None, the headers of all files are checked.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model. If a file could not be read, the backend
-            may already contain some of the checkpoint's values. Otherwise, the backend has not changed.
+            may already contain some new values. Otherwise, the backend has not changed.
     """
     state, _ = read_state(folder)
     fragments = list(backend.fragments())
@@ -99,10 +100,9 @@ def _log_average(folder: Path, *, is_stored: bool, is_kept: bool) -> None:
 
 
 def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "training") -> None:
-    """Copy the weights of a checkpoint into a model.
+    """Copy the weights of a checkpoint into a model's ``parameters``.
 
     Args:
-        parameters: the whole parameters of the model, by canonical name.
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
@@ -121,7 +121,7 @@ def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) 
     A piece is a stored range of a parameter's flattened elements.
 
     Args:
-        shapes: the shapes of the model's parameters, by canonical name.
+        shapes: the shapes of the model's parameters.
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
@@ -147,10 +147,7 @@ def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
 def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
     """Check that a checkpoint fits a model, and return the index of the checkpoint's pieces.
 
-    A piece is a stored range of a parameter's flattened elements.
-
-    Args:
-        shapes: the shapes of the model's parameters, by canonical name.
+    A piece is a stored range of a parameter's flattened elements. ``shapes`` has the shapes of the model's parameters.
 
     Raises:
         CheckpointError: the checkpoint belongs to another model, or a file is damaged.
@@ -221,7 +218,7 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
 
     Raises:
         CheckpointError: there is no undamaged checkpoint, or it has no moving average.
-        ConfigError: the config in the checkpoint is not valid for this program.
+        ConfigError: the config in the checkpoint is not valid.
     """
     folder = locate_weights_of(path)
     state, stored = read_state(folder)

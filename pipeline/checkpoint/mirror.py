@@ -1,9 +1,9 @@
 """Upload the checkpoints of a run to a URL while training continues.
 
 Each rank has a thread that uploads. The threads use no collectives, because one slow network would then block all
-ranks. They exchange messages through the run's key-value store. One *round* uploads one checkpoint:
+ranks. One *round* uploads one checkpoint:
 
-1. Rank 0 writes the names of the checkpoint's files into the store.
+1. Rank 0 writes the names of the checkpoint's files into the run's key-value store.
 2. Every rank uploads its share of the files, and writes its result into the store.
 3. When all ranks have succeeded, rank 0 writes the manifest at the URL.
 """
@@ -60,7 +60,7 @@ class Mirror:
     """Uploads a run's checkpoints to a URL, and deletes old checkpoints there by the same rules as on the disk.
 
     Call ``request`` after each save. The ranks then upload the checkpoints that the URL lacks, the newest first. A
-    failed upload is tried again after the next save, unless the checkpoint was deleted from the disk.
+    failed upload is tried again after the next save, if the checkpoint is still on the disk.
 
     Args:
         timeout_s: the longest time for one upload, and for the wait at the end of the run.

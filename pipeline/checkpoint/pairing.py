@@ -26,8 +26,8 @@ def pair(run_folder: Path, url: str) -> None:
 def abandon(run_folder: Path, step: int) -> None:
     """Record that the checkpoints from ``step`` on are abandoned, at all URLs of the run.
 
-    Call this function if the run continues from an earlier step. Later starts of the run then avoid these checkpoints,
-    even if a server does not answer now.
+    Call this function if the run continues from an earlier step. Later starts then avoid these checkpoints, even if a
+    server does not answer now.
     """
     record = _read(run_folder)
     if record["urls"]:

@@ -5,8 +5,7 @@ A piece is a whole parameter, or a range of its flattened elements:
     whole parameter   key ``name``               original shape
     range             key ``name[start:stop]``   shape (stop - start,)
 
-``name`` is the canonical name, as in ``GPT2.named_parameters()``. Keys of optimizer tensors begin with a prefix, such
-as ``exp_avg/`` or ``momentum/``.
+``name`` is the name in ``GPT2.named_parameters()``. Keys of optimizer tensors begin with a prefix such as ``exp_avg/``.
 """
 
 import re

@@ -93,7 +93,7 @@ def _remove_folder(folder: Path) -> None:
 def surplus_steps(steps: Iterable[int], newest: int, keep_last: int, best: int | None) -> list[int]:
     """Return the steps up to ``newest`` whose checkpoints are not needed, in ascending order.
 
-    The caller must keep milestones, which are multiples of ``checkpoint.keep_every_steps``.
+    The caller must keep multiples of ``checkpoint.keep_every_steps``.
 
     Args:
         newest: the step of the newest verified checkpoint.
@@ -172,8 +172,7 @@ def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
 
     Raises:
         ConfigError: another process uses the run folder.
-        CheckpointError: the folder is not a run folder, a folder cannot be deleted, or no checkpoint passes
-            verification. In the last case, nothing is deleted.
+        CheckpointError: there is no run, no checkpoint passes verification, or a folder cannot be deleted.
     """
     if is_checkpoint(run_folder):
         raise CheckpointError(f"{run_folder}: is a checkpoint; give the run folder that holds it")

@@ -83,8 +83,7 @@ def write_checkpoint(
 
     Args:
         config: the resolved config to store in the checkpoint.
-        pinned: returns a context manager, in whose block old checkpoints are deleted. The block gets the steps whose
-            checkpoints must not be deleted.
+        pinned: returns a context manager for the deletion, which gives the steps whose checkpoints must be kept.
 
     Raises:
         CheckpointError: a rank could not write a file, or read back different bytes. The incomplete folder is removed,

@@ -16,8 +16,7 @@ def with_working_dir(config: Config) -> Config:
 def find_path(path: str, run: RunConfig) -> str:
     """Return the path of a file or folder that a config names. A URL is returned unchanged.
 
-    A relative path is searched in the current folder, then in the folder in which the run was started. If both folders
-    are the same, the path need not exist.
+    A relative path is searched in the current folder, then in the folder in which the run was started.
 
     Raises:
         DataError: the two folders differ, and neither contains the path.

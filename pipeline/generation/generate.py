@@ -19,7 +19,7 @@ def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> in
     """Draw the next token at random from its logits, and return the token's id.
 
     ``top_k`` keeps the most likely tokens. Of these tokens, ``top_p`` keeps the most likely ones until their total
-    probability reaches ``top_p`` (Holtzman et al. 2020). With temperature 0, the most likely token is returned.
+    probability reaches ``top_p``. With temperature 0, the most likely token is returned.
 
     Args:
         logits: fp32 of shape (V,), on the CPU.
@@ -127,8 +127,8 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the next token of a text.
 
-    If the text is longer than the context, the index is a multiple of half the context length. A change of the index
-    requires a new key-value cache, so it must be rare.
+    In a text longer than the context, this is a multiple of half the context length. It changes rarely, which keeps the
+    key-value cache valid.
 
     Args:
         length: the number of tokens in the text.

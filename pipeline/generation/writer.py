@@ -32,6 +32,7 @@ def load_writer(
 
     Args:
         checkpoint: a checkpoint folder, or a run folder, whose newest good checkpoint is used. Also a URL.
+        dtype: ``fp32`` or ``bf16``.
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
         prompts: the usual number of prompts per call, for which generation is fastest.
 
