@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,17 @@ DIFFERENT_NUMBERS_KEY = "different_numbers"
 MEAN_LOSS_KEY = "mean_loss"
 
 #: Row key -> format on the console, which shows no other keys. Fixed widths align the columns of training rows.
+#: With the time of day and the time left, a line fits into 100 columns.
 _CONSOLE_FORMATS = {
     MEAN_LOSS_KEY: "loss {:7.4f}",
     "val_loss": "validation loss {:.4f}",
     "val_perplexity": "perplexity {:.2f}",
-    "val_ema_loss": "loss of averaged weights {:.4f}",
-    "lr": "lr {:.2e}",
+    "val_ema_loss": "averaged weights {:.4f}",
     "grad_norm": "norm {:6.3f}",
     "tokens_per_s": "{:>7,.0f} tokens/s",
-    "mfu": "MFU {:5.1%}",
-    "step_ms": "{:>5,.0f} ms",
-    "peak_memory_gib": "{:.2f} GiB",
-    DIFFERENT_NUMBERS_KEY: "different numbers",
 }
+
+_SPEED_KEYS = ("tokens_per_s", "step_ms", "mfu", "peak_memory_gib")
 
 #: The losses by row key. The console also shows that a loss is null.
 LOSSES = {MEAN_LOSS_KEY: "loss", "val_loss": "validation loss"}
@@ -69,17 +69,27 @@ def _is_row(row: Any) -> bool:
     """Return whether a JSON value is a row: an object with a step, and numbers or null where numbers are shown."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
-    numbers = ["loss", *(key for key, pattern in _CONSOLE_FORMATS.items() if "{" in pattern)]
+    numbers = ("loss", "lr", *_SPEED_KEYS, *_CONSOLE_FORMATS)
     is_shown = all(isinstance(row.get(key), (int, float, type(None))) for key in numbers)
     return is_shown and isinstance(row.get("elapsed_s", 0), (int, float))
 
 
 def format_row(row: dict[str, Any], max_steps: int) -> str:
-    """Return a row as a line for the console, such as ``step 100/200 | loss  5.1234 | lr 6.00e-04 | ...``."""
+    """Return a row as a line for the console, such as ``step 100/200 | loss  5.1234 | norm  1.234 | ...``."""
     width = len(str(max_steps))
     figures = [pattern.format(row[key]) for key, pattern in _CONSOLE_FORMATS.items() if row.get(key) is not None]
     figures[:0] = [f"{name} null" for key, name in LOSSES.items() if key in row and row[key] is None]
     return " | ".join([f"step {row['step']:>{width}}/{max_steps}", *figures])
+
+
+def describe_speed(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the median speed of the training rows and the highest peak memory as text, or "" without such rows."""
+    trained = [row for row in rows if all(row.get(key) is not None for key in _SPEED_KEYS)]
+    if not trained:
+        return ""
+    tokens_per_s, step_ms, mfu, _ = (statistics.median(row[key] for row in trained) for key in _SPEED_KEYS)
+    memory = max(row["peak_memory_gib"] for row in trained)
+    return f"{tokens_per_s:,.0f} tokens/s, {step_ms:,.0f} ms per step, MFU {mfu:.1%}, at most {memory:.2f} GiB"
 
 
 def format_duration(seconds: float) -> str:

@@ -29,7 +29,7 @@ from pipeline.run_folder.heartbeat_file import HeartbeatFile
 from pipeline.run_folder.layout import FLIGHT_RECORDER_FOLDER, LOG_FILE
 from pipeline.run_folder.lock import lock_run_folder
 from pipeline.run_folder.log_file import run_log
-from pipeline.run_folder.metrics import format_duration
+from pipeline.run_folder.metrics import describe_speed, format_duration, read_metrics
 from pipeline.run_folder.sinks import check_sinks
 from pipeline.training.compilation import choose_compilation
 from pipeline.training.initial_weights import find_initial_weights, write_initial_weights
@@ -185,6 +185,8 @@ def _log_end(trainer: Trainer) -> None:
     names = {"loss": "in training", "validation_loss": "in validation"}
     if losses := [f"{results[key]:.4f} {name}" for key, name in names.items() if key in results]:
         log.info("loss      %s", ", ".join(losses))
+    if trainer.world.is_main and (speed := describe_speed(read_metrics(folder))):
+        log.info("speed     %s", speed)
     if skipped := state.step - state.updates:
         log.warning("skipped   %d steps, because their gradient norm was not finite", skipped)
     if failed := trainer.record.failed_saves:

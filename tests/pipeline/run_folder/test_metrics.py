@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run_folder.metrics import format_duration, format_row, read_metrics
+from pipeline.run_folder.metrics import describe_speed, format_duration, format_row, read_metrics
 
 
 class TestConsole:
@@ -23,7 +23,7 @@ class TestConsole:
             },
             200,
         )
-        assert line == "step   7/200 | loss  5.1235 | lr 6.00e-04 | norm  1.234 |  12,346 tokens/s | MFU 45.7%"
+        assert line == "step   7/200 | loss  5.1235 | norm  1.234 |  12,346 tokens/s"
 
     def test_a_validation_row(self) -> None:
         line = format_row({"step": 200, "val_loss": 3.0, "val_perplexity": 20.0855}, 200)
@@ -31,8 +31,18 @@ class TestConsole:
 
 
 def test_the_console_says_that_a_loss_is_null() -> None:
-    assert format_row({"step": 3, "mean_loss": None, "lr": 1e-3}, 10) == "step  3/10 | loss null | lr 1.00e-03"
+    assert format_row({"step": 3, "mean_loss": None, "grad_norm": 1.5}, 10) == "step  3/10 | loss null | norm  1.500"
     assert format_row({"step": 3, "val_loss": None, "val_perplexity": None}, 10) == "step  3/10 | validation loss null"
+
+
+def test_the_speed_is_the_median_of_the_training_rows() -> None:
+    rows = [
+        {"step": step, "tokens_per_s": speed, "step_ms": 1e6 / speed, "mfu": speed / 1e4, "peak_memory_gib": step / 8}
+        for step, speed in ((1, 100.0), (2, 1250.0), (3, 1300.0))
+    ]
+    said = "1,250 tokens/s, 800 ms per step, MFU 12.5%, at most 0.38 GiB"
+    assert describe_speed([*rows, {"step": 3, "val_loss": 2.0}, {**rows[0], "mfu": None}]) == said
+    assert describe_speed([{"step": 0, "val_loss": 2.0}]) == ""
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,19 @@ def test_training_rows_are_aligned_and_show_the_time_left(caplog: pytest.LogCapt
     assert "left" not in again and last.endswith(" | 1 min 30 s left"), "after a rollback, the estimate starts again"
 
 
+def test_the_line_of_a_large_run_fits_into_100_columns(caplog: pytest.LogCaptureFixture) -> None:
+    console = Console()
+    console.start({"schedule": {"max_steps": 190_735}}, 0)
+    figures = {"lr": 6e-4, "grad_norm": 12.345, "tokens_per_s": 1.5e6, "mfu": 0.45, "step_ms": 333.0}
+    with caplog.at_level(logging.INFO):
+        for step in (100_000, 100_001):
+            console.write({"step": step, "loss": 0.0, "mean_loss": 10.95, **figures, "elapsed_s": step / 3})
+        losses = {"val_loss": 3.05, "val_perplexity": 21.12, "val_ema_loss": 3.05}
+        console.write({"step": 100_001, "elapsed_s": 33333.4, **losses})
+    assert " left" in caplog.messages[1]
+    assert max(map(len, caplog.messages)) <= 100
+
+
 class Terminal(io.StringIO):
     """Collects what a program writes to its terminal."""
 
