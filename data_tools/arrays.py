@@ -1,4 +1,4 @@
-"""Define array types for all stages, and convert arrays to Arrow without a copy."""
+"""Define array types for all stages, and convert arrays to Arrow."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ CountArray = npt.NDArray[np.int64]  # counts and positions
 
 
 def as_arrow(values: npt.NDArray[Any]) -> pa.Array:
-    """Return a contiguous integer array of shape (n,) as an Arrow array on the same memory.
+    """Return a contiguous integer array of shape (n,) as an Arrow array, without a copy.
 
     ``pa.array`` is not used, because it imports pandas, which is slow.
     """

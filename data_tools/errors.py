@@ -61,8 +61,7 @@ def install_command(extra: str = "") -> str:
 def one_line_write_errors(path: Path) -> Iterator[None]:
     """Return a context manager that converts an ``OSError``, such as a full disk, to a DataError.
 
-    Args:
-        path: the file or folder that the ``with`` block writes, for the message.
+    ``path`` is what the ``with`` block writes, for the message.
     """
     try:
         yield
@@ -74,8 +73,7 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
 def one_line_read_errors(path: Path) -> Iterator[None]:
     """Return a context manager that converts an ``OSError`` of a read to a DataError.
 
-    Args:
-        path: the file for the message, if the ``OSError`` names no file.
+    If the ``OSError`` names no file, the message contains ``path``.
     """
     try:
         yield

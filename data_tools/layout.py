@@ -19,8 +19,7 @@ def heading_of_role(role: str) -> str:
 def instruction_prompt(instruction: str, given: str = "") -> str:
     """Return an instruction as text in the format of the training data, up to the place where the answer begins.
 
-    Args:
-        given: the input for the instruction, such as a text to translate.
+    ``given`` is the input for the instruction, such as a text to translate.
     """
     texts = (instruction, given) if given else (instruction,)
     fields = zip(INSTRUCTION_FIELDS, texts, strict=False)

@@ -22,8 +22,7 @@ class SourceRequest:
         inputs: files, folders or glob patterns. For ``hf``, the name of one dataset, or one local folder.
         text_field: the field or column with the text of a document.
         document_separator: for ``text``, the text between two documents of a file. If None, each file is one document.
-        dataset_config: for ``hf`` and ``fineweb-edu``, the configuration of the dataset.
-        dataset_split: for ``hf`` and ``fineweb-edu``, the split of the dataset.
+        dataset_config, dataset_split: for ``hf`` and ``fineweb-edu``, the configuration and the split of the dataset.
     """
 
     source: SourceKind

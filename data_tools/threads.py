@@ -40,8 +40,7 @@ def map_threads(
 
     Args:
         workers: the largest number of threads. None means one per core.
-        advance: receives each reported number of bytes, from one thread at a time. It first receives 0 before the work
-            begins.
+        advance: receives 0 at the start, and then each reported number. Calls never overlap.
 
     Raises:
         BaseException: the error of the first item in ``items`` that failed. Unfinished items are abandoned.

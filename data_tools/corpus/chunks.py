@@ -1,4 +1,4 @@
-"""Divide the source into chunks: ranges that any process on any machine can encode, in any order.
+"""Divide the source into chunks: ranges that any process can encode, in any order.
 
 Each chunk has its own shards. Equal requests give equal chunks and equal shards.
 """
@@ -81,7 +81,7 @@ class ChunkRecord:
     """The results of a finished chunk.
 
     Attributes:
-        shards: the records of the shards, grouped by split.
+        shards: grouped by split.
         lengths: entry k is the number of documents with 2**k to 2**(k+1) - 1 tokens.
         repeated: the number of documents left out because an equal document comes before them.
         checked: the number of documents whose tokens were compared with tiktoken's.
@@ -112,7 +112,7 @@ class ChunkRecord:
 
     @classmethod
     def from_bytes(cls, content: bytes, place: str) -> ChunkRecord:
-        """Return a record from the JSON text of ``to_bytes``. ``place`` names the file, for error messages."""
+        """Return a record from the JSON text of ``to_bytes``. Error messages contain ``place``."""
         try:
             return _RECORD.validate_json(content)
         except ValidationError as error:
@@ -167,7 +167,6 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
 
 
 def _chunk_bytes(text_bytes: int | None, request: TokenizeRequest) -> int:
-    """Return the target bytes of text per chunk."""
     largest = max(request.shard_tokens * _BYTES_PER_TOKEN, _SMALLEST_CHUNK_BYTES)
     wanted = largest if text_bytes is None else text_bytes // _WANTED_CHUNKS
     return min(max(wanted, _SMALLEST_CHUNK_BYTES), largest)
@@ -178,8 +177,7 @@ def documents_of(
 ) -> Iterator[Document]:
     """Yield the non-empty documents of a chunk, in the order of the source.
 
-    Args:
-        skipped: counts empty documents and rows that cannot be read.
+    ``skipped`` counts empty documents and rows that cannot be read.
 
     Raises:
         DataError: a row cannot be read, and ``on_bad_rows`` is ``stop``.

@@ -34,10 +34,7 @@ def run_chunks(
 ) -> Generator[Result, None, None]:
     """Process chunks in parallel. Yield the result of each chunk as soon as it is available.
 
-    Closing the generator stops the work.
-
-    Args:
-        on_report: receives the progress that ``work`` reports.
+    ``on_report`` receives the progress that ``work`` reports. Closing the generator stops the work.
 
     Raises:
         DataError: ``work`` raised it, or several workers died at the same chunk.

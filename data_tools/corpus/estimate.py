@@ -90,9 +90,7 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
 def check_free_space(estimate: Estimate, written_bytes: int, place: str) -> None:
     """Raise DataError if the free disk space is too small for the remaining shards.
 
-    Args:
-        written_bytes: the size of the shards that already exist.
-        place: the output folder, for the error message.
+    ``written_bytes`` is the size of the shards that already exist.
     """
     if estimate.shard_bytes is None or estimate.free_bytes is None:
         return

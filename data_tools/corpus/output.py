@@ -92,7 +92,7 @@ class OutputFolder:
         return sum((record.progress for record in self.finished.values()), Contents())
 
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
-        """Set ``chunks`` and ``finished``. Call this method before any chunk is encoded.
+        """Set ``chunks`` and ``finished``, before any chunk is encoded.
 
         If the folder has a plan, load it. Otherwise, write a plan with the chunks of ``make_plan``.
 
@@ -195,14 +195,11 @@ class OutputFolder:
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
     """Return a context manager that creates an output folder, or opens the folder of an interrupted request.
 
-    The ``with`` block gets an ``OutputFolder``. If the block raises an error, ``abandon`` is called.
-
-    Args:
-        identity: the result of ``identity_of``.
-        shared: whether other processes write to the folder at the same time.
+    The ``with`` block gets an ``OutputFolder``. If the block raises an error, ``abandon`` is called. If other processes
+    write to the folder at the same time, ``shared`` must be True.
 
     Raises:
-        DataError: the folder is in use, or contains files but no output of a request.
+        DataError: the folder is in use, or contains other files.
     """
     folder = open_folder(out)
     path = folder.path if isinstance(folder, LocalFolder) else None
@@ -240,7 +237,6 @@ def _check_origin(folder: Folder, out: Path | str) -> None:
 
 
 def _check_shard(folder: Folder, shard: ShardRecord, place: str) -> None:
-    """Raise DataError if a local shard is damaged, or if a remote shard is missing."""
     if isinstance(folder, LocalFolder):
         map_shard(folder.path, shard)
         if shard.mask_file is not None:

@@ -35,7 +35,7 @@ class TokenizeRequest(SourceRequest):
         engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster).
         ray_address: the address of the Ray cluster. None means a new cluster on this machine.
 
-    The options ``workers``, ``encoder``, ``engine`` and ``ray_address`` do not change the shards.
+    The options from ``workers`` on do not change the shards.
 
     Raises:
         DataError: an option has an invalid value.

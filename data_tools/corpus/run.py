@@ -27,7 +27,7 @@ class Observer:
     """Receives messages, the estimate and the progress of a request. This base class ignores them."""
 
     def noticed(self, line: str) -> None:
-        """Receive a message for the user about the input. All messages come before ``planned``."""
+        """Receive a message for the user about the input, before ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk is processed. ``tokenize_share`` makes no estimate."""
@@ -48,12 +48,8 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
     """Tokenize a source into a folder of shards, and return the manifest. Continue an interrupted request.
 
-    If the folder is already complete, it is only checked.
-
-    Args:
-        request: the source, the output folder and the options. With more than one worker, the calling script needs
-            ``if __name__ == "__main__"``.
-        observer: receives messages, the estimate and the progress.
+    If the folder is already complete, it is only checked. With more than one worker, the calling script needs
+    ``if __name__ == "__main__"``.
 
     Raises:
         DataError: the source or a document cannot be read, the folder cannot be used, or the disk is full.

@@ -43,8 +43,7 @@ def assign_splits(
 ) -> Iterator[AssignedDocument]:
     """Choose a split for each document with ``draw_split``. No document may be empty.
 
-    Args:
-        fill_both: whether to call ``fill_both_splits``. True requires that ``documents`` is the whole corpus.
+    If ``fill_both`` is True, call ``fill_both_splits``. Then ``documents`` must be the whole corpus.
     """
 
     def assign(document: Document) -> AssignedDocument:
@@ -58,9 +57,9 @@ def assign_splits(
 
 
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
-    """Yield the documents of a corpus. If one split is empty, move documents to it.
+    """Yield the documents of a corpus. If one split is empty, move documents to this split.
 
-    1. If documents differ, take the document whose first occurrence comes last. Move it and its copies.
+    1. If documents differ, find the document whose first occurrence comes last. Move it and its copies.
     2. If the corpus is a single text, divide the text with ``divide_text``.
     3. If the corpus is a single ``Dialogue`` or repeats one document, use everything for training.
     """

@@ -18,9 +18,7 @@ from data_tools.tokenizer import END_OF_TEXT, replace_lone_surrogates
 class Dialogue:
     """An instruction with its answer, or a chat.
 
-    Attributes:
-        segments: consecutive segments of the text, as pairs (text, is_scored). ``is_scored`` says whether the segment
-            counts in the loss.
+    ``segments`` are consecutive pairs (text, is_scored). ``is_scored`` says whether the text counts in the loss.
     """
 
     segments: tuple[tuple[str, bool], ...]
@@ -63,8 +61,7 @@ def utf8_of(document: Document) -> bytes:
 def fingerprint_of(document: Document, utf8: bytes) -> bytes:
     """Return the first 16 bytes of a SHA-256 of a document. Equal documents have equal fingerprints.
 
-    Args:
-        utf8: the text of the document, from ``utf8_of``.
+    ``utf8`` is the result of ``utf8_of``.
     """
     digest = hashlib.sha256(utf8)
     if isinstance(document, Dialogue):

@@ -50,7 +50,6 @@ class TokenCollection:
     """The tokens in a folder, in a file, or in a pair of Megatron's files (``.bin`` and ``.idx``).
 
     Attributes:
-        path: the path that the user gave.
         format: one of ``INPUT_FORMATS``.
         tokenizer: assumed to be GPT-2's if there is no manifest.
         source: the origin of the tokens.
@@ -106,6 +105,6 @@ def require_tokens(path: Path, tokens: int) -> None:
 
 
 def require_split_name(name: str, place: str) -> None:
-    """Raise DataError if the name of a split is not allowed in file names. ``place`` is for the message."""
+    """Raise DataError if the name of a split is not allowed in file names."""
     if not FILE_NAME.fullmatch(name):
         raise DataError(f"{place}: {name!r} is not a name for a split; use letters, digits and . _ -")

@@ -79,13 +79,12 @@ def adopt_in_place(
     If the folder has a manifest that names exactly its shards, this manifest is returned.
 
     Args:
-        source_format: the format of the shards, or ``auto``.
-        split_of: maps file names to splits. Required if a file name does not contain its split.
+        source_format, split_of: as ``format`` and ``split_of`` of ``open_collection``.
         advance: receives the number of bytes read since its last call.
 
     Raises:
-        DataError: the folder has no such shards. Or it has a manifest, and ``split_of`` is given or the manifest does
-            not name exactly the shards.
+        DataError: the folder has no such shards, or its manifest names other files. If there is a manifest,
+            ``split_of`` is an error, too.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})
@@ -148,7 +147,6 @@ def _write_file(
     planned: PlannedFile,
     advance: Advance,
 ) -> ShardRecord:
-    """Write one file in constant memory. Raise DataError if a token is outside the vocabulary."""
     stream = collection.splits[planned.split].stream
     writer = ShardWriter(folder, planned.name, planned.split, open_format)
     try:

@@ -22,8 +22,6 @@ _OWN_VOCABULARY = "meta.pkl"
 
 
 class _MappedTokens:
-    """The tokens of one mapped file."""
-
     def __init__(self, path: Path, tokens: TokenArray, vocab_size: int) -> None:
         require_tokens(path, tokens.size)
         self._path = path
@@ -48,7 +46,7 @@ def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
     nanoGPT writes ``<|endoftext|>`` after each document, unlike shards of this project. The tokens are not reordered.
 
     Raises:
-        DataError: the file has another vocabulary than GPT-2's.
+        DataError: the file does not have GPT-2's vocabulary.
     """
     own_vocabulary = path.parent / _OWN_VOCABULARY
     if own_vocabulary.exists():

@@ -165,8 +165,7 @@ def first_documents(
 ) -> Iterator[DocumentPreview]:
     """Yield the text of the first documents of a split. ``END_OF_TEXT`` may be before or after each document.
 
-    Args:
-        characters: the largest number of characters per document. A longer text is cut.
+    A text with more than ``characters`` characters is cut.
 
     Raises:
         DataError: the split does not exist, or the tokenizer is not GPT-2's.

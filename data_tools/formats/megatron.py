@@ -50,9 +50,7 @@ def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
     If a document in the file ends with ``END_OF_TEXT``, the stream leaves out this token. Opening reads the index and
     the last token of each document.
 
-    Args:
-        index_path: the path of the ``.idx`` file.
-        vocab_size: all tokens must be below this number.
+    All tokens must be below ``vocab_size``.
 
     Raises:
         DataError: a file is damaged, or the type of the tokens is not supported.

@@ -121,7 +121,6 @@ def _candidates(path: Path, suffix: str) -> list[Path]:
 
 
 def _open_files(path: Path, format: str, files: Sequence[Path], split_of: Mapping[str, str]) -> TokenCollection:
-    """Open files that another program wrote."""
     tokenizer = gpt2_tokenizer_record()
     splits = {}
     for split, members in _group_by_split(files, split_of).items():

@@ -88,8 +88,7 @@ class PlannedFile:
 def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_bytes: bool) -> list[PlannedFile]:
     """Return the files that a conversion must write.
 
-    Args:
-        knows_bytes: whether the bytes of text can be computed from the tokens (only for GPT-2's tokenizer).
+    ``knows_bytes`` says whether the bytes of text can be computed from the tokens (only for GPT-2's tokenizer).
 
     Raises:
         DataError: the new format cannot store all information, or a split has no tokens.

@@ -54,11 +54,10 @@ class Vocabulary:
 
         Args:
             tokens: uint16 of shape (tokens,).
-            place: the file or folder with the tokens, for error messages.
             advance: is regularly called with 0. It can raise an error to stop the counting.
 
         Raises:
-            DataError: an id is outside the vocabulary.
+            DataError: an id is outside the vocabulary. The message begins with ``place``.
         """
         contents = Contents()
         for start in range(0, tokens.size, _SCAN_TOKENS):
@@ -74,7 +73,7 @@ class Vocabulary:
 
 
 def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, place: object) -> None:
-    """Raise DataError if a token id is outside the vocabulary. ``place`` is for the message."""
+    """Raise DataError if a token id is outside the vocabulary. The message begins with ``place``."""
     if tokens.size == 0:
         return
     for token in (int(tokens.max()), int(tokens.min())):

@@ -29,7 +29,7 @@ def llmc_tokens(content: pa.Buffer) -> TokenArray:
     """Return the tokens in the content of a shard, without a copy.
 
     Raises:
-        ValueError: the header is wrong, or does not match the size of the content. The message is one line.
+        ValueError: the header is wrong, or does not match the size of the content.
     """
     if content.size < HEADER_BYTES:
         raise ValueError(f"it ends after {content.size} bytes, within its header")

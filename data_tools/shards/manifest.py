@@ -85,8 +85,8 @@ class SourceRecord:
 class ShardRecord:
     """The entry for one shard in a manifest.
 
-    A shard may have a mask file, which says which tokens are scored (count in the loss). Without a mask file,
-    ``mask_sha256`` is None, and all tokens are scored.
+    A mask file says which tokens are scored (count in the loss). Without a mask file, ``mask_sha256`` is None, and all
+    tokens are scored.
     """
 
     file: FileInside
@@ -181,11 +181,7 @@ def load_manifest(folder: Path | str) -> Manifest:
 
 
 def parse_manifest(content: bytes, place: str) -> Manifest:
-    """Parse the content of a manifest file, and check every field.
-
-    Args:
-        place: the path or URL of the file, for error messages.
-    """
+    """Parse the content of a manifest file, and check every field. Error messages begin with ``place``."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:

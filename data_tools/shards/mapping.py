@@ -55,7 +55,7 @@ def map_mask(folder: Path, shard: ShardRecord) -> Mapped:
 
 
 def require_flags(mask: Mapped, place: str) -> None:
-    """Raise DataError if a mask contains a value that is neither 0 nor 1. ``place`` is for the message."""
+    """Raise DataError if a mask contains a value that is neither 0 nor 1."""
     for start in range(0, len(mask), _SCAN_TOKENS):
         largest = int(mask[start : start + _SCAN_TOKENS].max(initial=0))
         if largest > 1:

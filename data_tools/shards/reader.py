@@ -65,11 +65,7 @@ class TokenStream:
     def read_mask_windows(self, starts: CountArray, length: int) -> MaskArray:
         """Return which tokens in several windows are scored (count in the loss), bool of shape (B, T).
 
-        The split must have a mask.
-
-        Args:
-            starts: the index of the first token of each window, int64 of shape (B,).
-            length: the window length T.
+        The split must have a mask. The arguments are those of ``read_windows``.
 
         Raises:
             DataError: the stream does not contain a window, or the mask contains a value that is neither 0 nor 1.

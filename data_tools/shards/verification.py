@@ -17,7 +17,6 @@ def verify(folder: Path | str, workers: int | None = None, advance: Advance = no
     The bytes of text are checked only for GPT-2's tokenizer and shards without a mask.
 
     Args:
-        folder: the folder with the manifest.
         workers: the number of threads. None means one per core.
         advance: receives the number of bytes verified since its last call.
 

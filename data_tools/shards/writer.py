@@ -35,10 +35,7 @@ def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2
     """Return a context manager for writing a file that consists of a header and values of one dtype.
 
     The ``with`` block gets a function that appends values. The header contains the number of values, so it is written
-    again after the block.
-
-    Args:
-        header: takes the number of values and returns the header, always of the same length.
+    again after the block. Its length must not depend on this number.
     """
     size = 0
 

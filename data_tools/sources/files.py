@@ -64,8 +64,7 @@ class Slice:
 class FileSource:
     """The base class for sources that read files.
 
-    Attributes:
-        files: the path and the size in bytes of each file, in the order of reading.
+    ``files`` are the path and the size in bytes of each file, in the order of reading.
     """
 
     def __init__(self, inputs: Sequence[str], suffixes: tuple[str, ...], **settings: str | None) -> None:
@@ -257,8 +256,7 @@ def compression_of(path: str) -> str | None:
 def open_file(path: str) -> Iterator[BinaryIO]:
     """Return a context manager that opens a file at a local path or a URL for ``read`` and ``seek``.
 
-    Raises:
-        DataError: the file cannot be opened or read, or is a git-lfs pointer.
+    Read errors in the ``with`` block become a DataError.
     """
     with one_line_read_errors(path):
         if is_remote(path):
@@ -339,8 +337,7 @@ def describe_error(error: Exception) -> str:
 def decode_utf8(content: bytes, path: str, offset: int) -> str:
     """Decode a document or a line of a file. Raise BadRowError if it is not valid UTF-8.
 
-    Args:
-        offset: the position of ``content`` in the decompressed file in bytes, for the error message.
+    ``offset`` is the position of ``content`` in the decompressed file in bytes.
     """
     try:
         return content.decode("utf-8")

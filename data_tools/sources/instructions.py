@@ -49,11 +49,8 @@ class InstructionSource(FileSource):
 def dialogue_of(record: Any, place: object) -> Dialogue:
     """Convert the JSON value of an instruction or a chat to a document. Each message or field gets a heading line.
 
-    Args:
-        place: ``str(place)`` says where the record is, for error messages.
-
     Raises:
-        BadRowError: the record is not valid, or no message is an answer.
+        BadRowError: the record is not valid, or no message is an answer. The message contains ``str(place)``.
     """
     if isinstance(record, list):
         return Dialogue(tuple(_segments_of_chat(record, place)))

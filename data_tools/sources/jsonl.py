@@ -122,11 +122,9 @@ def read_lines(piece: Slice) -> Iterator[Line]:
 def text_of_record(record: Any, text_field: str, place: object) -> str:
     """Return the document in a record, which is a JSON object or a row of a dataset.
 
-    Args:
-        place: ``str(place)`` says where the record is, for error messages.
-
     Raises:
-        BadRowError: the record is not an object, or the field is missing or is not a string.
+        BadRowError: the record is not an object, or the field is missing or is not a string. The message contains
+            ``str(place)``.
     """
     if not isinstance(record, dict):
         cure = "; --source instructions reads chats" if isinstance(record, list) else ""

@@ -47,8 +47,7 @@ class Source(Protocol):
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Document]:
         """Yield the documents of a slice, always in the same order. Documents may be empty.
 
-        Args:
-            on_bad_row: receives the error for each row that cannot be read. If it returns, the row is skipped.
+        ``on_bad_row`` receives the error for each row that cannot be read. If it returns, the row is skipped.
         """
         ...
 

@@ -99,7 +99,7 @@ def _first_beginning(piece: Slice, separator: bytes) -> int:
 def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:
     """Return the last offset up to ``position`` that is not inside a separator.
 
-    Separators can overlap. A search from this offset finds the same ones as a search from the beginning of the file.
+    Separators can overlap. A search from this offset finds the same separators as a search of the whole file.
     """
     overlap = len(separator) - 1
     while position > 0:

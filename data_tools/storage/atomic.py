@@ -66,9 +66,6 @@ def atomic_file(path: Path, aside: Path | None = None, *, durable: bool = True) 
         path: the final name. Its folder must exist.
         aside: the temporary name, on the same file system. None means ``partial_path(path)``.
         durable: whether to fsync the file and its folder. If False, the caller must do this.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     aside = aside or partial_path(path)
     file = open(aside, "wb")  # noqa: SIM115 (closed before the rename, which can fail)
@@ -117,7 +114,6 @@ def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
 
     Raises:
         DataError: another process is writing to the folder.
-        OSError: the folder cannot be written.
     """
     target = Path(os.path.abspath(target))
     aside = aside or hidden_partial_path(target)

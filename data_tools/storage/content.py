@@ -49,10 +49,7 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
 def describe_content(path: Path | str, *expected: str | None) -> str | None:
     """Return the end of an error message about a local file, such as ``is a PDF; extract its text into a file``.
 
-    Returns None if the kind of file is expected or not recognized, or if the file cannot be read.
-
-    Args:
-        expected: the expected kinds, as keys of ``_KINDS``.
+    Returns None if the kind of file is in ``expected`` or not recognized, or if the file cannot be read.
     """
     head = _read_head(path)
     kind = None if head is None else _recognize(head)
@@ -62,17 +59,13 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 def describe_decoded(content: bytes) -> str | None:
     """Return the end of an error message about a file that is valid UTF-8 but not text. Otherwise, return None.
 
-    Such a file is a tar archive, consists of zeros, or is ASCII text in UTF-16.
-
-    Args:
-        content: the first bytes of the file.
+    Such a file is a tar archive, consists of zeros, or is ASCII text in UTF-16. ``content`` is its first bytes.
     """
     kind = _recognize(content[:_HEAD_BYTES])
     return _KINDS[kind][1] if kind in _DECODED_KINDS else None
 
 
 def _recognize(head: bytes) -> str | None:
-    """Return the kind of a file with these first bytes, or None."""
     if not head:
         return "empty"
     if not head.strip(b"\0") and len(head) > 1:

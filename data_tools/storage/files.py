@@ -28,8 +28,7 @@ def is_writable(path: Path) -> bool:
 def require_writable(path: Path, option: str) -> None:
     """Raise DataError if no folder can be created or written at a path. Call this function before long work.
 
-    Args:
-        option: the command-line option with ``path``, for the message.
+    ``option`` is the command-line option with ``path``, for the message.
     """
     if path.is_file():
         raise DataError(f"{option}: {path} is a file; name a folder")
@@ -40,8 +39,7 @@ def require_writable(path: Path, option: str) -> None:
 def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_bytes: None) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits. The file is read in constant memory.
 
-    Args:
-        advance: receives the number of bytes read since its last call, every few megabytes.
+    ``advance`` receives the number of bytes read since its last call, every few megabytes.
     """
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_HASH_CHUNK_BYTES))

@@ -83,11 +83,8 @@ class FileLock:
 def acquire_lock(path: Path, content: bytes | None) -> FileLock:
     """Acquire a lock on a lock file. The caller must release the lock.
 
-    A call for a shared lock waits while another process has a lock from ``make_exclusive``.
-
-    Args:
-        path: the lock file. If it is missing, it is created.
-        content: for an exclusive lock, the text to write into the file. None means a shared lock.
+    If ``content`` is None, the lock is shared. Otherwise, it is exclusive, and ``content`` is written into the file. A
+    call for a shared lock waits while another process has a lock from ``make_exclusive``.
 
     Raises:
         LockHeldError: the lock of another process does not allow this lock.
