@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 def configure_cpu(world: World) -> str:
     """Configure the memory allocator, the threads and the cores of this process. Return a line for the log.
 
-    Call this function before large computations. Every rank must make this call.
+    Every rank must make this call, before large computations.
     """
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -26,13 +26,11 @@ def configure_cpu(world: World) -> str:
 def share_cores(world: World) -> str:
     """Divide the cores of this host among its ranks, with one thread per core. Return a line for the log.
 
-    Every rank must make this call.
+    Ranks on a CPU are bound to their cores, which keeps the contents of the caches. Ranks on a GPU are not bound,
+    because the threads of NCCL need other cores.
 
-    Ranks that compute on the CPU are bound to their cores, so that the caches keep their contents. Ranks on a GPU are
-    not bound, because the threads of NCCL need other cores.
-
-    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads and is not bound. If a launcher has
-    already bound each rank to its own cores, the ranks keep these cores.
+    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads, and is not bound. If a launcher has
+    already bound the ranks, their cores do not change. Every rank must make this call.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)
@@ -52,12 +50,12 @@ def share_cores(world: World) -> str:
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
-    """Return the cores for one rank of a host. The cores are adjacent, because adjacent cores share caches.
+    """Return the cores for one rank of a host. They are adjacent, because adjacent cores share caches.
 
     If there are fewer cores than ranks, several ranks get the same core.
 
     Args:
-        index: the number of the rank on this host, counted from 0.
+        index: the number of the rank on this host.
         ranks: the number of ranks on this host.
     """
     if len(cores) < ranks:
@@ -70,7 +68,7 @@ def _usable_cores() -> list[int]:
 
 
 def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
-    """Return the cores that each rank of this host may use, in the order of the local ranks."""
+    """Return the cores that each rank of this host may use."""
     gathered = world.gather((world.local_rank, cores))
     first = world.rank - world.local_rank
     next_host = next((rank for rank in range(first + 1, world.size) if gathered[rank][0] == 0), world.size)
@@ -80,11 +78,10 @@ def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
 def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
-    By default, glibc gives freed blocks of more than 32 MiB back to the kernel, which clears each new block. Clearing
-    the blocks of logits and gradients would take a fifth of each step.
+    By default, the kernel clears each new block of more than 32 MiB, such as logits and gradients. This would take a
+    fifth of each step.
 
-    All threads now use the main arena of malloc, because only this arena can keep large blocks. Gloo's receive buffers
-    are such blocks.
+    All threads then use the main arena of malloc, because only this arena can keep large blocks.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

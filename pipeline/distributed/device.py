@@ -29,10 +29,10 @@ _LONGEST_PRODUCT = 0.2  # one product's largest share of the measurement's time,
 
 
 def configure_allocator() -> None:
-    """Make torch allocate GPU memory in segments that can grow. If the user has set allocator options, do nothing.
+    """Make torch allocate GPU memory in segments that can grow, unless the user has set allocator options.
 
-    Call this function before the first allocation on a GPU. If segments had a fixed size, the memory of a freed tensor
-    would often be too small for the next one.
+    Call this function before the first allocation on a GPU. With fixed segments, freed memory is often too small for
+    the next tensor.
     """
     set_allocator_default("expandable_segments:True")
 
@@ -43,10 +43,7 @@ def matmul_dtype(precision: str) -> torch.dtype:
 
 
 def describe_fp32_products(precision: str, device: torch.device) -> str:
-    """Return a text for the log that says whether a GPU uses TF32 for matrix products in fp32.
-
-    For other devices and precisions, the text is empty.
-    """
+    """Return a text for the log that says whether a GPU uses TF32. The text is empty unless a GPU computes in fp32."""
     if device.type != "cuda" or precision != "fp32":
         return ""
     if torch.get_float32_matmul_precision() != "highest":
@@ -62,11 +59,10 @@ def measure_matmul_ceiling(
 ) -> float:
     """Measure the FLOP/s of matrix products on one rank. Return the speed of the fastest shape.
 
-    The function measures large square matrices. On a CPU, it also measures ``shapes``, because the fastest size differs
-    from CPU to CPU. Published speeds ignore power limits and the number of threads.
+    Published speeds ignore power limits and the number of threads.
 
     Args:
-        shapes: further products to measure on a CPU, such as those of a model's linear layers.
+        shapes: products to measure on a CPU besides large squares, because the fastest size differs from CPU to CPU.
         seconds: about how long the measurement takes.
     """
     candidates = [(n, n, n) for n in _CEILING_SQUARES[device.type]]
@@ -79,7 +75,7 @@ def measure_matmul_ceiling(
 
 
 def _short_products(shapes: Sequence[ProductShape], dtype: torch.dtype, longest_s: float) -> list[ProductShape]:
-    """Return the shapes whose product takes at most ``longest_s`` seconds on this CPU, or else one small shape."""
+    """Return the shapes whose product takes at most ``longest_s`` seconds on this CPU, or else a small shape."""
     small = (_SMALL_SQUARE,) * 3
     product = _Product(small, dtype, torch.device("cpu"))
     flops_per_s = max(product.measure(0.0) for _ in range(_SMALL_REPEATS))
@@ -127,10 +123,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from host memory to a device.
-
-    A copy to a GPU goes through pinned memory. Otherwise, the call would wait for all work that is queued on the GPU.
-    """
+    """Copy a tensor from host memory to a device, without waiting for work that is queued on a GPU."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -150,7 +143,7 @@ class LateValue:
     def read(self) -> float:
         """Wait until the number is on the host, and return it.
 
-        The call does not wait for work that was queued after this object was created.
+        The call does not wait for work that was queued later.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -160,8 +153,8 @@ class LateValue:
 class PeakMemory:
     """The peak memory of this process.
 
-    On a GPU, the peak is the largest memory in use since this object was created. Blocks of ``ignored`` do not count.
-    On a CPU, the peak is counted since the process started, because the kernel stores only this value.
+    On a GPU, the peak is counted since this object was created. On a CPU, the peak is counted since the process
+    started, because the kernel stores only this value.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -175,7 +168,7 @@ class PeakMemory:
 
     @contextmanager
     def ignored(self) -> Iterator[None]:
-        """Return a context manager. On a GPU, allocations inside its ``with`` block do not count in the peak."""
+        """Return a context manager. On a GPU, allocations inside its block do not count in the peak."""
         self._earlier_bytes = self.read()
         yield
         self._forget()
@@ -186,10 +179,7 @@ class PeakMemory:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process in bytes.
-
-    On a GPU, this is the allocated GPU memory. On a CPU, this is the resident memory.
-    """
+    """Return the peak memory of this process in bytes: allocated memory on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":

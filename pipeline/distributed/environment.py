@@ -33,7 +33,7 @@ def launched_local_rank() -> int:
 
 
 def _number(name: str, default: int) -> int:
-    """Return the value of a variable, or the default if the value is not a number (``check_launcher`` reports that)."""
+    """Return the value of a variable, or the default if the value is not a number."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
 
@@ -44,7 +44,7 @@ def master_address() -> tuple[str, int]:
 
 
 def launcher_holds_store() -> bool:
-    """Return whether the launcher serves the key-value store of the ranks. If not, rank 0 must serve it."""
+    """Return whether the launcher serves the key-value store of the ranks. Otherwise, rank 0 must serve it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -103,7 +103,7 @@ def launcher_name() -> str | None:
 def requested_threads() -> int | None:
     """Return the number of threads per process that the user has set with ``OMP_NUM_THREADS``, or None.
 
-    torchrun sets 1 by default if it starts several processes. This value does not count.
+    torchrun's default of 1 for several processes does not count.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
@@ -129,34 +129,28 @@ def set_gloo_interface(name: str) -> bool:
 
 
 def let_gloo_connect_late() -> None:
-    """Make Gloo connect two ranks only when they first exchange data, unless the user has set the variable for this.
-
-    By default, Gloo connects all pairs of ranks when it creates a process group.
-    """
+    """Make Gloo connect two ranks only when they first exchange data, unless the user has set the variable for this."""
     os.environ.setdefault(_GLOO_CONNECTS_LATE, "1")
 
 
 def set_openmp_threads(threads: int) -> None:
     """Set the number of threads for libraries with their own copy of OpenMP, such as DeepSpeed's CPUAdam.
 
-    Call this function before such a library is loaded. ``torch.set_num_threads`` has no effect on the library.
+    Call this function before such a library is loaded. ``torch.set_num_threads`` has no effect on it.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def set_allocator_default(options: str) -> None:
-    """Set options of torch's memory allocator. If the user has set any with an environment variable, do nothing.
-
-    Call this function before torch first allocates memory.
-    """
+    """Set options of torch's memory allocator, unless the user has set any. Call this before torch allocates memory."""
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         os.environ[_ALLOCATOR_VARIABLES[0]] = options
 
 
 def set_mlflow_defaults() -> None:
-    """Make MLflow's client give up a failed request soon. By default, it tries again for several minutes.
+    """Make MLflow's client give up a failed request soon, unless the user has set its variables.
 
-    The run logs the failure and sends the data again later. Variables that the user has set do not change.
+    By default, the client tries again for several minutes. The run sends the data again later.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds

@@ -24,16 +24,14 @@ _RANKS_THAT_ALL_PRINT = 64
 
 
 def report(error: BaseException) -> int:
-    """Print an error, unless it was printed before, and return the exit status of the process.
+    """Print an error once, and return the exit status of the process.
 
     A ``UserError`` is printed as one line, any other error with a traceback.
 
-    Most user errors, such as a wrong config, occur on all ranks. Rank 0 prints such an error at once, and all other
-    ranks first wait for two seconds. During this time, the launcher notices that rank 0 has failed, and ends the ranks
-    that wait.
+    A user error, such as a wrong config, usually occurs on all ranks. Rank 0 prints it at once. The other ranks wait
+    for two seconds. During this time, the launcher ends them.
 
-    If a rank is lost, every other rank prints the error at once. With more than 64 ranks, only two ranks per node print
-    it.
+    Every rank prints a ``LostRankError`` at once. With more than 64 ranks, only two ranks per node print it.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):
@@ -54,7 +52,7 @@ def report(error: BaseException) -> int:
 def prints_for_node() -> bool:
     """Return whether this rank prints a line that all ranks would print.
 
-    With more than 64 ranks, only two ranks per node print, because one of them may be lost.
+    With more than 64 ranks, two ranks per node print, because one may be lost.
     """
     return launched_world_size() <= _RANKS_THAT_ALL_PRINT or launched_local_rank() < 2
 
@@ -62,7 +60,7 @@ def prints_for_node() -> bool:
 def _wait_for_end() -> None:
     """Give the launcher two seconds to end this process, because rank 0 has printed the same error.
 
-    SIGTERM gets its default action, because the run's handler may wait longer than this function.
+    SIGTERM gets its default action, because the run's handler may wait longer.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -98,6 +96,6 @@ def _describe(error: BaseException) -> tuple[int, str]:
 
 
 def _one_line(prefix: str, message: str) -> str:
-    """Return a message as one line, without the middle of very long words, such as a damaged value in a file."""
+    """Return a message as one line, without the middle of very long words."""
     line = prefix + " ".join(message.splitlines())
     return _LONG_WORD.sub(lambda word: f"{word[0][:100]}[...]{word[0][-100:]}", line)

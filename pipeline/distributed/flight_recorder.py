@@ -23,8 +23,8 @@ _DUMP_TIMEOUT_S = 10.0  # the recorder asks the driver of a GPU, which may hang
 def report_collectives(folder: Path | None, rank: int) -> None:
     """Save the flight recorder of this rank, and print one line about it on standard error.
 
-    If ``folder`` is None, or if its parent (the run folder) does not exist yet, do nothing. Every rank saves its file.
-    With many ranks, only some ranks print (see ``prints_for_node``).
+    If ``folder`` is None, or if its parent (the run folder) does not exist, do nothing. With many ranks, only some
+    print.
     """
     if folder and folder.parent.is_dir():
         summary = save_flight_recorder(folder, rank)
@@ -33,7 +33,7 @@ def report_collectives(folder: Path | None, rank: int) -> None:
 
 
 def save_flight_recorder(folder: Path, rank: int) -> str:
-    """Write the flight recorder of this rank to the file ``rank_N`` in a folder, and return a summary of one line.
+    """Write the flight recorder to the file ``rank_N`` in a folder, and return a summary of one line.
 
     torch's command ``torchfrtrace`` reads the files of all ranks.
     """
@@ -57,9 +57,9 @@ def save_flight_recorder(folder: Path, rank: int) -> str:
 
 
 def _dump() -> bytes:
-    """Return the recorded collectives of torch's default backend, which is NCCL or Gloo, as a pickle.
+    """Return the recorded collectives of torch's default backend (NCCL or Gloo) as a pickle.
 
-    The dump has no call stacks. For them, torch would import hundreds of modules, and the file system may hang.
+    The dump has no call stacks. They need hundreds of imports, and the file system may hang.
     """
     is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     dump = getattr(_distributed_c10d, "_dump_nccl_trace" if is_nccl else "_dump_fr_trace")
@@ -70,8 +70,8 @@ def summarize(record: Mapping[str, Any], now_ns: int) -> str:
     """Describe the oldest unfinished collective in a flight record, or the newest one if all are finished.
 
     Args:
-        record: the content of the flight recorder, as torch dumps it in format version 2.
-        now_ns: the time now, in nanoseconds since the epoch.
+        record: torch's dump of the flight recorder in format version 2.
+        now_ns: nanoseconds since the epoch.
     """
     entries = record.get("entries", [])
     if not entries:
@@ -84,7 +84,6 @@ def summarize(record: Mapping[str, Any], now_ns: int) -> str:
 
 
 def _describe(entry: Mapping[str, Any], now_ns: int) -> str:
-    """Return the name, number, group, sizes and age of a collective."""
     sizes = " ".join("x".join(map(str, size)) or "scalar" for size in entry["input_sizes"][:2])
     more = f" and {len(entry['input_sizes']) - 2} more" if len(entry["input_sizes"]) > 2 else ""
     group = entry["process_group"][1] or entry["process_group"][0]

@@ -50,19 +50,17 @@ class Verdict:
 
 
 class Heartbeat:
-    """Writes this rank's heartbeat to a key-value store every second, and reads the heartbeats of other ranks.
+    """Sends this rank's heartbeat to a key-value store every second, and reads those of other ranks.
 
-    A heartbeat says what the main thread of the rank is doing (see ``Place``). Rank 0 watches all other ranks, and the
-    other ranks watch only rank 0. Each rank makes only two requests per second to the store.
+    A heartbeat says what the main thread is doing (see ``Place``). Rank 0 watches all other ranks, and they watch only
+    rank 0. A rank is lost if it sends no heartbeat for ``timeout_s`` seconds, or if it is stuck (see ``find_stuck``).
+    Each other rank then prints which rank is lost, and exits.
 
-    A rank is lost if it sends no heartbeat for ``timeout_s`` seconds, or if it is stuck (see ``find_stuck``). Each
-    remaining rank then prints which rank is lost, and exits with ``LostRankError.exit_status``.
-
-    A thread does all this, because the main thread may be waiting in a collective. If the store does not answer, a
-    second thread ends the process.
+    A thread does this work, because the main thread may wait in a collective. If the store does not answer, a second
+    thread ends the process.
 
     Args:
-        records: the folder for torch's flight recorder, which each rank writes before it exits. None: not written.
+        records: the folder for torch's flight recorder, which each rank saves before it exits. None: not saved.
     """
 
     def __init__(self, world: World, timeout_s: float, records: Path | None = None) -> None:
@@ -85,7 +83,7 @@ class Heartbeat:
         self._guard = threading.Thread(target=self._watch_store, name="heartbeat-guard", daemon=True)
 
     def start(self) -> None:
-        """Start the threads. First, wait in a barrier until every rank has created its ``Heartbeat``."""
+        """Start the threads. First, wait in a barrier until every rank has a ``Heartbeat``."""
         self._thread.start()
         self._guard.start()
 
@@ -95,9 +93,9 @@ class Heartbeat:
 
     @contextmanager
     def explaining_sigterm(self) -> Iterator[None]:
-        """Return a context manager. After SIGTERM inside its ``with`` block, the process names the lost rank and ends.
+        """Return a context manager. If SIGTERM arrives inside, the process prints which rank is lost, and ends.
 
-        When a launcher finds a dead rank, it sends SIGTERM to all other ranks.
+        A launcher that finds a dead rank sends SIGTERM to all other ranks.
         """
         if self.size == 1:
             yield
@@ -113,7 +111,7 @@ class Heartbeat:
             thread.stop()
 
     def _end_after_sigterm(self, number: int) -> None:
-        """End the process from another thread, because the main thread may wait for a lost rank forever."""
+        """End the process from this thread, because the main thread may wait for a lost rank forever."""
         if number != signal.SIGTERM:
             return
         lost = find_lost(self._world)
@@ -128,10 +126,10 @@ class Heartbeat:
                 self._exit(verdict)
 
     def take_turn(self, number: int, elapsed_s: float) -> Verdict | None:
-        """Send a heartbeat and read those of the watched ranks. Return the reason why the run ends, or None.
+        """Send a heartbeat and read those of the watched ranks. Return why the run ends, or None.
 
         Args:
-            number: the number of this turn, which makes every heartbeat different from the previous one.
+            number: the number of this turn, which makes every heartbeat different.
             elapsed_s: the seconds since the last turn.
         """
         try:
@@ -149,9 +147,9 @@ class Heartbeat:
             return Verdict(_LOST_STORE)
 
     def _turns(self) -> Iterator[float]:
-        """Yield the seconds since the last turn, at most two. Yields every second until ``stop`` is called.
+        """Yield once per second how many seconds have passed, at most two.
 
-        If more time has passed, this process was suspended, which must not count against other ranks.
+        A longer time means that this process was suspended. The time must not count against other ranks.
         """
         last_turn = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
@@ -181,14 +179,14 @@ class Heartbeat:
         return len(beats) == len(self._heard) and (own.is_overdue(self.timeout_s) or any(map(_is_overdue, beats)))
 
     def _watch_store(self) -> None:
-        """End the process if the store does not answer. A request to the store could wait forever."""
+        """End the process if the store does not answer, because a request could wait forever."""
         for turn_s in self._turns():
             self._unanswered_s += turn_s
             if self._unanswered_s > self.timeout_s + INTERVAL_S:
                 self._exit(Verdict(f"{_LOST_STORE}, silent for {self.timeout_s:.0f} s"))
 
     def _exit(self, verdict: Verdict) -> None:
-        """End the process, after a delay in which the other ranks read the same verdict from the store."""
+        """End the process, after a delay in which the other ranks read the verdict from the store."""
         if self._stopped.wait(3 * INTERVAL_S):
             return
         sys.stdout.flush()
@@ -200,15 +198,15 @@ class Heartbeat:
 
 @contextmanager
 def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> Iterator[None]:
-    """Return a context manager that watches all ranks inside its ``with`` block.
+    """Return a context manager that watches all ranks.
 
-    If a rank sends no heartbeat or is stuck, all other ranks print which rank it is, and exit. If the block raises an
-    error, the error is printed at once. At the end of the block, each rank waits for all other ranks.
+    If a rank sends no heartbeat or is stuck, the other ranks print which rank it is, and exit. At the end of the block,
+    each rank waits for all other ranks.
 
     Args:
-        timeout_s: a rank that sends no heartbeat for this number of seconds is lost.
-        records: the folder for torch's flight recorder. If a rank is lost or a collective times out, each rank writes a
-            file there and prints one line. None turns this off.
+        timeout_s: a rank is lost if it sends no heartbeat for this number of seconds.
+        records: the folder for torch's flight recorder, which is saved if a rank is lost or a collective times out.
+            None: not saved.
     """
     watch = Heartbeat(world, timeout_s, records)
     with watch.explaining_sigterm():
@@ -224,7 +222,6 @@ def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> It
 
 @contextmanager
 def _timeouts_recorded(world: World, records: Path | None) -> Iterator[None]:
-    """Return a context manager that saves torch's flight recorder if a collective in its ``with`` block times out."""
     try:
         yield
     except Exception as error:
@@ -234,15 +231,14 @@ def _timeouts_recorded(world: World, records: Path | None) -> Iterator[None]:
 
 
 def _may_come_from_a_collective(error: Exception) -> bool:
-    """Return whether torch raises errors of this type if a collective fails."""
     return type(error) is RuntimeError or isinstance(error, DistError)  # other errors are subclasses of RuntimeError
 
 
 @contextmanager
 def failures_reported(world: World) -> Iterator[None]:
-    """Return a context manager that prints the error that its ``with`` block raises, and reports it to the other ranks.
+    """Return a context manager that prints an error of its ``with`` block, and reports it to the other ranks.
 
-    The error is printed before any cleanup code runs, because cleanup code may wait for the other ranks.
+    The error is printed before any cleanup code runs, because cleanup may wait for the other ranks.
 
     Raises:
         LostRankError: a collective failed because another rank is lost.
@@ -267,12 +263,11 @@ def failures_reported(world: World) -> Iterator[None]:
 
 
 def find_lost(world: World) -> str | None:
-    """Return a text that names the lost ranks. If no rank is lost, return None.
+    """Return a text that names the lost ranks, or None if no rank is lost.
 
-    A rank is lost if it has failed, or if it sends no heartbeat during this call, which takes a few seconds.
-
-    If several ranks make this call, only the first one reads the heartbeats, which spares the store. The others wait
-    for its result. After ``_SEARCH_TIMEOUT_S`` without a result, one of them reads the heartbeats.
+    A rank is lost if it has failed, or if it sends no heartbeat during this call, which takes a few seconds. Only the
+    first rank that calls reads the heartbeats, and the others wait for its result. If the first rank is lost, too,
+    another one reads them.
     """
     otherwise: str | None = _LOST_STORE
     return _within_store_timeout(lambda: _find_lost(world), otherwise)
@@ -306,7 +301,7 @@ def _search_for_lost(store: Store, world: World) -> list[int]:
 
 
 def _publish_failure(world: World, reason: str) -> None:
-    """Tell the other ranks that this rank has failed, because they may wait in a collective forever."""
+    """Tell the other ranks that this rank has failed. They may wait in a collective forever."""
     store = _connect(world)
     if not _read_verdict(store):
         _write_verdict(store, Verdict(f"lost {_describe(store, [world.rank])}, which failed: {reason}"))
@@ -322,7 +317,6 @@ def _write_verdict(store: Store, verdict: Verdict) -> None:
 
 
 def _read_verdict(store: Store) -> Verdict | None:
-    """Return the verdict that a rank has published, or None."""
     return _parse_verdict(store.get(_VERDICT)) if store.check([_VERDICT]) else None
 
 
@@ -343,7 +337,6 @@ def _parse_place(beat: bytes) -> Place:
 
 
 def _describe(store: Store, ranks: list[int]) -> str:
-    """Return the numbers, hosts and process ids of the first few ranks, and the number of the other ranks."""
     named = [f"rank {rank} ({_name(store, rank)})" for rank in ranks[:NAMED_RANKS]]
     more = f" and {len(ranks) - NAMED_RANKS} more" if len(ranks) > NAMED_RANKS else ""
     return ", ".join(named) + more
@@ -354,7 +347,7 @@ def _name(store: Store, rank: int) -> str:
 
 
 def _within_store_timeout(request: Callable[[], Result], otherwise: Result) -> Result:
-    """Return the result of requests to the store, or ``otherwise`` if the store does not answer in time."""
+    """Return the result of requests to the store. If it does not answer in time, return ``otherwise``."""
     results = [otherwise]
 
     def call() -> None:

@@ -1,7 +1,7 @@
 """Choose the network interface through which Gloo connects ranks on different nodes.
 
-By default, Gloo uses the IP address to which the name of the host resolves. On Debian and Ubuntu, this address is
-127.0.1.1, which other nodes cannot reach. Runs with NCCL also use Gloo, for example to save checkpoints.
+By default, Gloo uses the address of the host's name. On Debian and Ubuntu, this is 127.0.1.1, which other nodes cannot
+reach. Runs with NCCL also use Gloo, for example to save checkpoints.
 """
 
 import ipaddress
@@ -18,10 +18,9 @@ log = logging.getLogger(__name__)
 
 
 def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
-    """Make Gloo use the network interface that leads to the other nodes. Do nothing if all ranks are on one node.
+    """Make Gloo use the network interface that leads to the other nodes, unless ``GLOO_SOCKET_IFNAME`` is set.
 
-    Every rank must make this call before it creates a process group. An interface that the user has set with
-    ``GLOO_SOCKET_IFNAME`` does not change.
+    Every rank must make this call before it creates a process group.
 
     Args:
         store: the key-value store that the ranks share.
@@ -37,7 +36,7 @@ def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
 
 
 def own_address_towards(host: str, port: int) -> str:
-    """Return the IP address from which this host sends packets to another host, or "" without a route."""
+    """Return the IP address from which this host sends to another host, or "" without a route."""
     with suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
             with suppress(OSError), socket.socket(family, kind, protocol) as probe:
@@ -48,7 +47,7 @@ def own_address_towards(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the network interface that has the given IP address, or None."""
+    """Return the name of the network interface with this IP address, or None."""
     for name, addresses in psutil.net_if_addrs().items():
         if address in (each.address for each in addresses):
             return str(name)
@@ -56,9 +55,9 @@ def interface_of(address: str) -> str | None:
 
 
 def _find_other_node(store: Store, rank: int, size: int, own: str) -> str:
-    """Return an address that other nodes can reach. Returns "" if all ranks are on one node, or if there is none.
+    """Return an address that other nodes can reach, or "" if there is only one node or no such address.
 
-    Rank 0 collects all addresses, so that the number of requests grows only linearly with the ranks.
+    Rank 0 collects all addresses, so that the number of requests is linear in the ranks.
     """
     store.set(f"address_{rank}", own)
     if rank == 0:

@@ -25,10 +25,10 @@ class Link:
 
 
 def measure_links(world: World, hosts: Sequence[str], message_bytes: int = MESSAGE_BYTES) -> list[Link]:
-    """Measure how fast each rank sends a message to the next rank, and return the links between different hosts.
+    """Measure how fast each rank sends a message to the next rank. Return the links between different hosts.
 
-    The ranks form a ring. A rank never sends and receives at the same time, so that a slow link does not slow others.
-    Every rank must make this call.
+    A rank never sends and receives at the same time, so that a slow link does not slow others. Every rank must make
+    this call.
 
     Args:
         hosts: the host name of each rank.
@@ -43,7 +43,7 @@ def measure_links(world: World, hosts: Sequence[str], message_bytes: int = MESSA
 
 
 def _time_to_receive(world: World, message: torch.Tensor) -> float:
-    """Send a message to the next rank. Return the seconds that receiving one from the previous rank took."""
+    """Send a message to the next rank. Return the seconds until the previous rank's message has arrived."""
     seconds = 0.0
     for turn in range(2 + world.size % 2):
         world.barrier()

@@ -1,8 +1,7 @@
-"""Allocate buffers in host memory, into which tensors are copied. If a tensor is on a GPU, its buffer is pinned.
+"""Allocate buffers in host memory, into which tensors are copied. Buffers for tensors on a GPU are pinned.
 
-A GPU can copy to pinned memory asynchronously. torch rounds each pinned allocation up to a power of two. One allocation
-per tensor of GPT-2 would need 1.1 to 1.7 times the memory of the tensors. Therefore, several buffers share an
-allocation whose size is a power of two, a *slab*.
+torch rounds each pinned allocation up to a power of two. With one allocation per tensor, GPT-2 would need up to 1.7
+times the memory. Therefore, several buffers share an allocation whose size is a power of two, a *slab*.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,10 +43,9 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
-    """Divide buffers among slabs (pinned allocations whose size is a power of two), so that little memory is lost.
+    """Divide buffers among slabs (allocations whose size is a power of two), so that little memory is lost.
 
-    The slabs are planned one after another, and large buffers are placed first. Each slab has the largest size that the
-    remaining buffers can fill. If the largest of them does not fit, the slab has the smallest size that holds it.
+    Each slab is as large as the remaining buffers can fill, but large enough for the largest of them.
 
     Args:
         sizes: the size of each buffer in bytes.

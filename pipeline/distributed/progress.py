@@ -1,14 +1,13 @@
 """Record the progress of each rank's main thread, and find stuck ranks.
 
-All ranks pass the same *marks* in the same order: phases, micro-batches, batches of an evaluation, and collectives. The
-*position* of a rank is the number of marks that it has passed. A stuck rank passes no mark, and shows one of two signs:
+All ranks pass the same *marks* in the same order, such as phases, micro-batches and collectives. The *position* of a
+rank is the number of marks that it has passed. A stuck rank passes no mark, and shows one of two signs:
 
 - It is *still*: it uses no CPU time, for example because a file system does not answer.
-- It *loops*: it uses much more CPU time than ever before between two marks. A rank also loops if its GPU hangs, because
-  waiting for a GPU uses CPU time.
+- It *loops*: it uses much more CPU time than ever before between two marks. Waiting for a GPU also uses CPU time.
 
 A healthy rank shows the same signs while it waits for a stuck rank in a collective. Therefore, ``find_stuck`` also
-compares the positions of the ranks.
+compares positions.
 """
 
 import json
@@ -54,23 +53,19 @@ class Progress:
 
         Args:
             is_patient: whether a healthy rank can spend minutes in this phase without recording progress.
-            repeats: whether the run repeats the work of this phase. Other phases do not show how much CPU time is
-                usual.
+            repeats: whether the run repeats this phase, which then shows how much CPU time is usual.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats
         self.position += 1
 
     def pass_mark(self) -> None:
-        """Record progress inside the current phase, such as a collective.
-
-        All ranks must make this call in the same order.
-        """
+        """Record a mark, such as a collective. All ranks must make this call in the same order."""
         self._restart_clock()
         self.position += 1
 
     def move(self) -> None:
-        """Record that this rank has made progress. Unlike ``pass_mark``, a single rank may call this method."""
+        """Record that this rank has made progress. A single rank may call this method."""
         self._restart_clock()
         self.moves += 1
 
@@ -78,7 +73,7 @@ class Progress:
     def patience(self) -> Iterator[None]:
         """Return a context manager for rare work that can take minutes. A single rank may call this method.
 
-        Inside the ``with`` block, a rank without progress counts as stuck only after ``PATIENCE_S`` seconds.
+        Inside the block, a rank without progress counts as stuck only after ``PATIENCE_S`` seconds.
         """
         before = self.is_patient, self.repeats
         self.move()
@@ -114,13 +109,12 @@ class Place:
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank seems to be stuck: it has been still for too long, or it loops (see ``loops``).
+        """Return whether the rank seems to be stuck, because it loops or has been still for too long.
 
         A rank is still while it records no progress and uses no CPU time.
 
         Args:
-            timeout_s: the seconds that a rank may be still. In a patient phase, at least ``PATIENCE_S`` seconds are
-                allowed.
+            timeout_s: the seconds that a rank may be still. A patient phase allows at least ``PATIENCE_S`` seconds.
         """
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
         return self.still_s > allowed_s or self.loops(timeout_s)
@@ -128,18 +122,14 @@ class Place:
     def loops(self, timeout_s: float) -> bool:
         """Return whether the rank computes without progress, for example in an infinite loop.
 
-        The CPU time since the rank last recorded progress must exceed ``timeout_s``. It must also exceed
-        ``LOOP_FACTOR`` times the longest CPU time so far. If the longest CPU time is not known yet, the result is
-        False.
+        The CPU time since its last progress must exceed ``timeout_s``. It must also exceed ``LOOP_FACTOR`` times the
+        longest CPU time so far. If the longest CPU time is not known, the result is False.
         """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 
 
 class MainThread:
-    """Tells another thread what the main thread is doing.
-
-    Create this object in the main thread, and call its methods in the other thread.
-    """
+    """Tells another thread what the main thread is doing. Create this object in the main thread."""
 
     def __init__(self, progress: Progress, *, is_patient: bool) -> None:
         self._progress = progress
@@ -154,7 +144,7 @@ class MainThread:
         """Return what the main thread is doing.
 
         Args:
-            elapsed_s: the seconds since the last call of this method, without time in which the process was suspended.
+            elapsed_s: the seconds since the last call, without time in which the process was suspended.
         """
         progress = self._progress
         seen, cpu_s, own_cpu_s = (progress.position, progress.moves), self._read_cpu_s(), self._read_own_cpu_s()
@@ -186,13 +176,13 @@ class MainThread:
         return self._read_own_cpu_s()
 
     def _read_own_cpu_s(self) -> float:
-        """Return the CPU time of the main thread, or 0 if the operating system does not tell it to another thread."""
+        """Return the CPU time of the main thread, or 0 if the operating system does not tell it."""
         if not hasattr(time, "pthread_getcpuclockid"):
             return 0.0
         return time.clock_gettime(time.pthread_getcpuclockid(self._thread_id))
 
     def _line(self) -> str:
-        """Return the current line in code of this project, and the current line in any code."""
+        """Return the current line in this project's code, and the current line in any code."""
         innermost = frame = sys._current_frames().get(self._thread_id)
         while frame and not frame.f_globals.get("__name__", "").startswith(("pipeline.", "data_tools.")):
             frame = frame.f_back
@@ -218,11 +208,11 @@ def _describe_frame(frame: FrameType) -> str:
 def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
     """Return the ranks that are stuck.
 
-    A rank is overdue if it has made no progress for too long (see ``Place.is_overdue``). An overdue rank is stuck if
-    its position is lower than that of another rank. If all ranks are overdue, those with the lowest position are stuck.
+    An overdue rank (see ``Place.is_overdue``) is stuck if another rank has a higher position. If all ranks are overdue,
+    those with the lowest position are stuck.
 
     Args:
-        places: maps each rank to what its main thread is doing.
+        places: what the main thread of each rank is doing.
         timeout_s: how long a rank may make no progress.
     """
     overdue = [rank for rank, place in places.items() if place.is_overdue(timeout_s)]
@@ -233,10 +223,10 @@ def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
 
 
 def describe_places(places: Mapping[int, Place], stuck: Sequence[int], name: Callable[[int], str]) -> str:
-    """Return a text that says which ranks are stuck, what they are doing, and what the other ranks are doing.
+    """Return a text that says which ranks are stuck, and what all ranks are doing.
 
     Args:
-        name: returns the host and the process id of a rank. It is called for a few of the stuck ranks.
+        name: returns the host and the process id of a rank. It is called only for a few stuck ranks.
     """
     are_stuck = set(stuck)
     groups: dict[tuple[bool, str, str], list[int]] = {}
@@ -252,7 +242,6 @@ def describe_places(places: Mapping[int, Place], stuck: Sequence[int], name: Cal
 
 
 def _describe_delay(places: Sequence[Place]) -> str:
-    """Return a text with the shortest time in which the stuck ranks have made no progress."""
     still_s, busy_s = min(place.still_s for place in places), min(place.busy_s for place in places)
     if still_s >= busy_s:
         return f"not moved for {still_s:.0f} s"

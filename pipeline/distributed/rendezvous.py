@@ -31,9 +31,8 @@ _MISSING = "missing"  # the key under which rank 0 writes which ranks are missin
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return an empty key-value store that all ranks share.
 
-    torchrun keeps its store when it restarts the ranks. The new ranks must not use addresses of earlier ranks, because
-    they would wait forever. Therefore, the keys get a new prefix at each start. A single rank gets a store in memory,
-    which needs no port.
+    torchrun keeps its store when it restarts the ranks, and they must not use the old addresses in it. Therefore, the
+    keys get a new prefix at each start.
 
     Raises:
         TimeoutError: a rank has not connected within ``timeout``.
@@ -54,7 +53,7 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
 
 
 def connect(rank: int, size: int, timeout: timedelta) -> Store:
-    """Connect to the key-value store at the launcher's address. If the launcher does not serve it, rank 0 does."""
+    """Connect to the key-value store at the launcher's address. Rank 0 serves it if the launcher does not."""
     host, port = master_address()
     is_server = rank == 0 and not launcher_holds_store()
     try:
@@ -78,7 +77,7 @@ def free_port() -> int:
 
 @contextmanager
 def _announced(describe: Callable[[], str]) -> Iterator[None]:
-    """Print once what the block waits for, if the block takes longer than ``_ANNOUNCE_AFTER_S``."""
+    """Print what the block waits for, if it takes longer than ``_ANNOUNCE_AFTER_S``."""
 
     def announce() -> None:
         if prints_for_node():
@@ -110,10 +109,10 @@ def _list(ranks: Sequence[int]) -> str:
 def _publish_start_id(store: Store, missing: list[int], poll_s: float, deadline: float) -> str:
     """Choose an id for this start, send it to every rank that asks, and return it when all ranks have confirmed it.
 
-    A rank asks with a random id, so that it never reads an answer to a rank of an earlier start.
+    Each rank asks with a random id, so that it never reads an answer of an earlier start.
 
     Args:
-        missing: the ranks other than 0. This function removes ranks that have connected.
+        missing: the ranks other than 0. This function removes those that have connected.
     """
     start_id = uuid.uuid4().hex
     requests = [f"request_{rank}" for rank in missing]
@@ -140,7 +139,7 @@ def _request_start_id(store: Store, rank: int, missing: list[int], poll_s: float
     """Ask rank 0 for the id of this start, confirm it, and return it.
 
     Args:
-        missing: the ranks for which this rank waits, at first rank 0. This function writes the missing ranks into it.
+        missing: the ranks for which this rank waits. This function writes the missing ranks into it.
     """
     request = uuid.uuid4().hex
     store.set(f"request_{rank}", request)
@@ -156,10 +155,9 @@ def _request_start_id(store: Store, rank: int, missing: list[int], poll_s: float
 
 
 def _read_missing(store: Store, missing: list[int], seen: str | None) -> str | None:
-    """Read which ranks are missing according to rank 0, and write them into ``missing``. Return what was read.
+    """Read which ranks rank 0 misses, and write them into ``missing``. Return what was read.
 
-    The store may hold a value of an earlier start. Therefore, ``missing`` changes only if the value is no longer
-    ``seen``.
+    The value may be of an earlier start. Therefore, ``missing`` changes only after the value differs from ``seen``.
     """
     if not store.check([_MISSING]):
         return None

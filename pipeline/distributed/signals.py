@@ -9,13 +9,11 @@ from collections.abc import Callable
 class SignalThread:
     """A thread that calls a function for each signal that has a Python handler.
 
-    Python calls a signal handler only between two instructions of the main thread. One instruction, such as waiting for
-    a collective, can take minutes. This thread has no such delay.
-
-    Call all methods from the main thread.
+    Python itself calls a handler only between two instructions of the main thread. One instruction, such as a wait for
+    a collective, can take minutes. Call all methods from the main thread.
 
     Args:
-        hear: is called in this object's thread, with the number of the signal.
+        hear: is called in this thread, with the number of the signal.
     """
 
     def __init__(self, hear: Callable[[int], None]) -> None:

@@ -1,18 +1,16 @@
-"""Measure how a rank spends the time of a step: computing, waiting for data, or waiting in collectives.
+"""Measure how a rank spends the time of a step.
 
-In synchronous training, all ranks take the same time per step, because they wait for the slowest rank in collectives.
-The *own time* of a rank is the time of a step without these waits. The slowest rank has the most own time.
-
-The time of a step is divided into three kinds:
-
-- *collective wait*: the rank waits until a collective has finished. Collectives in the background do not count.
-- *data wait*: the rank waits until the loader has returned the micro-batches.
+- *collective wait*: the rank waits for a collective to finish. Collectives in the background do not count.
+- *data wait*: the rank waits for the loader.
 - *compute*: the rest of the step.
+
+All ranks take the same time per step, because they wait for the slowest rank in collectives. The *own time* of a rank
+is compute plus data wait. The slowest rank has the most own time.
 
 On a CPU, the clock measures the main thread. On a GPU, CUDA events measure the stream on which the model computes.
 
-During a step, the clock replaces the functions of torch that wait for a collective. The replacements also measure the
-wait. DDP waits in C++ code, so its backend must call ``StepClock.backward_pass``.
+During a step, the clock replaces the functions of torch that wait for a collective by functions that measure the wait.
+DDP waits in C++ code, so its backend must call ``StepClock.backward_pass``.
 """
 
 import functools
@@ -41,7 +39,7 @@ _COLLECTIVES = ("all", "_allgather", "broadcast", "reduce", "_reduce_scatter", "
 
 
 class HostClock:
-    """The clock of a rank that computes on the CPU. It measures the time of the main thread."""
+    """The clock of a rank on a CPU. It measures the time of the main thread."""
 
     #: (class, name) of each function in which the main thread waits. Gloo runs collectives in other threads.
     waiting_functions: tuple[tuple[type, str], ...] = ((Work, "wait"),)
@@ -60,7 +58,7 @@ class HostClock:
 
 
 class StreamClock:
-    """The clock of a rank that computes on a GPU. It measures a CUDA stream, and never waits for the GPU."""
+    """The clock of a rank on a GPU. It measures a CUDA stream, and never waits for the GPU."""
 
     waiting_functions = (
         (Work, "wait"),
@@ -73,7 +71,7 @@ class StreamClock:
         self._stream = torch.cuda.current_stream()
 
     def mark(self) -> Mark | None:
-        """Record an event in the stream, and return it. If the calling thread uses another stream, return None."""
+        """Record an event in the stream, and return it. Return None if the calling thread uses another stream."""
         if torch.cuda.current_stream() != self._stream:
             return None
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -91,8 +89,6 @@ class StreamClock:
 
 @dataclass
 class _Step:
-    """The marks of one step."""
-
     start: Mark
     data_waits: list[Wait] = field(default_factory=list)
     collective_waits: list[Wait] = field(default_factory=list)
@@ -114,7 +110,7 @@ class StepClock:
     Call all methods from the main thread.
 
     Args:
-        is_active: if False, this object measures nothing. A single rank needs no measurement.
+        is_active: if False, nothing is measured.
         clock: if None, the device determines the clock.
     """
 
@@ -135,7 +131,7 @@ class StepClock:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Return a context manager that measures the step in its ``with`` block."""
+        """Return a context manager that measures one step."""
         if not self._is_active or self._unmeasured_steps < SETTLING_STEPS:
             yield
             self._unmeasured_steps += 1
@@ -153,7 +149,7 @@ class StepClock:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Return a context manager. The time inside its ``with`` block counts as data wait."""
+        """Return a context manager whose time counts as data wait."""
         if self._step is None:
             yield
             return
@@ -166,7 +162,7 @@ class StepClock:
         """Return a context manager for a backward pass of DDP. It measures how long DDP waits at the end of the pass.
 
         DDP waits in a callback, which it queues when the last gradients are ready. This method queues its own callback
-        earlier. Callbacks run in the order of the queue, so this callback runs just before DDP waits.
+        earlier, which therefore runs just before DDP waits.
         """
         if self._step is None:
             yield
@@ -181,7 +177,7 @@ class StepClock:
         self._add_wait(self._step, computed[0], self._clock.mark())
 
     def _time(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that calls ``plain`` and records how long the rank waits in it."""
+        """Return a function that calls ``plain`` and records the wait in it."""
 
         @functools.wraps(plain)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -199,7 +195,7 @@ class StepClock:
         return timed
 
     def _computes_here(self) -> bool:
-        """Return whether the current thread computes: the main thread, or a thread of torch in a backward pass."""
+        """Return whether the current thread computes: the main thread, or a thread of a backward pass."""
         return threading.get_ident() == self._thread_id or torch._C._current_graph_task_id() != -1
 
     @staticmethod
@@ -208,7 +204,6 @@ class StepClock:
             step.collective_waits.append((start, end))
 
     def _add_finished(self) -> None:
-        """Add up the times of the steps that the device has finished."""
         while self._finished and self._clock.has_passed(self._finished[0].end):
             step = self._finished.popleft()
             self._steps += 1
@@ -220,7 +215,7 @@ class StepClock:
         return sum(self._clock.seconds(start, end) for start, end in waits)
 
     def read(self) -> StepTimes | None:
-        """Return the mean times per step since the last call of this method, or None if no step was measured.
+        """Return the mean times per step since the last call, or None if no step was measured.
 
         A step that the GPU has not finished yet counts in the next call.
         """

@@ -54,10 +54,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the elementwise sum of ``values`` over all ranks. Every rank must make this call.
-
-        ``values`` does not change.
-        """
+        """Return the elementwise sum over all ranks, as a new tensor. Every rank must make this call."""
         self.progress.pass_mark()
         total = values.clone()
         if self.size > 1:
@@ -65,7 +62,7 @@ class World:
         return total
 
     def max(self, value: int) -> int:
-        """Return the largest of the values of all ranks. Every rank must make this call."""
+        """Return the largest value of all ranks. Every rank must make this call."""
         self.progress.pass_mark()
         if self.size == 1:
             return value
@@ -80,10 +77,7 @@ class World:
             dist.barrier(group=self.group)
 
     def gather(self, item: Any) -> list[Any]:
-        """Return the items of all ranks, in the order of the ranks. Every rank must make this call.
-
-        An item is a small Python object.
-        """
+        """Return the (small) items of all ranks, in the order of the ranks. Every rank must make this call."""
         self.progress.pass_mark()
         items = [item] * self.size
         if self.size > 1:
@@ -91,10 +85,7 @@ class World:
         return items
 
     def broadcast(self, item: Any) -> Any:
-        """Return the item of rank 0 on every rank. Every rank must make this call.
-
-        An item is a small Python object.
-        """
+        """Return the (small) item of rank 0 on every rank. Every rank must make this call."""
         self.progress.pass_mark()
         items = [item]
         if self.size > 1:
@@ -102,10 +93,9 @@ class World:
         return items[0]
 
     def call_on_main(self, function: Callable[[], Result]) -> Result:
-        """Call a function on the main rank only, and return its result on every rank. Every rank must make this call.
+        """Call a function on rank 0 only, and return its (small) result on every rank. Every rank must make this call.
 
-        The result must be small. If the function raises a ``UserError``, the main rank raises this error, and every
-        other rank raises ``MainRankError``.
+        If the function raises a ``UserError``, rank 0 raises it, and every other rank raises ``MainRankError``.
         """
         result: Result | None = None
         failure: UserError | None = None
@@ -123,17 +113,17 @@ class World:
         return cast(Result, result)
 
     def connect_to_store(self, prefix: str) -> Store:
-        """Return a separate connection to the key-value store of the ranks. Its keys get the given prefix.
+        """Return a new connection to the key-value store of the ranks. Its keys get the given prefix.
 
-        Each thread needs its own connection, because a waiting request blocks all later requests on the connection.
+        Each thread needs its own connection, because a waiting request blocks later requests.
         """
         store = self.store.clone() if self.store else HashStore()  # type: ignore[attr-defined]
         return PrefixStore(prefix, store)
 
     def with_cpu_group(self) -> World:
-        """Return a new ``World`` of the same ranks with its own Gloo process group, for collectives on CPU tensors.
+        """Return a new ``World`` with its own Gloo process group, for collectives on CPU tensors in another thread.
 
-        Every rank must make this call. Two threads can use the two worlds at the same time.
+        Every rank must make this call.
         """
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
         return replace(self, device=torch.device("cpu"), group=group, progress=Progress())
@@ -141,16 +131,13 @@ class World:
 
 @contextmanager
 def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]:
-    """Return a context manager that connects this process with the other ranks. Its ``with`` block gets the ``World``.
-
-    Without a launcher, there is only one rank.
+    """Return a context manager that connects this process with the other ranks. Its block gets the ``World``.
 
     Args:
         process_group: whether to create torch's process group even for a single rank. FSDP and DeepSpeed need it.
 
     Raises:
-        ConfigError: this machine does not have the device, there are several ranks on MPS, or the launcher's variables
-            or port cannot be used.
+        ConfigError: the device, or the launcher's variables or port, cannot be used.
     """
     check_launcher()
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()
@@ -178,7 +165,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
     Args:
         wanted: the value of ``run.device``.
-        local_rank: the number of this rank on its node, which is also the number of its GPU.
+        local_rank: the number of this rank on its node, and of its GPU.
 
     Raises:
         ConfigError: this machine does not have the device, or has fewer GPUs than ranks.

@@ -24,11 +24,10 @@ _TIMED_REPEATS = 3  # after one that warms up
 
 
 def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
-    """Decide whether to compile. Return the config with ``run.compile`` set to true or false, the same on every rank.
+    """Return the config with ``run.compile`` set to true or false, the same on every rank.
 
-    With ``auto``, a run on a CPU is compiled only if it will take long. The choice does not depend on the backend. A
-    resumed run on a CPU keeps the choice in its checkpoint, because compilation changes rounding. Every rank must make
-    this call.
+    With ``auto``, a run on a CPU is compiled only if it will take long. A resumed run on a CPU keeps its earlier
+    choice, because compilation changes rounding. Every rank must make this call.
 
     Args:
         start: the checkpoint from which the run resumes, or None.
@@ -43,7 +42,6 @@ def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Pat
 
 
 def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -> tuple[bool, str]:
-    """Return the choice that ``auto`` makes, and its reason."""
     if world.device.type != "cpu":
         return world.device.type == "cuda", f"auto: always so on {world.device.type}"
     before = config_section(read_state(start)[1], "run").get("compile") if start else None
@@ -61,12 +59,11 @@ def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -
 def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: int) -> float:
     """Return the seconds of the forward and backward pass of one micro-batch on a CPU without compilation.
 
-    The function measures a few sequences, and scales the shortest time to the whole micro-batch. The global random
-    generator does not change.
+    The time of a few sequences is scaled to the micro-batch. The global random generator does not change.
 
     Args:
         tokens: about how many tokens to run.
-        repeats: how often to repeat the first pass, which also includes preparations. With 0, the result is too long.
+        repeats: how often to repeat the first pass, which is slower. With 0, the result is too long.
     """
     sequences = min(plan.micro_batch_size, max(1, tokens // plan.seq_len))
     compute = replicated_compute(_timed_model(config), config.run.precision, torch.device("cpu"))
@@ -86,7 +83,7 @@ def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: in
 def _timed_model(config: Config) -> GPT2:
     """Return a model that does the same computation as the run's model, with the memory of a single block.
 
-    All blocks share their weights, so the model fits on a rank that has only a shard of the real model.
+    It fits on a rank that has only a shard of the real model.
     """
     model = build_model(config.model.model_copy(update={"n_layer": 1}), config.run.seed)
     (first,) = model.h

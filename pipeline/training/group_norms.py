@@ -1,4 +1,4 @@
-"""Measure the gradient norm, the weight norm and the update ratio of each layer group, with every backend."""
+"""Measure the gradient norm, the weight norm and the update ratio of each layer group."""
 
 import math
 
@@ -18,9 +18,9 @@ _BLOCK_GROUPS = {"ln_1": "attn", "attn": "attn", "ln_2": "mlp", "mlp": "mlp"}
 
 
 def layer_group(name: str) -> str:
-    """Return the layer group of a parameter: ``embeddings``, ``ln_f``, or a group of a block, such as ``h.0.attn``.
+    """Return the layer group of a parameter, such as ``embeddings``, ``ln_f``, ``h.0.attn`` or ``h.0.mlp``.
 
-    A block has the groups ``attn`` and ``mlp``. Each group includes the LayerNorm before it.
+    The groups ``attn`` and ``mlp`` include the LayerNorm before them.
 
     Args:
         name: the canonical name, such as ``h.0.attn.c_attn.weight``.
@@ -34,11 +34,11 @@ def layer_group(name: str) -> str:
 class GroupNorms:
     """Measures the norms of layer groups for one step.
 
-    Create an object just before the step, and call ``measure`` after it. The object keeps a copy of this rank's weights
-    and first moments.
+    Create an object just before the step, because it copies this rank's weights and first moments. Call ``measure``
+    after the step.
 
-    Each backend keeps its gradients in a different place. Therefore, this class computes them from AdamW's first moment
-    or Muon's momentum. A step changes the moment to ``beta * moment + (1 - beta) * gradient``.
+    Backends keep gradients in different places. Therefore, this class computes them from AdamW's first moment or Muon's
+    momentum: ``new = beta * old + (1 - beta) * gradient``.
     """
 
     def __init__(self, backend: Backend, config: OptimizerConfig, world: World) -> None:
@@ -49,18 +49,17 @@ class GroupNorms:
         self._before = [(f.weight.clone(), f.state[_moment(f.state)].clone()) for f in backend.fragments()]
 
     def measure(self, grad_norm: float) -> dict[str, float]:
-        """Return the norms of every layer group for the step. If the step was skipped, return an empty dict.
+        """Return the norms of every layer group, or an empty dict if the step was skipped.
 
         Every rank must make this call.
 
         Args:
-            grad_norm: the global gradient norm, unscaled and before clipping. The gradient norms of the groups are
-                scaled to match it, so they depend neither on clipping nor on the loss scale.
+            grad_norm: the global gradient norm, unscaled and before clipping. The groups' gradient norms are scaled to
+                match it.
 
         Returns:
-            Three values per group, such as ``h.0.attn``: ``layer_grad_norm/GROUP``, ``layer_weight_norm/GROUP`` (after
-            the step) and ``layer_update_ratio/GROUP``. The ratio is the norm of the change, divided by the norm of the
-            weights before the step.
+            Three values per group: ``layer_grad_norm/GROUP``, ``layer_weight_norm/GROUP`` (after the step) and
+            ``layer_update_ratio/GROUP`` (norm of the change / norm of the weights before the step).
         """
         if not math.isfinite(grad_norm):
             return {}
@@ -82,7 +81,7 @@ class GroupNorms:
         }
 
     def _sums_of_squares(self) -> Tensor:
-        """Return this rank's sums per group, (4, groups): gradients, weights, changes, and weights before the step."""
+        """Return this rank's sums per group, (4, groups): gradients, weights, changes, weights before the step."""
         dtype = summing_dtype(self._world.device)
         sums = torch.zeros(4, len(self._groups), dtype=dtype, device=self._world.device)
         for fragment, (old_weight, old_moment) in zip(self._backend.fragments(), self._before, strict=True):

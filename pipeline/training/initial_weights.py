@@ -21,13 +21,13 @@ _POSITIONS = "wpe.weight"
 
 
 def find_initial_weights(config: Config) -> Path | str | None:
-    """Return the path or URL of the weights that a new run starts from, or None if ``checkpoint.init_from`` is null.
+    """Return the path or URL of a new run's weights, or None if ``checkpoint.init_from`` is null.
 
-    For the URL of a run, the result is the URL of its newest good checkpoint. Call this function only on the main rank,
-    because it reads all files of a checkpoint to verify their hashes.
+    For the URL of a run, return the URL of its newest good checkpoint. Call this function only on the main rank,
+    because it verifies the hashes of all files.
 
     Raises:
-        CheckpointError: there are no weights, the weights are damaged, or their shapes do not fit the model.
+        CheckpointError: the weights are missing or damaged, or do not fit the model.
         ConfigError: the config that is stored with the weights is not valid.
     """
     if config.checkpoint.init_from is None:
@@ -40,12 +40,9 @@ def find_initial_weights(config: Config) -> Path | str | None:
 
 
 def write_initial_weights(place: Path | str | None, backend: Backend, seed: int) -> dict[str, Any] | None:
-    """Set the weights of a new run to the weights at ``place``, or to random values if ``place`` is None.
+    """Set the weights of a new run to those at ``place``, or to random values if ``place`` is None.
 
-    Every rank must make this call.
-
-    Returns:
-        The result of ``load_initial_weights``, or None for random weights.
+    Returns the result of ``load_initial_weights``, or None for random weights. Every rank must make this call.
     """
     if place is not None:
         return load_initial_weights(place, backend)
@@ -54,9 +51,7 @@ def write_initial_weights(place: Path | str | None, backend: Backend, seed: int)
 
 
 def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
-    """Copy weights into a backend, and log which settings of the two models differ.
-
-    Each rank reads only the weights that it holds. Every rank must make this call.
+    """Copy weights into a backend, and log which settings of the two models differ. Every rank must make this call.
 
     Returns:
         A dict with the path and the step of the weights.
@@ -80,14 +75,14 @@ def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
 
 
 def copy_positions(source: WeightSource, start: int, target: Tensor) -> None:
-    """Fill ``target`` with a range of the position embeddings of a stored model. The context lengths may differ.
+    """Fill ``target`` with a range of a stored model's position embeddings. The context lengths may differ.
 
-    If this run's context is shorter, only the first rows are used. If it is longer, the r stored rows are repeated: row
-    i is a copy of row i mod r (Beltagy et al. 2020, section 5).
+    A shorter context uses only the first rows. For a longer one, the r stored rows are repeated: row i is a copy of row
+    i mod r (Beltagy et al. 2020, section 5).
 
     Args:
-        start: the index of the range's first element in this run's flattened position embeddings.
-        target: the tensor to fill, shape (n,).
+        start: the first index of the range in this run's flattened position embeddings.
+        target: shape (n,).
     """
     stored = source.config.context_length * source.config.n_embd
     copied = 0
@@ -112,9 +107,6 @@ def compare_sizes(keys: Sequence[str], stored: Mapping[str, Any], model: ModelCo
     """Return three texts for an error message: the stored sizes, this run's sizes, and overrides for the stored sizes.
 
     An example is ``n_layer 4``, ``n_layer 2`` and ``model.n_layer=4``.
-
-    Args:
-        keys: the names of the sizes to compare.
     """
     there = ", ".join(f"{key} {stored[key]}" for key in keys)
     here = ", ".join(f"{key} {getattr(model, key)}" for key in keys)
@@ -122,7 +114,6 @@ def compare_sizes(keys: Sequence[str], stored: Mapping[str, Any], model: ModelCo
 
 
 def _describe_changes(source: ModelConfig, model: ModelConfig) -> list[str]:
-    """Return one line per allowed difference between the two models."""
     notes = []
     there, here = source.context_length, model.context_length
     if here < there:

@@ -29,9 +29,9 @@ _LAUNCHER_NOTES = {
 
 
 class StopRequest:
-    """Records the signals that ask a run to stop, and tells all ranks if any rank has received such a signal.
+    """Records signals that ask a run to stop, and tells all ranks if any rank has received one.
 
-    A separate thread answers a signal at once, even while the main thread compiles the model.
+    A thread answers a signal at once, even while the main thread compiles the model.
     """
 
     def __init__(self, world: World) -> None:
@@ -43,12 +43,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Return a context manager that records the signals that arrive inside its ``with`` block.
+        """Return a context manager that records signals. Inside its block, only a second Ctrl-C ends the process.
 
-        Inside the block, only a second Ctrl-C ends the process.
-
-        After a ``RuntimeError``, signals do not end the process even after the block. A lost rank may have caused the
-        error. The launcher then sends SIGTERM, and this rank must first print which rank is lost.
+        After a ``RuntimeError``, signals do not end the process even after the block. A lost rank may be the cause. The
+        launcher then sends SIGTERM, and this rank must first print which rank is lost.
         """
         thread = SignalThread(self._record)
         thread.start()
@@ -88,7 +86,7 @@ class StopRequest:
             os._exit(128 + signal.SIGINT)  # the main thread may not run again for minutes
 
     def _answer(self, number: signal.Signals) -> None:
-        """Print what happens next, on one rank per node, because a terminal belongs to one node."""
+        """Print what happens next, on one rank per node."""
         if self._world.local_rank == 0:
             say = log.warning if self._world.is_main else _print  # other ranks log only errors
             again = "; press Ctrl-C again to stop now without saving" if number is signal.SIGINT else ""
@@ -97,7 +95,7 @@ class StopRequest:
                 say(_LAUNCHER_NOTES[launcher])
 
     def agreed(self) -> signal.Signals | None:
-        """Return a signal that any rank has received, or None. All ranks return the same signal.
+        """Return a signal that any rank has received, or None. The result is the same on all ranks.
 
         Every rank must make this call.
         """

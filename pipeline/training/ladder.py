@@ -1,7 +1,7 @@
-"""Find the runs of a ladder that exist already, and compare their settings with those of the user's command.
+"""Find the runs of a ladder that exist already, and compare their settings with those of the command.
 
-A ladder is one long run at a constant learning rate, and several branches, in which the learning rate decays. Each
-branch starts from a step of the long run, a *milestone*.
+A ladder is one long run at a constant learning rate, and several branches in which it decays. Each branch starts from a
+step of the long run, a *milestone*.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def check_long_run(run_folder: Path, config: Config) -> None:
 def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
     """Raise ConfigError if the run has passed a milestone without keeping a checkpoint there.
 
-    A milestone is a step from which a branch of the ladder starts.
+    A milestone is a step from which a branch starts.
     """
     steps = [step_of(folder) for folder in list_checkpoints(run_folder)]
     for milestone in milestones:
@@ -65,10 +65,9 @@ def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
 
 
 def choose_branch_folder(out: Path, milestone: int, config: Config) -> Path:
-    """Return the run folder for a branch. If the folder exists already, its run has the settings of ``config``.
+    """Return the run folder for a branch: a new folder, or one whose run has the settings of ``config``.
 
-    An example is ``decay-from-40-to-50``. If a branch with other settings uses this name, the next name is
-    ``decay-from-40-to-50-2``.
+    An example is ``decay-from-40-to-50``, or ``decay-from-40-to-50-2`` if another branch uses this name.
 
     Args:
         out: the parent folder of all branches.
@@ -80,10 +79,7 @@ def choose_branch_folder(out: Path, milestone: int, config: Config) -> Path:
 
 
 def _changes(run_folder: Path, config: Config) -> dict[str, str]:
-    """Return a text for each setting that determines the numbers of a run and differs between the run and ``config``.
-
-    If the run has no checkpoints, the result is empty.
-    """
+    """Return a text for each setting that determines the numbers of a run and differs from ``config``."""
     for folder in reversed(list_checkpoints(run_folder)):
         with suppress(CheckpointError):  # a damaged checkpoint, which the run will skip, too
             changes = changed_settings(read_state_file(folder).config, dump_config(config))

@@ -18,7 +18,7 @@ _LONGEST_GIT_S = 10.0  # git can be slow in a large repository on a network disk
 def describe_process() -> dict[str, Any]:
     """Return the time, command, host, launcher, versions of packages, and the git commit of the working folder.
 
-    ``launcher`` is null without a launcher. ``git`` is null outside a git repository.
+    ``launcher`` and ``git`` can be null.
     """
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -26,8 +26,8 @@ class RankComparison:
 
     Args:
         clock: measures the steps of this rank.
-        slow_ratio: the main rank logs a warning if a rank takes more than this many times as long as the others. If
-            None, nothing is logged, and no links are measured.
+        slow_ratio: a rank that takes this many times as long as the others is logged. None: nothing is logged, and no
+            links are measured.
     """
 
     def __init__(self, clock: StepClock, world: World, slow_ratio: float | None) -> None:
@@ -42,9 +42,9 @@ class RankComparison:
         self._measured_wait_s = 0.0  # the shortest wait when the links were measured
 
     def start(self) -> None:
-        """Start to collect the times of all ranks, which ``read`` uses later. Every rank must make this call.
+        """Start to collect the times of all ranks for ``read``. Every rank must make this call.
 
-        This call does not wait for a GPU.
+        The call does not wait for a GPU.
         """
         if self._world.size == 1:
             return
@@ -56,8 +56,7 @@ class RankComparison:
     def read(self) -> dict[str, Any]:
         """Return metrics from the times that ``start`` has collected. If a rank is slow, log it.
 
-        Synchronize the device before this call. If there is only one rank, or if a rank has measured no step yet, the
-        result is empty.
+        Synchronize the device first. The result is empty for a single rank, or if a rank has measured no step yet.
         """
         times = [] if self._times is None else self._times.tolist()
         if not times or not all(compute_s for compute_s, *_ in times):
@@ -74,10 +73,9 @@ class RankComparison:
         return {**row, "slowest_rank": rank, "slowest_host": self._hosts[rank], "slowest_ratio": ratio}
 
     def finds_slow_network(self) -> bool:
-        """Return whether all ranks on several hosts have waited in collectives for most of the time.
+        """Return whether all ranks on several hosts waited in collectives most of the time before the last ``read``.
 
-        The result is for the last call of ``read``, and is the same on all ranks. After ``log_links``, the result is
-        False until all ranks wait notably longer.
+        All ranks get the same result. After ``log_links``, it is False until the ranks wait notably longer.
         """
         if self._slow_ratio is None or len(set(self._hosts)) == 1:
             return False
@@ -96,7 +94,7 @@ class RankComparison:
             )
 
     def _log(self, rank: int, ratio: float, times: list[float]) -> None:
-        """Log one line when a rank becomes slow, but not again while this rank stays slow."""
+        """Log one line when a rank becomes slow, but not again while it stays slow."""
         is_slow = self._slow_ratio is not None and ratio > self._slow_ratio
         if is_slow and rank != self._logged_rank:
             log.warning(
@@ -114,10 +112,8 @@ class RankComparison:
 def find_slowest(own_s: list[float]) -> tuple[int, float]:
     """Return the rank with the most own time, and its own time divided by the mean of the other ranks.
 
-    The own time of a rank is the time of a step without waiting for other ranks.
-
     Args:
-        own_s: the own time of each rank in seconds per step, for at least two ranks. Each must be more than 0.
+        own_s: the seconds per step that each rank does not wait for other ranks. At least two ranks, all above 0.
     """
     rank = max(range(len(own_s)), key=own_s.__getitem__)
     others_s = (sum(own_s) - own_s[rank]) / (len(own_s) - 1)

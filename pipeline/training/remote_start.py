@@ -21,20 +21,18 @@ log = logging.getLogger(__name__)
 
 
 def fetch_remote_start(config: Config, world: World) -> None:
-    """If the run must start from a checkpoint at a URL, download this checkpoint into the run folder.
+    """If the run starts from a checkpoint at a URL, download the checkpoint into the run folder.
 
-    - If ``checkpoint.resume`` is ``auto``, the newest checkpoint at ``checkpoint.remote`` is downloaded. It must be
-      newer than those in the run folder.
-    - If ``checkpoint.resume`` is a URL, the checkpoint there is downloaded, unless the run folder has an undamaged one.
+    - If ``checkpoint.resume`` is ``auto``, this is the newest checkpoint at ``checkpoint.remote``. It must be newer
+      than those in the run folder.
+    - If ``checkpoint.resume`` is a URL, this is the checkpoint there, unless the run folder has an undamaged one.
 
-    Damaged checkpoints are skipped with a warning. If the run folder has an undamaged checkpoint, a failed download is
-    only logged. Every rank must make this call.
+    Damaged checkpoints are skipped with a warning. Every rank must make this call.
 
     Raises:
-        CheckpointError: ``checkpoint.remote`` belongs to another run. Or the run folder has no undamaged checkpoint,
-            and no checkpoint at the URL can be used.
-        DataError: the server of ``checkpoint.resume`` refuses or does not answer, and the run folder has no undamaged
-            checkpoint.
+        CheckpointError: ``checkpoint.remote`` belongs to another run, or neither the run folder nor the URL has a
+            usable checkpoint.
+        DataError: the server of ``checkpoint.resume`` fails, and the run folder has no undamaged checkpoint.
     """
     run_folder = Path(config.run.out_dir)
     candidates, is_needed = world.call_on_main(lambda: _find_candidates(config.checkpoint, run_folder))
@@ -55,7 +53,7 @@ def fetch_remote_start(config: Config, world: World) -> None:
 
 
 def _find_candidates(options: CheckpointConfig, run_folder: Path) -> tuple[list[RemoteCheckpoint], bool]:
-    """Return the checkpoints from which the run may start, the best first, and whether the run needs one of them."""
+    """Return the checkpoints from which the run may start, best first, and whether it needs one of them."""
     if not is_remote(options.resume) and options.remote is None:
         return [], False
     own = newest_good_checkpoint(run_folder)
@@ -68,10 +66,10 @@ def _find_candidates(options: CheckpointConfig, run_folder: Path) -> tuple[list[
 def _find_newer(url: str, resume: str, run_folder: Path, own: Path | None) -> list[RemoteCheckpoint]:
     """Return the checkpoints at ``checkpoint.remote`` that are newer than ``own``, the newest first.
 
-    If ``resume`` does not ask for them, the result is empty.
+    Returns an empty list if ``resume`` does not ask for them.
 
     Raises:
-        CheckpointError: the URL belongs to another run, or the run cannot start without the checkpoints there.
+        CheckpointError: the URL belongs to another run, or the run cannot start without its checkpoints.
     """
     run = RemoteRun(url)
     is_own = own is not None and is_paired(run_folder, run.url)

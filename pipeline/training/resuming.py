@@ -54,15 +54,15 @@ def make_run_folder(folder: Path) -> list[Path]:
 def choose_start(config: Config, data_sha256: str) -> Path | None:
     """Return the checkpoint from which to resume, or None to start from scratch.
 
-    The caller must hold the lock of the run folder. The function deletes the incomplete folders of interrupted saves.
+    The caller must hold the lock of the run folder. The function deletes the folders of interrupted saves.
 
-    The next start must not use checkpoints that are later than the chosen one. The function renames those in the run
-    folder. For those at ``checkpoint.remote``, it makes a note in the run folder.
+    The next start must not use checkpoints that are later than the chosen one. The function renames them. It also
+    records that those at ``checkpoint.remote`` must not be used.
 
     Raises:
-        CheckpointError: the named checkpoint cannot be used, or the run folder contains another run, or the data, the
-            seed or the model differ from those of the checkpoint.
-        ConfigError: the named checkpoint belongs to another run, and its step leaves nothing to train.
+        CheckpointError: the checkpoint cannot be used, or the run folder contains another run, or the data, the seed or
+            the model have changed.
+        ConfigError: the checkpoint belongs to another run, and leaves nothing to train.
     """
     run_folder = Path(config.run.out_dir)
     try:
@@ -137,7 +137,7 @@ def _is_of_another_run(start: Path, config: Config) -> bool:
 
 
 def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
-    """Return why the run is complete, and how to train longer. If it is not complete, return None."""
+    """Return why the run is complete, and how to train longer, or None."""
     if state.step >= schedule.max_steps:
         return (
             f"at step {state.step} of schedule.max_steps {schedule.max_steps}, nothing to train; raise "
@@ -151,12 +151,11 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 def describe_started_decay(start: Path, config: Config) -> str | None:
     """Return a warning if a new run continues another run inside the decay of the new run's schedule.
 
-    The learning rate then usually jumps. Returns None if both runs have the same schedule and peak learning rate,
-    because the rate then does not jump.
+    The learning rate then usually jumps. If both runs have the same schedule and peak rate, it does not jump, and the
+    result is None.
 
     Args:
         start: the checkpoint from which the new run continues.
-        config: the config of the new run.
     """
     state, stored = read_state(start)
     schedule, now = config.schedule, dump_config(config)
@@ -174,7 +173,6 @@ def describe_started_decay(start: Path, config: Config) -> str | None:
 
 
 def _check_same_sizes(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
-    """Raise CheckpointError if the checkpoint's model has other sizes than the config's model."""
     stored = config_section(stored_config, "model")
     differing = [key for key in MODEL_SIZES if key in stored and stored[key] != getattr(config.model, key)]
     if differing:
@@ -186,7 +184,7 @@ def _check_same_sizes(config: Config, folder: Path, stored_config: dict[str, Any
 
 
 def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
-    """Raise CheckpointError if ``checkpoint.init_from`` is set and differs from the value at the start of the run."""
+    """Raise CheckpointError if ``checkpoint.init_from`` is set and has changed since the start of the run."""
     given, stored = config.checkpoint.init_from, config_section(stored_config, "checkpoint").get("init_from")
     if given is None or (isinstance(stored, str) and Path(given).resolve() == Path(stored).resolve()):
         return
@@ -199,7 +197,7 @@ def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, An
 def _check_same_run(
     config: Config, data_sha256: str, folder: Path, state: TrainingState, stored_config: dict[str, Any]
 ) -> None:
-    """Raise CheckpointError if the model has changed, or the order of the data of a run that has consumed samples."""
+    """Raise CheckpointError if the model has changed, or the data order of a run that has consumed samples."""
     model = config_section(stored_config, "model")
     settings: list[tuple[str, Any, Any, str]] = [
         ("model.reset_positions_at", model.get("reset_positions_at"), config.model.reset_positions_at, "model")
@@ -232,16 +230,13 @@ def _start_from(folder: Path) -> str:
 
 
 def describe_changes(start: Path, config: Config) -> list[str]:
-    """Return one text for each config key whose value differs from its value in the checkpoint ``start``.
-
-    An example is ``optimizer.learning_rate 0.001 -> 0.0001``.
-    """
+    """Return one text per config key that has changed, such as ``optimizer.learning_rate 0.001 -> 0.0001``."""
     changes = changed_settings(read_state(start)[1], dump_config(config))
     return [f"{key} {change}" for key, change in changes.items() if key not in _KEYS_OF_A_START]
 
 
 def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:
-    """Return the training state from which the run starts. If ``start`` is a checkpoint, load it into the backend.
+    """Return the training state from which the run starts. Load the checkpoint ``start``, if any, into the backend.
 
     Every rank must make this call.
     """

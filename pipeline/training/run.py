@@ -53,12 +53,11 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> Trainer | None:
     """Train to the last step of a run, from scratch or from a checkpoint.
 
-    Returns the trainer, or None if the run is already complete. Keep a reference to the trainer until the process ends.
-    With several ranks, freeing the trainer earlier can hang.
+    Returns the trainer, or None if the run is already complete. Keep a reference to the trainer until the process ends,
+    because freeing it earlier can hang.
 
     Raises:
-        UserError: the config, a dataset or a checkpoint cannot be used, or training cannot continue (see
-            ``Trainer.fit``).
+        UserError: the config, a dataset or a checkpoint cannot be used, or training cannot continue.
         Interrupted: a signal asked the run to stop. A checkpoint was saved.
         LostRankError: another rank died or hangs.
     """
@@ -79,10 +78,10 @@ def train(config: Config) -> Trainer | None:
 
 
 def _build_trainer(config: Config, world: World, resources: ExitStack) -> Trainer | None:
-    """Build the trainer and everything that it needs. Returns None if the run is already complete.
+    """Build the trainer and everything that it needs, or return None if the run is already complete.
 
     Args:
-        resources: keeps the run folder's lock and the choice of the attention kernel until training has ended.
+        resources: keeps the run folder's lock and the choice of the attention kernel.
     """
     if world.device.type == "mps" and config.backend.name != "ddp":
         raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
@@ -134,7 +133,7 @@ def open_run_folder(config: Config, resources: ExitStack) -> None:
     """Create and lock the run folder.
 
     Args:
-        resources: when this stack closes, it releases the lock. If the run could not start, it also removes the new
+        resources: when this stack closes, it releases the lock. If the run could not start, it also removes new
             folders.
     """
     folder = Path(config.run.out_dir)
@@ -143,7 +142,6 @@ def open_run_folder(config: Config, resources: ExitStack) -> None:
 
 
 def _log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -> None:
-    """Log the settings that the run actually uses, before the first step."""
     config, backend, device = trainer.config, trainer.backend, trainer.world.device
     dtypes = ", ".join(f"{what} {str(dtype).removeprefix('torch.')}" for what, dtype in backend.dtypes().items())
     log.info("run       %s -> %s", config.run.name, config.run.out_dir)
@@ -174,7 +172,6 @@ def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
 
 
 def _log_end(trainer: Trainer) -> None:
-    """Log a summary of a finished run."""
     state, results, folder = trainer.state, trainer.results, trainer.run_folder
     log.info(
         "done      %s steps, %s tokens in %s",
@@ -219,7 +216,6 @@ def log_masks(trainer: Trainer) -> None:
 
 
 def _log_data(trainer: Trainer) -> None:
-    """Log the size and the number of epochs of each dataset, and the size of its validation split."""
     loader, max_steps = trainer.loader, trainer.config.schedule.max_steps
     counts = loader.mixture.counts(max_steps * trainer.plan.samples_per_step)
     for dataset, order, share, count in zip(loader.datasets, loader.orders, loader.mixture.shares, counts, strict=True):
@@ -238,7 +234,6 @@ def _log_data(trainer: Trainer) -> None:
 
 
 def _log_validation(path: str, validation: TokenStream, trainer: Trainer) -> None:
-    """Log the size of a validation split, and warn if it is small."""
     windows = -(-(validation.tokens - 1) // trainer.plan.seq_len)
     measured = (trainer.config.evaluation.max_batches or windows) * trainer.plan.micro_batch_size
     log.info(

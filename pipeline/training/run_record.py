@@ -25,11 +25,8 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
-    Each row has ``elapsed_s``: the wall-clock seconds that the run has taken so far. If an earlier process has written
-    rows for steps after ``resumed_step``, these rows are deleted.
-
-    Some keys of ``backend.deepspeed`` change the results compared with other backends. Each row lists those that the
-    config sets.
+    Rows of steps after ``resumed_step`` are deleted. Some keys of ``backend.deepspeed`` change the results compared
+    with other backends. Each row lists those that are set.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
@@ -54,12 +51,12 @@ class RunRecord:
     def elapsed_s(self) -> float:
         """Return how many seconds the run has taken so far, as wall-clock time.
 
-        After a resume, this includes earlier processes of the run, but not the pauses between them.
+        Earlier processes of a resumed run count, but not the pauses between them.
         """
         return round(time.perf_counter() - self._started, 3)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write one row. The row must have the key ``step``. NaN and infinity are written as null."""
+        """Write one row, which must have the key ``step``. NaN and infinity are written as null."""
         if self._sinks:
             row = _without_nan(row)
             row["elapsed_s"] = self.elapsed_s()
@@ -69,7 +66,7 @@ class RunRecord:
                 sink.write(row)
 
     def count_step(self, step: int) -> None:
-        """Tell the sinks that ``step`` steps were started so far. Call this method once per step."""
+        """Tell the sinks how many steps were started so far. Call this method once per step."""
         for sink in self._sinks:
             sink.count_step(step)
 
@@ -91,7 +88,7 @@ class RunRecord:
     def write_uploads(self, outcomes: list[UploadOutcome]) -> None:
         """Write one row per finished upload of a checkpoint.
 
-        A failed upload is counted. It is logged only if its reason differs from that of the last failed upload.
+        A failed upload is counted, and logged only if its reason differs from the last one.
         """
         url = self.config.checkpoint.remote
         for outcome in outcomes:
@@ -124,7 +121,7 @@ class RunRecord:
 
         Args:
             step: the number of finished steps.
-            ended: how the run ended: ``finished``, ``interrupted`` (a checkpoint is saved) or ``failed``.
+            ended: ``finished``, ``interrupted`` (a checkpoint is saved) or ``failed``.
             results: maps the names of losses to their last values.
         """
         self.write({"step": step, "ended": ended})
@@ -139,7 +136,7 @@ class RunRecord:
         self._sinks = []
 
     def _summarize_uploads(self) -> dict[str, int]:
-        """Log and return how many uploads succeeded and failed. Without a URL, return an empty dict."""
+        """Log and return how many uploads succeeded and failed."""
         url = self.config.checkpoint.remote
         if url is None:
             return {}
@@ -149,10 +146,7 @@ class RunRecord:
 
 
 def send_missing_rows(config: Config) -> None:
-    """Send the rows and the summary of a complete run to the services that do not have them yet.
-
-    Call this function on the main rank only.
-    """
+    """Send the rows and the summary of a complete run to services that lack them. Call this on the main rank only."""
     run_folder = Path(config.run.out_dir)
     services = config.logging.model_copy(update={"sinks": [name for name in config.logging.sinks if name in SERVICES]})
     sinks = [sink for sink in _create_sinks(services, run_folder) if isinstance(sink, ServiceSink)]
@@ -169,14 +163,12 @@ def send_missing_rows(config: Config) -> None:
 
 
 def _summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the summary of a complete run, with the same keys as at its end."""
     last = {key: value for row in rows for key, value in row.items() if value is not None}
     results = {name: last[key] for name, key in (("loss", "loss"), ("validation_loss", "val_loss")) if key in last}
     return {"state": "finished", "step": last["step"], "elapsed_s": last.get("elapsed_s", 0.0), **results}
 
 
 def _write_report(run_folder: Path) -> None:
-    """Write the report that services get."""
     try:
         write_report([run_folder], run_folder / REPORT_FOLDER)
     except (UserError, OSError) as error:

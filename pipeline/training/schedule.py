@@ -1,4 +1,4 @@
-"""Compute the learning rate, and the decay of the average of the weights, from the step and the config."""
+"""Compute the learning rate, and the decay of the average of the weights, of a step."""
 
 import math
 
@@ -11,8 +11,8 @@ CHART_COLUMNS = 50  # of the bar at the peak
 def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
     """Return the learning rate of the optimizer step that comes after ``step`` finished steps.
 
-    In the first ``warmup_steps`` steps, the rate rises linearly to its peak. The first step has a rate above zero.
-    Later, the rate falls to a minimum of ``min_lr_ratio`` times the peak.
+    The rate rises linearly for ``warmup_steps`` steps. Later, it falls from its peak to ``min_lr_ratio`` times the
+    peak.
 
     With ``wsd``, the first step of the decay is already below the peak, and the last step of the run is at the minimum.
     With ``cosine`` and ``linear``, the first step of the decay is at the peak, and the last step is slightly above the
@@ -32,7 +32,7 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
 
 
 def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
-    """Return the share of (peak - floor) that is left when ``progress``, from 0 to 1, of the decay is done."""
+    """Return the share of (peak - floor) that is left after ``progress``, 0 to 1, of the decay."""
     shape = (schedule.decay_shape or "linear") if schedule.name == "wsd" else schedule.name
     if shape == "cosine":  # Loshchilov and Hutter 2017, without restarts
         return 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -42,10 +42,10 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
 
 
 def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
-    """Return the decay with which the next step updates the moving average of the weights. Without one, return None.
+    """Return the decay with which the next step updates the average of the weights, or None without an average.
 
-    At the beginning, the decay is smaller, so that the average soon forgets the initial weights. The formula is that of
-    TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``.
+    The decay is smaller at the beginning, so that the average soon forgets the initial weights. The formula is that of
+    TensorFlow's ``ExponentialMovingAverage``.
 
     Args:
         step: the number of finished steps.
@@ -56,8 +56,7 @@ def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
 def format_schedule(config: Config) -> str:
     """Return a description of the schedule and a bar chart of the learning rate, as text.
 
-    Each line of the chart contains a step, the number of tokens before it, and the learning rate. The steps are equally
-    spaced. Two further lines show the end of the warm-up and the start of the decay.
+    The steps of the chart are equally spaced, except two lines for the end of the warm-up and the start of the decay.
     """
     schedule = config.schedule
     spread = {schedule.max_steps * row // CHART_ROWS for row in range(CHART_ROWS + 1)}

@@ -60,10 +60,10 @@ class FinishedStep:
 
 
 class StepGuard:
-    """Judges each step of a run: the step is good, was skipped, or is a spike.
+    """Judges each step of a run, in order: the step is good, was skipped, or is a spike.
 
-    A step is skipped if its gradients are not finite. A step is a spike if its loss or its gradient norm is much higher
-    than in the steps before it. The steps are judged in order. All ranks reach the same verdicts.
+    A step is skipped if its gradients are not finite. A step is a spike if its loss or gradient norm is much higher
+    than before. All ranks reach the same verdicts.
     """
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
@@ -97,8 +97,7 @@ class StepGuard:
         """Judge a finished step, update the state of the guard, and return the verdict.
 
         Raises:
-            TrainingError: too many steps in a row were skipped, or a step is a spike after ``guard.max_rollbacks``
-                rollbacks.
+            TrainingError: too many steps in a row were skipped, or there were too many rollbacks.
         """
         if not finished.scored_targets:
             self._count_without_targets(finished)
@@ -124,10 +123,9 @@ class StepGuard:
     def after_rollback(self, stored: GuardState, spike: FinishedStep) -> None:
         """Restore the state of the guard, after a spike has made the run go back to a checkpoint.
 
-        From now on, ``next_sample`` leaves out the samples of the spike.
-
         Args:
             stored: the state of the guard in the checkpoint.
+            spike: the spike. ``next_sample`` leaves out its samples from now on.
         """
         self._queue.clear()
         self.state = replace(
@@ -137,10 +135,9 @@ class StepGuard:
         )
 
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
-        """Return the index of the first sample of the next step. Samples are numbered in the order of training.
+        """Return the index of the first sample of the next step, in the order of training.
 
-        Usually, the result is ``consumed``. If the step would contain samples of an earlier spike, it starts after
-        them.
+        Usually, this is ``consumed``. If the step would contain samples of an earlier spike, it starts after them.
 
         Args:
             consumed: the index of the first sample after the previous step.
@@ -158,7 +155,7 @@ class StepGuard:
             log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
 
     def log_steps_without_targets(self) -> None:
-        """Log a warning if this process had steps without a scored target, with the number of these steps."""
+        """Log a warning with the number of steps in this process without a scored target, if any."""
         if count := self._steps_without_targets:
             log.warning("steps without a scored target since this start: %d; their loss is null", count)
 
@@ -175,7 +172,7 @@ class StepGuard:
             )
 
     def _describe_spike(self, finished: FinishedStep) -> str | None:
-        """Return why a step is a spike. Returns None if it is not a spike or the window is not full yet."""
+        """Return why a step is a spike, or None if it is not a spike or the window is not full yet."""
         threshold = self.config.spike_zscore
         assert threshold is not None and finished.loss is not None
         if len(self.state.recent) < self.config.spike_window:

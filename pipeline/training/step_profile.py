@@ -19,7 +19,7 @@ _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
 
 
 class StepProfile:
-    """Profiles ``steps`` training steps on the CPU and on the device. If ``steps`` is 0, it does nothing.
+    """Profiles ``steps`` training steps on the CPU and on the device. With 0, it does nothing.
 
     It writes a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table to ``profile/`` in the run folder.
     """
@@ -33,7 +33,7 @@ class StepProfile:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Return a context manager that profiles the steps inside its ``with`` block and then writes the files."""
+        """Return a context manager that profiles the steps inside its block and then writes the files."""
         if not self._steps:
             yield
             return
@@ -71,7 +71,7 @@ class StepProfile:
     def _is_work(self, row: Any) -> bool:
         """Return whether a row is a kernel (on a GPU) or an operator (on a CPU).
 
-        On a GPU, operators and annotations include the time of their kernels, which must not count twice.
+        On a GPU, the rows of operators include the time of their kernels, which must not count twice.
         """
         on_gpu = row.device_type == DeviceType.CUDA
         return on_gpu == (self._device.type == "cuda") and not row.is_user_annotation

@@ -1,4 +1,4 @@
-"""Measure tokens per second and model FLOPs utilization (MFU). Only the time that is spent on training counts."""
+"""Measure tokens per second and model FLOPs utilization (MFU) of the time that is spent on training."""
 
 import logging
 import time
@@ -16,13 +16,12 @@ _NOTABLE_INCREASE = 1.05
 
 
 def measure_ceiling(world: World, config: Config, tokens: int, seconds: float = CEILING_SECONDS) -> float:
-    """Measure the FLOP/s that all ranks together reach in matrix products with the run's dtype.
+    """Measure the FLOP/s of all ranks together in matrix products with the run's dtype.
 
     Every rank must make this call.
 
     Args:
-        tokens: the number of tokens in a micro-batch. On a CPU, the linear layers' products of this size are measured,
-            too.
+        tokens: the number of tokens in a micro-batch. On a CPU, it determines the shapes of some products.
         seconds: about how long the measurement takes.
     """
     shapes = layer_products(config.model, tokens)
@@ -31,13 +30,12 @@ def measure_ceiling(world: World, config: Config, tokens: int, seconds: float = 
 
 
 class ThroughputMeter:
-    """Measures the time per step since the last call of ``read``, without the time for evaluations and checkpoints.
+    """Measures the time per step since the last call of ``read``, without evaluations and checkpoints.
 
     Args:
-        tokens_per_step: the number of tokens of a step on all ranks together.
-        flops_per_token: the FLOPs of a forward and backward pass per token.
-        ceiling_flops: the measured FLOP/s of all ranks together in matrix products. Other programs on the machine lower
-            a measurement, so the highest one counts.
+        tokens_per_step: of all ranks together.
+        flops_per_token: of a forward and backward pass.
+        ceiling_flops: the measured FLOP/s of all ranks together in matrix products.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, ceiling_flops: float) -> None:
@@ -47,13 +45,16 @@ class ThroughputMeter:
         self.restart()
 
     def raise_ceiling(self, flops: float) -> None:
-        """Add a new measurement of ``ceiling_flops``. It is used only if it is the highest one so far."""
+        """Use a new measurement of ``ceiling_flops`` if it is the highest so far.
+
+        Other programs can only lower a measurement.
+        """
         if flops > _NOTABLE_INCREASE * self.ceiling_flops:
             log.info("ceiling   %.3g FLOP/s, measured again (%.3g before)", flops, self.ceiling_flops)
         self.ceiling_flops = max(self.ceiling_flops, flops)
 
     def restart(self) -> None:
-        """Restart the clock. Call this method just before the first step."""
+        """Restart the clock, just before the first step."""
         self._started, self._steps, self._waited_s = time.perf_counter(), 0, 0.0
 
     def count_step(self) -> None:
@@ -61,7 +62,7 @@ class ThroughputMeter:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return metrics such as ``tokens_per_s`` since the last call. Synchronize the device before this call."""
+        """Return metrics such as ``tokens_per_s`` since the last call. Synchronize the device first."""
         now = time.perf_counter()
         seconds = (now - self._started) / self._steps
         tokens_per_s = self.tokens_per_step / seconds
@@ -77,7 +78,7 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Return a context manager. The time inside its ``with`` block counts as waiting for data."""
+        """Return a context manager whose time counts as waiting for data."""
         started = time.perf_counter()
         try:
             yield
@@ -86,7 +87,7 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Return a context manager that stops the clock inside its ``with`` block."""
+        """Return a context manager that stops the clock."""
         stopped = time.perf_counter()
         try:
             yield

@@ -57,7 +57,7 @@ class Trainer:
     Args:
         state: the progress of the run. It must belong to the weights and the optimizer state in the backend.
         tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
-        heartbeat_file: writes ``heartbeat.json``. If None, the file is not written.
+        heartbeat_file: writes ``heartbeat.json``. None: no file.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Trainer:
 
         Raises:
             TrainingError: too many steps were skipped or were spikes.
-            CheckpointError: the last checkpoint could not be written. Failures of earlier checkpoints are only logged.
+            CheckpointError: the last checkpoint could not be written. Earlier failures are only logged.
             Interrupted: a signal asked the run to stop. A checkpoint was saved.
         """
         ended = "failed"
@@ -184,13 +184,11 @@ class Trainer:
             self.record.write_uploads(self.mirror.poll())
 
     def _finish_uploads(self) -> None:
-        """Wait for the upload of the last checkpoint, and record its outcome."""
         if self.mirror:
             self._reach_rare("the upload of the last checkpoint")
             self.record.write_uploads(self.mirror.finish(self.world.progress.move))
 
     def _record_start(self) -> None:
-        """Record the backend and hardware of this start, which may differ from those of earlier starts."""
         started = {
             "backend": self.backend.describe(),
             "world_size": self.world.size,
@@ -269,7 +267,7 @@ class Trainer:
     def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[LateValue, LateValue]:
         """Accumulate gradients over micro-batches.
 
-        The sum over the ranks starts here. If it started when the loss is read, it would run after all queued steps.
+        The sum over the ranks starts here, because later it would wait for all queued steps.
 
         Returns:
             The mean loss of the global batch (NaN if no target is scored), and its number of scored targets.
@@ -289,7 +287,6 @@ class Trainer:
         return LateValue(self.world.sum(loss_sum / scored_targets)), LateValue(scored_targets)
 
     def _count_scored_targets(self, micro_batches: list[MicroBatch]) -> int | Tensor:
-        """Return the number of scored targets of the global batch."""
         if not self.loader.has_mask:
             return self.plan.tokens_per_step
         local = sum(micro_batch.scored_targets for micro_batch in micro_batches)
@@ -310,8 +307,8 @@ class Trainer:
     def _judge_finished_steps(self, *, judge_all: bool) -> Iterator[FinishedStep]:
         """Judge the steps that the device has finished, and yield the steps that spiked.
 
-        On a GPU, the newest step waits for the next call, unless ``judge_all`` is True. Reading it would wait for the
-        GPU.
+        The newest step is left for the next call, because reading it would wait for a GPU, unless ``judge_all`` is
+        True.
         """
         leave = 1 if self.world.device.type == "cuda" and not judge_all else 0
         for finished, verdict in self.guard.judge_queued(leave=leave):
@@ -324,7 +321,7 @@ class Trainer:
                 self.state = replace(self.state, updates=self.state.updates + 1)
 
     def _roll_back(self, spike: FinishedStep) -> bool:
-        """Load the newest good checkpoint and skip the samples of a spike. Returns False if there is no checkpoint.
+        """Load the newest good checkpoint and skip the samples of a spike. Returns False without a checkpoint.
 
         Every rank must make this call.
         """
@@ -430,12 +427,12 @@ class Trainer:
 
 
 def _create_mirror(config: Config, world: World) -> Mirror | None:
-    """Return a started mirror that uploads checkpoints to ``checkpoint.remote``, or None if the key is null."""
+    """Return a started mirror that uploads checkpoints to ``checkpoint.remote``, or None."""
     options = config.checkpoint
     if options.remote is None:
         return None
     folder = Path(config.run.out_dir)
     mirror = Mirror(options.remote, folder, world, keep_last=options.keep_last, timeout_s=options.remote_timeout_s)
     mirror.start()
-    mirror.request()  # after a rollback, later checkpoints at the URL are removed at once
+    mirror.request()  # if the run has gone back, set later checkpoints at the URL aside at once
     return mirror
