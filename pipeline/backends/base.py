@@ -27,8 +27,8 @@ WriteElements = Callable[[str, int, Tensor], None]
 class Backend(ABC):
     """A model and its optimizer, distributed over the ranks.
 
-    The trainer calls ``accumulate`` once per micro-step and ``step`` once per step. A backend averages the gradients
-    over the ranks, but training needs their sum. The trainer therefore multiplies ``loss_weight`` by the world size.
+    A backend averages the gradients over the ranks, but training needs their sum. The trainer therefore multiplies
+    ``loss_weight`` by the world size.
 
     The model must be on the device ``meta``. A backend allocates only this rank's weights, without values. Call
     ``draw_weights`` or ``write_weights``, or load a checkpoint, before the first step.
@@ -56,18 +56,17 @@ class Backend(ABC):
         Returns the sum of the losses of all targets, as a detached scalar.
 
         Args:
-            tokens: (B, T) int64 ids on the device.
+            tokens: (B, T) int64 ids.
             targets: (B, T) int64 ids. Targets that are ``IGNORE_INDEX`` do not count.
             loss_weight: a factor for the gradients. It does not change the returned sum.
-            is_last: whether this is the last micro-step of the step. If False, ranks may skip the synchronization of
-                gradients.
+            is_last: whether this is the last micro-step of the step. If False, ranks need not synchronize gradients.
         """
 
     def step(self, learning_rate: float, ema_decay: float | None = None) -> Tensor | float:
         """Unscale and clip the gradients, update the weights, and clear the gradients.
 
-        Call this after ``accumulate(..., is_last=True)``. If any rank has gradients that are not finite, the weights
-        and the optimizer state do not change. A dynamic loss scale is then halved.
+        Call this after ``accumulate(..., is_last=True)``. If the gradients of any rank are not finite, the weights and
+        the optimizer state do not change.
 
         Args:
             ema_decay: the decay of the moving average of the weights. None if the run keeps no average.
@@ -88,7 +87,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _update(self) -> Tensor | float:
-        """Do the work of ``step`` at the current learning rate, and return the gradient norm."""
+        """Do the work of ``step``, except for the loss scale and the average. Return the gradient norm."""
 
     def draw_weights(self, seed: int) -> None:
         """Set all weights to random initial values. The same seed gives the same weights under every backend.
@@ -121,9 +120,6 @@ class Backend(ABC):
 
     def state_was_loaded(self, updates: int) -> None:
         """Prepare for training, after the values of a checkpoint were written into the fragments.
-
-        This sets the optimizer's step count. It also copies the master weights (which the optimizer updates) to the
-        weights that the model computes with.
 
         Args:
             updates: the number of updates since the optimizer's state was zero.
@@ -168,9 +164,8 @@ class Backend(ABC):
     def averaged_weights(self) -> Iterator[None]:
         """Return a context manager in which the model computes with the averages of its weights.
 
-        Every rank must enter it. The weights and their averages are swapped, so no memory for a copy is needed. Do not
-        save or train inside the block. If the block raises an error, the weights stay swapped, and the run cannot
-        continue.
+        Every rank must enter it. It needs no memory for a copy of the weights. Do not save or train inside. After an
+        error inside, the run cannot continue.
         """
         self._swap_average()
         yield

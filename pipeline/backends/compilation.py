@@ -1,4 +1,4 @@
-"""Decide whether torch.compile compiles each transformer block separately or the whole model at once."""
+"""Decide whether torch.compile compiles each transformer block separately or the whole model."""
 
 import torch
 import torch._dynamo
@@ -10,8 +10,8 @@ from pipeline.model.gpt2 import GPT2
 def compiles_blocks(world: World) -> bool:
     """Return whether to compile each transformer block separately: True if several ranks use GPUs.
 
-    GPUs reduce the gradients of one block during the backward pass of the next. A graph of the whole model would return
-    all gradients only at its end. Without several GPUs, this graph is faster.
+    The gradients of a block are then reduced during the backward pass of the next block. In all other cases, one graph
+    of the whole model is faster.
     """
     return world.size > 1 and world.device.type != "cpu"
 
@@ -19,8 +19,7 @@ def compiles_blocks(world: World) -> bool:
 def compile_blocks(model: GPT2) -> None:
     """Compile each block separately. Compile the output layer and the loss together.
 
-    Hooks on the blocks and the output layer run outside the compiled graphs. All blocks use one graph, so the
-    compilation time does not depend on their number.
+    Hooks on the blocks and the output layer run outside the compiled graphs.
     """
     # Otherwise, DDP would split every block that is larger than a bucket. The setting applies to the whole process.
     torch._dynamo.config.optimize_ddp = False

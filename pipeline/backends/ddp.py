@@ -41,7 +41,6 @@ class DdpBackend(TorchBackend):
 
 
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
-    """Apply recomputation, the precision, DDP and torch.compile to the model."""
     recompute_blocks(model)
     compute: nn.Module = replicated_compute(model, config.run.precision, world.device)
     if world.size > 1:

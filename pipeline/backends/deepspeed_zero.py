@@ -53,7 +53,7 @@ _BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # raised by a build withou
 
 
 def _configure_process() -> None:
-    """Silence DeepSpeed, and prevent a build that training does not use. Both apply to the whole process."""
+    """Silence DeepSpeed, and prevent a build that training does not use, for the whole process."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates. Users cannot avoid this warning.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -80,7 +80,6 @@ class DeepSpeedBackend(Backend):
         self.optimizer: Any = self.engine.optimizer
 
     def _start_engine(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> Any:
-        """Return DeepSpeed's engine for the model, with recomputation, precision and torch.compile applied."""
         self._allocate(model, world.device)
         recompute_blocks(model)
         compute = self.in_precision(model, self.precision, world.device)
@@ -149,8 +148,8 @@ class DeepSpeedBackend(Backend):
 class Zero0Backend(DeepSpeedBackend):
     """The backend for ZeRO stage 0. Every rank has all fp32 weights.
 
-    In the precision ``bf16``, the model computes with bf16 copies. DeepSpeed's own bf16 mode would accumulate gradients
-    in bf16. DeepSpeed does not report the norm of fp32 gradients, so this class clips the gradients itself.
+    DeepSpeed's own bf16 mode would accumulate gradients in bf16, so the model casts the weights itself. DeepSpeed
+    reports no norm of fp32 gradients, so this class clips the gradients itself.
     """
 
     in_precision = staticmethod(replicated_compute)
@@ -210,7 +209,6 @@ class ZeroBackend(DeepSpeedBackend):
 
 
 def create_deepspeed_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> DeepSpeedBackend:
-    """Return the backend for the ZeRO stage in the config."""
     backend = ZeroBackend if config.backend.zero_stage > 0 else Zero0Backend
     return backend(model, config, world, plan)
 
@@ -280,7 +278,7 @@ def _forget_bias_correction(adam: Any, *_: object) -> None:
     """Make CPUAdam compute the bias correction of the next step from the step count.
 
     CPUAdam would multiply its stored beta^(n-1) by beta, which rounds differently than beta^n. A resumed run has no
-    stored value, so it would not continue bit by bit. After a step with other betas, CPUAdam computes beta^n.
+    stored value. After a step with other betas, CPUAdam computes beta^n.
     """
     unused = [torch.zeros(1) for _ in range(4)]  # weight, gradient and moments
     adam.ds_opt_adam.adam_update(adam.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, True, *unused)

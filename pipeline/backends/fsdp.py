@@ -24,10 +24,7 @@ _BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.floa
 
 
 class ShardedState(ParameterState):
-    """The masters (tensors that the optimizer updates) and the optimizer state under FSDP2.
-
-    The masters are the shards of the parameters. The model computes with gathered weights.
-    """
+    """The training state under FSDP2. The masters (tensors that the optimizer updates) are shards of the parameters."""
 
     def __init__(
         self, compute: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames
@@ -56,8 +53,7 @@ class FsdpBackend(TorchBackend):
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Reduce gradients only in the last micro-step, and keep gathered weights until then.
 
-        Weights do not change between micro-steps. Only weights that stay gathered after the forward pass are kept, so
-        the peak memory does not grow.
+        Only weights that stay gathered after the forward pass are kept, so the peak memory does not grow.
         """
         assert isinstance(self.compute, FSDPModule)
         self.compute.set_requires_gradient_sync(enabled)
@@ -72,8 +68,8 @@ class FsdpBackend(TorchBackend):
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
     """Apply recomputation, compile each module, and shard the model. Compiled graphs contain no collectives.
 
-    Memory is allocated only for the shards. Each block is one group of weights. All other weights form the root group,
-    so ``wte`` and ``lm_head`` stay tied. The root group stays gathered between the forward and the backward pass.
+    Each block is one group of weights. All other weights form the root group, so ``wte`` and ``lm_head`` stay tied. The
+    root group stays gathered between the forward and the backward pass.
     """
     recompute_blocks(model)
     if config.run.compiles:

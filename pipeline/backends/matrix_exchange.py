@@ -37,11 +37,10 @@ class _Overlap:
 
 
 class MatrixExchange:
-    """Transforms matrices. Each matrix has an owner, which is the rank that transforms it.
+    """Transforms matrices in batches. Each matrix has an owner, which is the rank that transforms it.
 
-    The matrices are processed in batches. One all-to-all sends a batch to the owners. A second one sends the results
-    back. All ranks get about the same amount of work. If the ranks hold several copies of all matrices, an owner
-    receives only one copy. It sends its result to all copies, so the copies stay equal.
+    All ranks get about the same amount of work. If the ranks hold several copies of all matrices, an owner receives
+    only one copy, and sends its result to all copies.
 
     Args:
         spans: for each rank, the ranges of parameters that the rank holds.
@@ -118,14 +117,9 @@ class MatrixExchange:
             target.add_(values.to(target.device), alpha=alpha * overlap.matrix.update_scale)
 
     def _all_to_all(self, sent: list[list[Tensor]], overlaps: list[list[_Overlap]]) -> list[list[Tensor]]:
-        """Send tensors to all ranks, and receive tensors from them. Tensors for this rank itself are not copied.
+        """Send the tensors ``sent[rank]`` to each rank. Return what each rank sends, one tensor (n,) per overlap.
 
-        Args:
-            sent: for each rank, the tensors to send to it, shape (n,) each.
-            overlaps: for each rank, what the tensors that it sends contain.
-
-        Returns:
-            For each rank, the tensors that it has sent, one per overlap.
+        Tensors for this rank itself are not copied.
         """
         own = self.world.rank
         tensors = [[] if rank == own else to_rank for rank, to_rank in enumerate(sent)]
@@ -172,7 +166,6 @@ class _Batch:
         }
 
     def first(self, span: int) -> int:
-        """Return the index of a span's first element in the flattened parameter."""
         return self._firsts[span]
 
 

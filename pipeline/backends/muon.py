@@ -1,9 +1,7 @@
 """Optimize the matrices of the transformer blocks with Muon, and all other parameters with AdamW, on every backend.
 
-Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix.
-Computing the orthogonal matrix needs the whole momentum matrix on one rank. Therefore, each matrix is assigned to one
-rank. This rank receives the momentum matrix, computes the orthogonal matrix, and sends its elements to the ranks that
-need them.
+Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix. For
+each matrix, one rank receives the whole momentum matrix, computes the orthogonal matrix, and sends its elements back.
 
 The update is multiplied by 0.2 sqrt(max(rows, columns)). Muon then works with the learning rates and the weight decay
 of AdamW (Liu et al. 2025).
@@ -32,8 +30,8 @@ _IS_MUON = "is_muon"  # the key that marks the parameter groups of Muon
 class Muon(torch.optim.Optimizer):
     """An optimizer that updates some matrices with Muon, and all other parameters with an AdamW optimizer.
 
-    A *master* is a tensor that the optimizer updates. Under DDP, FSDP2 and ZeRO-0, a master is one parameter. Under
-    ZeRO-1 to ZeRO-3, a master contains ranges of several parameters. Call ``use_ranges`` before the first step.
+    A *master* is a tensor that the optimizer updates. Under ZeRO-1 to ZeRO-3, it contains ranges of several parameters.
+    Otherwise, it is one parameter. Call ``use_ranges`` before the first step.
 
     Args:
         parameters: maps canonical names to the parameters that Muon updates.
@@ -130,7 +128,6 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _create_exchange(self, indices: set[int]) -> MatrixExchange:
-        """Return the exchange for the matrices in the given masters of any rank."""
         spans = [[span for index, span in of_rank if index in indices] for of_rank in self._spans]
         names = {span.name for of_rank in spans for span in of_rank}
         shapes = {name: shape for name, shape in self.shapes.items() if name in names}

@@ -19,11 +19,11 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     Each iteration replaces X by P X with P = a I + b G + c G^2, where G = X X^T is the Gram matrix. For tall matrices,
     X P with the smaller G = X^T X gives the same result.
 
-    If X is far from square, a product with X is expensive. Two iterations then share one Gram matrix: the second
-    iteration uses P G P, the Gram matrix of P X. More than two such iterations would not be stable in bf16.
+    If X is far from square, two iterations share one Gram matrix to save FLOPs: the second iteration uses P G P, the
+    Gram matrix of P X. More than two would not be stable in bf16.
 
     Args:
-        matrices: shape (n, rows, columns). Its dtype is also the dtype of the computation and of the result.
+        matrices: shape (n, rows, columns), in the dtype of the computation and of the result.
     """
     rows, columns = matrices.shape[1:]
     is_tall = rows > columns

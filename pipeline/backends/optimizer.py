@@ -84,7 +84,6 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
 
 
 def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
-    """Set the learning rate of all parameter groups."""
     for group in param_groups:
         group["lr"] = learning_rate
 
@@ -92,8 +91,8 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: flo
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     """Return the L2 norm of all gradients together, as a scalar on their device.
 
-    For DTensors, the norm includes the shards of all ranks. The squares are summed in fp64 if the device supports it,
-    so that all backends get the same norm.
+    For DTensors, this includes the shards of all ranks. The squares are summed in fp64 if possible, so that all
+    backends get the same norm.
     """
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     squares = torch.stack([_sum_of_squares(gradient) for gradient in local]).sum()
@@ -109,10 +108,7 @@ def _sharding_group(tensor: DTensor) -> dist.ProcessGroup:
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """Return the sum of the squares in ``summing_dtype``.
-
-    On a CPU, the gradient is converted in pieces that fit into the cache.
-    """
+    """Return the sum of the squares in ``summing_dtype``. On a CPU, convert pieces that fit into the cache."""
     dtype = summing_dtype(gradient.device)
     if gradient.device.type != "cpu":
         return torch.linalg.vector_norm(gradient, dtype=dtype).square()
@@ -141,7 +137,7 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """If the gradient norm is finite, update the weights. Otherwise, weights, moments and step count do not change.
 
-    On a GPU, this does not wait for the norm. The fused AdamW skips the update if a flag on the GPU is set.
+    On a GPU, this does not wait for the norm, because the fused AdamW reads a flag on the GPU.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
@@ -164,8 +160,8 @@ def clip_and_step(
 class LossScaler:
     """The factor for the loss in the backward pass, which prevents small fp16 gradients from becoming zero.
 
-    A step is *good* if its gradient norm is finite. A dynamic scale is halved after a step that is not good. It is
-    doubled after ``GROWTH_INTERVAL`` good steps in a row. A scale that is not dynamic is always 1.
+    A step is *good* if its gradient norm is finite. A dynamic scale is doubled after ``GROWTH_INTERVAL`` good steps in
+    a row, and halved after any other step. A scale that is not dynamic is always 1.
     """
 
     dynamic: bool
@@ -183,8 +179,8 @@ class LossScaler:
     def factor(self) -> float:
         """Return the factor for the loss on each rank. Divide the averaged gradients by this factor.
 
-        The factor is a dynamic scale divided by the world size. The division cancels the world size in the trainer's
-        ``loss_weight``. Therefore, fp16 gradients overflow in the same steps at every world size.
+        A dynamic scale is divided by the world size, which the trainer's ``loss_weight`` contains. fp16 gradients then
+        overflow in the same steps at every world size.
         """
         return self.scale / self.world_size if self.dynamic else 1.0
 
@@ -207,8 +203,5 @@ class LossScaler:
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale, and the number of steps with a finite gradient norm since the scale last changed.
-
-        If the scale is not dynamic, None is returned as the scale.
-        """
+        """Return the scale (None if not dynamic), and the number of finite steps since it last changed."""
         return (self.scale if self.dynamic else None), self.good_steps

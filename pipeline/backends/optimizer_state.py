@@ -1,4 +1,4 @@
-"""Give access to the training state on one rank: fp32 master weights, optimizer state and moving averages of weights.
+"""Give access to the training state on one rank: fp32 master weights, optimizer state and moving averages.
 
 The master weights (masters) are the tensors that the optimizer updates.
 """
@@ -23,8 +23,8 @@ from pipeline.model.parameter_state import ADAMW_STATE, EMA, WEIGHT, StateNames
 class Fragment:
     """The weights and the optimizer state on this rank for a range of one flattened parameter.
 
-    Writing into the tensors changes the training state, because they are views. The fragments of all ranks together
-    contain all elements of the parameter. The padding rows of the vocabulary are included, and are zero.
+    The tensors are views, so writing into them changes the training state. The fragments of all ranks contain all
+    elements, including the padding rows of the vocabulary, which are zero.
     """
 
     name: str  # the canonical name, as in GPT2.named_parameters()
@@ -44,8 +44,8 @@ class OptimizerState(ABC):
     Args:
         optimizer: torch's AdamW, DeepSpeed's CPUAdam, or a Muon that contains one of them.
         masters: the fp32 tensors that the optimizer updates on this rank.
-        names: maps canonical names of parameters to the names of their optimizer tensors, such as ``exp_avg``. The name
-            ``ema`` means that the run keeps averages of the weights.
+        names: maps the name of each parameter to the names of its optimizer tensors, such as ``exp_avg``, and to
+            ``ema`` if the run keeps averages.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:
@@ -58,10 +58,7 @@ class OptimizerState(ABC):
 
     @abstractmethod
     def ranges(self) -> list[Range]:
-        """Return the ranges of parameters that the masters on this rank contain.
-
-        A master can contain several ranges, all from the same parameter group.
-        """
+        """Return the ranges of parameters in this rank's masters. All ranges of a master have one parameter group."""
 
     @abstractmethod
     def publish_masters(self) -> None:
@@ -81,8 +78,8 @@ class OptimizerState(ABC):
     def fragments(self) -> list[Fragment]:
         """Return views of the masters, of the optimizer state and of the averages of the weights.
 
-        Missing optimizer state is created, filled with zeros. Missing averages are created as copies of the masters.
-        Under FSDP2, a rank may hold no row of a parameter. It then has no fragment of this parameter.
+        Missing optimizer state is created, filled with zeros. Missing averages are created as copies of the masters. A
+        rank that holds no element of a parameter has no fragment of it.
         """
         self.create_states()
         return [
@@ -92,7 +89,6 @@ class OptimizerState(ABC):
         ]
 
     def _state_of(self, held: Range) -> dict[str, Tensor]:
-        """Return views of a range in the optimizer state and in the averages, by name."""
         state = {name: held.of(self.optimizer.state[held.master][name]) for name in self.optimizer_names[held.name]}
         return state if self.average is None else {**state, EMA: held.of(self.average.of(held.master))}
 

@@ -14,7 +14,7 @@ _SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the temporary memory of ``swap``
 class WeightAverage:
     """The fp32 moving averages of this rank's masters (tensors that the optimizer updates).
 
-    A backend can change its masters before the first step. Therefore, averages are created only when first needed.
+    The averages are created when first needed, because a backend can change its masters before the first step.
     """
 
     def __init__(self, masters: Iterable[Tensor]) -> None:
@@ -57,5 +57,4 @@ class WeightAverage:
                 piece.copy_(kept)
 
     def _elements(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's elements of each average and of its master."""
         return ((local_elements(self.of(master)), local_elements(master)) for master in self.masters)

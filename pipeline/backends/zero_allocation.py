@@ -12,8 +12,7 @@ from pipeline.model.gpt2 import GPT2
 def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
     """Replace the weights of a model on the device ``meta`` by placeholders on the CPU.
 
-    A placeholder has the shape of the weight, but needs the memory of only one element. An optimizer can be created for
-    placeholders.
+    An optimizer can be created for placeholders. A placeholder needs the memory of only one element.
     """
     model._apply(lambda weight: torch.empty((), dtype=dtype).expand(weight.shape))  # type: ignore[no-untyped-call]
     model.tie_weights()
@@ -22,10 +21,8 @@ def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
 class AllocatedOnRead(nn.Module):
     """The module for ``deepspeed.zero.Init``. It allocates each parameter when ``Init`` reads it.
 
-    ``Init`` shards each parameter before it reads the next. At most one whole parameter is in memory at a time.
-
-    Args:
-        model: a model on which ``use_placeholders`` was called.
+    ``Init`` shards each parameter before it reads the next, so at most one whole parameter is in memory. Call
+    ``use_placeholders`` on the model first.
     """
 
     def __init__(self, model: GPT2, device: torch.device) -> None:

@@ -19,7 +19,6 @@ class PartitionedState(OptimizerState):
     DeepSpeed concatenates the parameters of each parameter group. Each rank has one range of the concatenated elements.
 
     Args:
-        engine: DeepSpeed's engine.
         names: maps ``id(parameter)`` to the canonical name of the parameter.
     """
 
@@ -46,7 +45,7 @@ class PartitionedState(OptimizerState):
     def publish_masters(self) -> None:
         """Copy the masters to the weights that the model computes with, on all ranks.
 
-        DeepSpeed's references from parameters to optimizer state are updated, too.
+        This also updates DeepSpeed's references to the optimizer state.
         """
         self.zero.update_lp_params()
         self.zero._hp_optimizer_states_linked = False
@@ -60,7 +59,6 @@ class FullyPartitionedState(OptimizerState):
     DeepSpeed divides each parameter into equal ranges, one per rank. The last range is padded.
 
     Args:
-        engine: DeepSpeed's engine.
         names: maps ``id(parameter)`` to the canonical name of the parameter.
     """
 
@@ -82,9 +80,8 @@ class FullyPartitionedState(OptimizerState):
     def publish_masters(self) -> None:
         """Copy the masters to this rank's shards of the weights that the model computes with.
 
-        All gathered weights are freed. DeepSpeed always keeps some small parameters gathered, so they are gathered
-        again. With ZeRO++ hpZ, the secondary shards of the weights are now old, so they are deleted. DeepSpeed creates
-        new ones in the next forward pass.
+        All gathered weights are freed. The small parameters that DeepSpeed always keeps gathered are gathered again.
+        With ZeRO++ hpZ, the outdated secondary shards are deleted, and the next forward pass creates new ones.
         """
         self.zero._partition_all_parameters()
         self.zero.invalidate_secondary_tensor()

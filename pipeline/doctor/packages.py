@@ -39,7 +39,7 @@ def _check_required(project: Distribution) -> Finding:
 
 
 def _check_tested() -> Iterator[Finding]:
-    """Check for versions that we have not tested. Other versions are allowed, but may explain a problem.
+    """Check for versions that we have not tested.
 
     Yields nothing if there is no ``constraints.txt``, because the wheel does not contain this file.
     """

@@ -61,8 +61,8 @@ def fastest_kernel(
 ) -> Iterator[str]:
     """Return a context manager in which attention uses the fastest kernel that works for the inputs.
 
-    The context manager returns torch's name for the kernel. If no fused kernel works, the name is ``MATH``, and a
-    warning is logged. If torch does not report its choice, the name is ``UNKNOWN``.
+    The context manager returns torch's name for the kernel. This is ``MATH`` if no fused kernel works, and ``UNKNOWN``
+    if torch does not report its choice.
 
     Args:
         shape: the shape (B, H, T, D) of the queries in training.
@@ -112,7 +112,6 @@ def _choose(kernels: list[SDPBackend], q: Tensor, dropout: float) -> SDPBackend 
 
 
 def _runs(kernel: SDPBackend, q: Tensor, dropout: float) -> bool:
-    """Return whether the kernel's forward and backward pass work."""
     try:
         with sdpa_kernel([kernel]):
             y = F.scaled_dot_product_attention(q, q, q, dropout_p=dropout, is_causal=True)

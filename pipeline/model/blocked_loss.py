@@ -1,7 +1,7 @@
 """Compute the output layer and the loss in blocks of the vocabulary, so that the logits never exist as a whole.
 
-The logits and their gradient would be the largest tensors of a training step. The forward pass keeps each row's largest
-logit and sum of exponentials (Milakov and Gimelshein 2018). The backward pass computes the logits of each block again.
+The logits would be the largest tensor of a training step. The forward pass keeps each row's largest logit and sum of
+exponentials (Milakov and Gimelshein 2018). The backward pass computes the logits of each block again.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ def blocked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab
     """Return the cross-entropy of each target in nats, fp32 of shape (N,). The logits are ``hidden @ weight.T``.
 
     Args:
-        hidden: hidden states, shape (N, C).
+        hidden: shape (N, C).
         weight: shape (padded vocabulary size, C), in the dtype of ``hidden``. Rows from ``vocab_size`` on are padding.
         targets: (N,) int64 ids.
         ignored: the value of a target that is not scored. Its cross-entropy is 0.
@@ -42,7 +42,6 @@ def bytes_of_a_block(rows: int, padded_vocab_size: int, logit_bytes: int) -> int
 
     Args:
         rows: the number of targets.
-        logit_bytes: the bytes of a logit in the compute dtype.
     """
     softmax, is_target, one_hot = 4, 1, 4  # bytes per logit
     return rows * block_columns(padded_vocab_size) * (logit_bytes + softmax + is_target + one_hot)

@@ -118,8 +118,8 @@ class GPT2(nn.Module):
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
         """Call the method ``loss``, ``logits`` or ``score`` with ``inputs``, and return its result.
 
-        Do not call these methods of a wrapped model directly. DDP, FSDP2, DeepSpeed, autocast and torch.compile do
-        their work only in ``forward``.
+        DDP, FSDP2, DeepSpeed, autocast and torch.compile do their work only in ``forward``. Do not call the methods
+        directly.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result
@@ -138,11 +138,7 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden_states(tokens), method="logits")
 
     def score(self, batch: ScoringBatch) -> Tensor:
-        """Return each target's log-probability, and whether it is the most likely token, fp32 of shape (2, N).
-
-        Row 0 contains the log-probabilities in nats. Row 1 contains 1 where the target is the most likely token,
-        otherwise 0.
-        """
+        """Return fp32 (2, N): each target's log-probability in nats, and 1 if it is the most likely token, else 0."""
         hidden = self.hidden_states(
             batch.tokens,
             batch.positions,
@@ -154,8 +150,8 @@ class GPT2(nn.Module):
         """Return the logits for the next token of each row, shape (B, V), in the compute dtype.
 
         Args:
-            tokens: if the cache is empty, whole rows, shape (B, T), padded on the right. Otherwise, one new token per
-                row, (B, 1).
+            tokens: whole rows (B, T), padded on the right, if the cache is empty. Otherwise one new token per row, (B,
+                1).
             lengths: the number of new tokens per row, without padding.
             cache: the cache with all earlier tokens. The new tokens are appended to it.
         """
@@ -195,14 +191,10 @@ class GPT2(nn.Module):
         return positions - starts
 
     def tie_weights(self) -> None:
-        """Make the output layer use the weight of the token embedding.
-
-        Call this after ``nn.Module.to_empty``, which separates the two weights.
-        """
+        """Let the output layer use the token embedding's weight. Call this after ``to_empty``, which separates them."""
         self.lm_head.weight = self.wte.weight
 
     def assert_tied(self) -> None:
-        """Assert that the output layer and the token embedding use the same tensor."""
         assert self.lm_head.weight is self.wte.weight, "lm_head.weight and wte.weight came apart"
 
 

@@ -19,14 +19,11 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
     """Set a range of one parameter to its initial values.
 
     Weights are normally distributed with standard deviation 0.02. For weights whose output is added to the residual
-    stream, the standard deviation is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and
-    LayerNorm weights are 1.
+    stream, it is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and LayerNorm weights are 1.
 
-    A random generator cannot skip values. Therefore, the function draws all values of the parameter up to the end of
-    the range. It keeps at most ``2 * BLOCK_ELEMENTS`` of them in memory.
+    All values up to the end of the range are drawn in blocks, because a random generator cannot skip values.
 
     Args:
-        name: the canonical name of the parameter.
         shape: the shape of the whole parameter.
         start: the index of the range's first element in the flattened parameter.
         target: the tensor to fill, fp32 of shape (n,), on any device.
@@ -52,8 +49,8 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
 def _normal_blocks(count: int, stop: int, std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
     """Yield blocks of a parameter's ``count`` values, each with the index of its first value, up to ``stop``.
 
-    The next block overwrites a block. The last block of a parameter is not shorter than the other blocks, because torch
-    draws fewer than 16 values differently.
+    The next block overwrites a block. The last block is never the shortest, because torch draws fewer than 16 values
+    differently.
     """
     values = torch.empty(min(count, 2 * BLOCK_ELEMENTS))
     first = 0

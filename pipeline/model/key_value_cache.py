@@ -14,8 +14,7 @@ class KeyValueCache:
     """The keys and values of a batch of texts. The memory is allocated once.
 
     Each text is one row with one slot per token. Rows can have different lengths. The first call of ``append`` adds
-    whole texts, padded on the right. Each later call adds one token per row. Attention never reads padding, and later
-    tokens overwrite it.
+    whole texts, padded on the right. Each later call adds one token per row, and overwrites padding.
 
     Args:
         rows: the number B of texts.
@@ -37,7 +36,6 @@ class KeyValueCache:
         self._scattered: tuple[Tensor, Tensor] | None = None  # the index of the new token's slot in each row
 
     def clear(self) -> None:
-        """Remove the tokens of all rows."""
         self.lengths = [0] * len(self.lengths)
         self._text_starts.zero_()
 
@@ -52,8 +50,7 @@ class KeyValueCache:
         """Return a context manager that appends tokens. Inside it, every layer must call ``attend`` once with them.
 
         Args:
-            lengths: the number of new tokens per row, without padding. If the cache is not empty, each number must be
-                1.
+            lengths: the number of new tokens per row, without padding. Only an empty cache takes more than 1.
         """
         assert lengths == [1] * len(self.lengths) or not any(self.lengths), "only an empty cache takes whole rows"
         self._new = lengths
@@ -79,8 +76,7 @@ class KeyValueCache:
     def carry_text_starts(self, starts: Tensor) -> Tensor:
         """Return the first slot of each new token's document, shape (B, T). Positions are counted from this slot.
 
-        The new tokens do not show where a document started in an earlier call. Each call therefore stores the first
-        slot of each row's last document for the next call.
+        Each call stores the first slot of each row's last document for the next call.
 
         Args:
             starts: the first slot of each new token's document, or 0 if the document started before the new tokens.

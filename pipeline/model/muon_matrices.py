@@ -67,7 +67,6 @@ def muon_matrices(shapes: Mapping[str, Sequence[int]], *, split_qkv: bool) -> It
     """Yield the matrices of all parameters that Muon updates, in the order of ``shapes``.
 
     Args:
-        shapes: maps canonical names of parameters to their shapes.
         split_qkv: whether the weight for queries, keys and values counts as three matrices.
     """
     for name, shape in shapes.items():
@@ -109,7 +108,6 @@ def assign_owners(matrices: Iterable[Matrix], ranks: int) -> list[list[Matrix]]:
 
 
 def group_by_shape(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
-    """Group matrices of the same shape."""
     groups: dict[tuple[int, int], list[Matrix]] = {}
     for matrix in matrices:
         groups.setdefault((matrix.rows, matrix.columns), []).append(matrix)
@@ -117,9 +115,7 @@ def group_by_shape(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
 
 
 def exchange_elements(batch: Sequence[Matrix], ranks: int, ranks_per_copy: int) -> int:
-    """Return how many elements a rank needs in memory to exchange and orthogonalize a batch of matrices.
-
-    The result is for the rank that needs most.
+    """Return the elements that the rank with most needs in memory to exchange and orthogonalize a batch of matrices.
 
     Args:
         ranks_per_copy: the number of ranks that together hold one copy of all matrices.

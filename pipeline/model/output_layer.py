@@ -42,7 +42,7 @@ class OutputLayer(nn.Linear):
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
         """Call the method ``loss``, ``logits`` or ``score`` with ``inputs``, and return its result.
 
-        Do not call these methods directly: FSDP2, DeepSpeed and torch.compile do their work only in ``forward``.
+        FSDP2, DeepSpeed and torch.compile do their work only in ``forward``. Do not call the methods directly.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result
@@ -51,7 +51,7 @@ class OutputLayer(nn.Linear):
         """Return the sum of the cross-entropies of all targets in nats, an fp32 scalar.
 
         Args:
-            hidden: hidden states, shape (B, T, C).
+            hidden: shape (B, T, C).
             targets: (B, T) int64 ids. Targets that are ``IGNORE_INDEX`` do not count.
         """
         targets = targets.flatten()
@@ -69,13 +69,10 @@ class OutputLayer(nn.Linear):
         return self._padded_logits(hidden)[..., : self.vocab_size]
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return each target's log-probability, and whether it is the most likely token, fp32 of shape (2, N).
-
-        Row 0 contains the log-probabilities in nats. Row 1 contains 1 where the target is the most likely token,
-        otherwise 0.
+        """Return fp32 (2, N): each target's log-probability in nats, and 1 if it is the most likely token, else 0.
 
         Args:
-            hidden: hidden states, shape (N, C).
+            hidden: shape (N, C).
             targets: (N,) int64 ids.
         """
         # The loop is inside the layer, because FSDP2 and ZeRO-3 gather the weight once per call of the layer.
@@ -125,10 +122,7 @@ class _CompiledCrossEntropy(torch.autograd.Function):
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return each target's log-probability, and whether it is the most likely token, fp32 of shape (2, n).
-
-    Row 0 contains the log-probabilities in nats. Row 1 contains 1 where the target is the most likely token, otherwise
-    0.
+    """Return fp32 (2, n): each target's log-probability in nats, and 1 if it is the most likely token, else 0.
 
     Args:
         logits: shape (n, V).

@@ -1,7 +1,7 @@
 """Define linear layers for fast inference on a CPU, and choose by a measurement how they store their weights.
 
-In generation, a product takes as long as reading the weight from memory, because the input has few rows. Whether torch
-or oneDNN reads weights faster depends on the CPU. See docs/benchmarks.
+In generation, a product takes as long as reading the weight from memory. Whether torch or oneDNN reads weights faster
+depends on the CPU.
 """
 
 import time
@@ -86,12 +86,11 @@ class InferenceLinear(nn.Module):
 def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None) -> None:
     """Replace the linear layers of a model by layers that are faster on a CPU, for inference.
 
-    Nothing changes on a GPU, or if oneDNN does not support the dtype on this CPU. The original weights of repacked
-    blocks are freed.
+    Nothing changes on a GPU, or if oneDNN does not support the dtype on this CPU.
 
     Args:
-        rows: the number of rows in most inputs. A measurement then chooses the fastest way for this number. If None,
-            the usual way is chosen, so that the rounding is the same each time.
+        rows: the number of rows in most inputs, for which a measurement then chooses the fastest way. None chooses the
+            usual way, so that the rounding is the same each time.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return
@@ -155,7 +154,6 @@ def _choose(ways: Sequence[Way], seconds: Sequence[float]) -> Way:
 
 
 def linear_layers(module: nn.Module) -> list[nn.Linear]:
-    """Return the linear layers inside a module."""
     return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 

@@ -59,5 +59,5 @@ class Bf16ViewModel(ComputeModel):
 
 
 def replicated_compute(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
-    """Wrap a model in a module that computes in the given precision. The whole fp32 model must be on every rank."""
+    """Wrap a model in a module that computes in the given precision. This rank must hold the whole fp32 model."""
     return Bf16ViewModel(model) if precision == "bf16" else AutocastModel(model, precision, device)

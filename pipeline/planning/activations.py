@@ -1,8 +1,7 @@
 """Compute the activation memory of one micro-batch, by tracing the real model with fake tensors.
 
-Fake tensors have shapes and dtypes but no memory. The model runs one forward and backward pass with fake CPU tensors.
-The program counts the bytes of all storages that exist at a time. It assumes that the model needs the same tensors on a
-GPU.
+Fake tensors have shapes and dtypes but no memory. The program runs one forward and backward pass, and counts the bytes
+of all live storages. The fake tensors are on the CPU. A GPU is assumed to need the same tensors.
 """
 
 import weakref
@@ -57,9 +56,8 @@ class Request:
 def trace_activations(request: Request) -> tuple[Peak, ...]:
     """Return the peak memory in each interval of a forward and backward pass, in the order of time.
 
-    ``Peak`` describes the intervals. To save time, the function traces two models with few blocks, and extrapolates to
-    deep models. The result for a deep model contains only the intervals of the first and the last blocks. The largest
-    peak is among them, because the memory changes linearly from block to block.
+    To save time, the function extrapolates from two models with few blocks. The result for a deep model covers only its
+    first and last blocks. The largest peak is there, because memory changes linearly from block to block.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
@@ -76,8 +74,8 @@ def trace_activations(request: Request) -> tuple[Peak, ...]:
 def _extrapolate(shallow: Sequence[Peak], deeper: Sequence[Peak], periods: int) -> tuple[Peak, ...]:
     """Return the peaks of a model with ``periods`` more periods (groups of blocks that repeat) than ``shallow``.
 
-    ``deeper`` has one more period than ``shallow``. The backward pass begins at the last block. Therefore, the first
-    half of the peaks belongs to the last blocks of any model, and the second half to its first blocks.
+    ``deeper`` has one more period than ``shallow``. The backward pass begins at the last block, so the first half of
+    the peaks belongs to the last blocks of any model.
     """
     half = len(shallow) // 2
     partners = [*deeper[:half], *deeper[half - len(shallow) :]]
@@ -118,7 +116,7 @@ def _build(request: Request) -> tuple[GPT2, nn.Module]:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that were allocated inside this dispatch mode and are not freed yet.
 
-    The mode works with real tensors and with fake tensors. It does not see temporary memory inside a kernel.
+    The mode also works with fake tensors. It does not see temporary memory inside a kernel.
     """
 
     def __init__(self, vocabulary: Container[int] = ()) -> None:

@@ -1,10 +1,10 @@
 """List the collectives that a backend issues during a step, and the computation between them.
 
-A micro-step is a list of stages. A stage begins when its weights are gathered. When a stage ends, gradients are ready
-to be reduced. The forward and the backward pass each have one stage per block, one for the output layer, and one for
-the embeddings. The output layer and the token embedding share one weight, whose gradient is finished last.
+A micro-step is a list of stages. A stage begins when its weights are gathered. When it ends, gradients are ready to be
+reduced. Each pass has one stage for the embeddings, one per block, and one for the output layer. The token embedding
+and the output layer share one weight, whose gradient is finished last.
 
-The list describes this project's backends with torch 2.13 and DeepSpeed 0.19.8.
+The list describes the backends with torch 2.13 and DeepSpeed 0.19.8.
 """
 
 from collections.abc import Iterator, Sequence
@@ -107,7 +107,6 @@ class _Issuer:
         self.stage = self.backend.zero_stage if self.backend.name == "deepspeed" else None
 
     def micro_step(self, *, is_first: bool, is_last: bool) -> list[Stage]:
-        """Return the stages of the forward and the backward pass, with their collectives."""
         if self.backend.name == "fsdp":
             return self._fsdp(is_first=is_first, is_last=is_last)
         stages = [*self.forward, *self.backward]
@@ -165,10 +164,9 @@ class _Issuer:
         return stages
 
     def _zero3_gathers(self, stages: Sequence[Stage], *, is_first: bool) -> list[Stage]:
-        """Add the gathers of ZeRO-3.
+        """Add the gathers of ZeRO-3. With hpZ, only the first gather of a weight per step includes all ranks.
 
-        DeepSpeed keeps gathered weights if the micro-step uses them again soon, that is, within
-        ``stage3_max_reuse_distance`` elements. With hpZ, only the first gather of a weight per step includes all ranks.
+        DeepSpeed keeps gathered weights that are used again within ``stage3_max_reuse_distance`` elements.
         """
         reach = int(self.backend.zero.get("stage3_max_reuse_distance", MAX_REUSE_ELEMENTS))
         secondary = Group(self.backend.hpz_group_size) if self.backend.hpz_group_size > 1 else self.world

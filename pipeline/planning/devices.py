@@ -75,7 +75,6 @@ def find_device(
     """Return a device from ``DEVICES``. If the name is ``this``, measure this machine in the given precision.
 
     Args:
-        precision: a value of the config key ``run.precision``.
         world_size: the number of ranks. If this machine has no GPU, the ranks share its CPU and its memory.
         memory_gib: replaces the memory of the device.
         tflops: replaces the speed of the device in dense matrix products.
@@ -112,7 +111,7 @@ def _measure_this_machine(precision: str, world_size: int) -> Device:
     """Return the first GPU, or a rank's share of the CPU if there is no GPU, with measured speeds.
 
     The bandwidth between GPUs is that of a copy from the first to the second GPU. For a single device, it is that of a
-    copy from the host. Without a GPU, all ranks are assumed to be on this machine.
+    copy from the host.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"

@@ -3,9 +3,8 @@
 Masters are fp32 weights that the optimizer updates, in addition to the weights that the model computes with. All
 results are for the rank that needs most.
 
-The formulas describe this project's backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives their
-sources. ``make plan-check`` compares the results with measured memory. For world sizes that are too large to run, it
-compares them with the tensors that the backend of one rank allocates.
+The formulas describe the backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives their sources.
+``make plan-check`` compares them with measured and allocated memory.
 """
 
 import math
@@ -36,8 +35,8 @@ REPLICATED_BUCKET_ELEMENTS = 500_000_000
 class Layout:
     """The bytes of memory that one rank needs for each kind of state.
 
-    ``gradients`` and ``buffers`` change during the backward pass. The argument of these functions is the number of
-    parameter elements whose gradients are finished.
+    ``gradients`` and ``buffers`` change during the backward pass. Their argument is the number of parameter elements
+    whose gradients are finished.
     """
 
     compute: Compute

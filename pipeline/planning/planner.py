@@ -28,7 +28,6 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Return the peak memory in bytes."""
         return sum(vars(self).values())
 
 
@@ -49,7 +48,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Return whether the config's micro-batch fits into the memory of the device."""
+        """Return whether the config's micro-batch fits."""
         return self.memory.total <= self.usable_bytes
 
     @property
@@ -71,7 +70,6 @@ def plan_run(
     """Estimate the memory and the speed of a run.
 
     Args:
-        name: the name for the plan in tables, such as the name of the backend.
         mfu: the fraction of the device's FLOP/s that the computation reaches.
         tokens: the number of tokens that the whole run trains on.
         grow_batch: whether to enlarge a batch that the ranks cannot divide equally. The micro-batch is then the largest
@@ -148,7 +146,7 @@ def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
     """Return the largest micro-batch size that fits into the memory of the device, or 0 if one sequence does not fit.
 
-    Only sizes that divide the sequences per rank and step are tried, so the number of tokens per step stays the same.
+    The size divides the sequences per rank and step, so the number of tokens per step stays the same.
     """
     sequences = batch.micro_batch_size * batch.accumulation  # per rank and step
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]

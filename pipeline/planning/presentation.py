@@ -31,7 +31,7 @@ def format_plans(
 
     Args:
         config: the planned config. The plans may have other backends.
-        mfu: the fraction of the device's FLOP/s that the computation would reach without communication.
+        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of tokens that the whole run trains on.
         price: the price per hour and device. If given, the text contains the cost.
         tables: lines that replace the two tables.
@@ -80,8 +80,7 @@ def _speed_lines(plan: Plan, price: float | None) -> Iterator[str]:
 def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
     """Return the plan that needs the fewest days, or None if no plan fits.
 
-    Plans within 1% of the fewest days count as equally fast, because plans are not more accurate. The first of them is
-    returned.
+    Plans are not accurate to 1%. Of all plans within 1% of the fewest days, the first is returned.
     """
     fitting = [(plan, plan.days) for plan in plans if plan.days is not None]
     fewest = min((days for _, days in fitting), default=0.0)
@@ -133,7 +132,7 @@ def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, 
 
     Args:
         path: the image file to write. Its suffix selects the format.
-        configs: maps names to configs. The configs differ only in the backend.
+        configs: configs by name, which differ only in the backend.
 
     Raises:
         ConfigError: matplotlib is not installed.

@@ -15,12 +15,12 @@ BAR_WIDTH = 30
 def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, tokens: int) -> list[Plan]:
     """Return the fastest plan for each number of ranks. If no plan fits, return the one that needs the least memory.
 
-    If the ranks cannot divide a step equally, a larger step is planned. If the micro-batch does not fit or does not
-    divide the step, a smaller one is planned.
+    The step grows if the ranks cannot divide it equally. The micro-batch shrinks if it does not fit or does not divide
+    the step.
 
     Args:
-        configs: maps the names of backends to configs, which differ only in the backend.
-        mfu: the fraction of the device's FLOP/s that the computation would reach without communication.
+        configs: configs by the name of the backend, which differ only in the backend.
+        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of tokens that the whole run trains on.
     """
     plans = []

@@ -35,8 +35,6 @@ class Waits:
 
 @dataclass(frozen=True)
 class Speed:
-    """The estimated duration and speed of a step."""
-
     sent_bytes: int  # bytes that each rank sends
     compute_s: float
     waits: Waits
@@ -53,7 +51,6 @@ class Speed:
         return self.compute_s / (self.compute_s + self.waits.total_s)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the speed as JSON values."""
         derived = {"exposed_communication_s": self.exposed_communication_s, "efficiency": self.efficiency}
         return {**vars(self), "waits": vars(self.waits), **derived}
 
@@ -62,7 +59,7 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
     """Estimate the duration of a step from the FLOP/s and the links of a device.
 
     Args:
-        mfu: the fraction of the device's FLOP/s that the computation would reach without communication.
+        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
     """
     rate = device.flops(config.run.precision) * mfu
     pass_s = plan.micro_batch_size * plan.seq_len * flops_per_token(config.model, plan.seq_len) / rate
@@ -89,8 +86,7 @@ def cluster_of(device: Device, world_size: int) -> Cluster:
 def overlaps(config: Config, device: Device) -> bool:
     """Return whether the backend computes while its collectives run.
 
-    On a CPU, FSDP2 and DeepSpeed wait for each collective of gloo. DeepSpeed's default of ``overlap_comm`` depends on
-    the stage.
+    On a CPU, FSDP2 and DeepSpeed wait for each collective of gloo.
     """
     backend = config.backend
     if backend.name == "deepspeed":
@@ -102,7 +98,7 @@ def compute_seconds(collectives: StepCollectives, pass_s: float) -> float:
     """Return the computing time of the micro-steps of a step.
 
     Args:
-        pass_s: the seconds of the forward and backward pass of one micro-step, without recomputation.
+        pass_s: the computing time of one micro-step, without recomputation.
     """
     return pass_s * sum(count * sum(stage.share for stage in stages) for count, stages in collectives.micro_steps())
 
@@ -110,12 +106,11 @@ def compute_seconds(collectives: StepCollectives, pass_s: float) -> float:
 def communication_waits(collectives: StepCollectives, pass_s: float, cluster: Cluster, *, overlaps: bool) -> Waits:
     """Return how long a rank waits for collectives in a step, by cause.
 
-    The wait is computed three times: for the real cluster, without latency, and also without limit on the bandwidth
-    between hosts. The differences are the waits for latency and for the links between hosts. The last result is the
-    wait for the links within a host.
+    The wait is estimated again without latency, and then also with infinite bandwidth between hosts. The differences
+    are the waits for these causes.
 
     Args:
-        pass_s: the seconds of the forward and backward pass of one micro-step, without recomputation.
+        pass_s: the computing time of one micro-step, without recomputation.
     """
     prompt = replace(
         cluster,
@@ -143,10 +138,10 @@ def micro_step_seconds(stages: Sequence[Stage], pass_s: float, cluster: Cluster,
     """Return the duration of a micro-step.
 
     With overlap, one collective runs at a time. When a stage begins, the rank issues the gathers of the next stage.
-    When it ends, the rank issues its reductions. The micro-step ends with the last reduction.
+    When a stage ends, the rank issues its reductions. The micro-step ends with the last reduction.
 
     Args:
-        pass_s: the seconds of the forward and backward pass of one micro-step, without recomputation.
+        pass_s: the computing time of one micro-step, without recomputation.
     """
     gathers_s = [_seconds(stage.gathers, cluster) for stage in stages]
     reductions_s = [_seconds(stage.reductions, cluster) for stage in stages]
