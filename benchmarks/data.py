@@ -4,7 +4,7 @@ python -m benchmarks.data                       # what `make bench-data` runs
 python -m benchmarks.data --megabytes 100 --memory-megabytes 50 200
 
 Contenders run one after the other on all cores, each in a separate process. The table shows medians. The time of a
-whole stage includes the start of its process. The time of an encoder alone is measured on documents in memory.
+whole stage includes the start of its process. Encoders alone encode documents in memory.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 python -m benchmarks.first_step
 python -m benchmarks.first_step --backends ddp --layers 48 --heads 1 --width 64
 
-Each run starts with an empty compiler cache, which its ranks share. CPU seconds are sums over all ranks and their
-compilers.
+Each run starts with an empty compiler cache. CPU seconds are sums over all ranks and their compilers.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 python -m benchmarks.generation      # what `make bench-generation` runs; run nothing else on the machine
 
-Both programs have the same random weights of GPT-2 124M, and continue the same prompts by the same number of tokens.
-``transformers`` runs in every setting that could be its fastest: two attention implementations with a growing cache,
-and a static cache under ``torch.compile``. The time includes prefill and excludes compilation.
+Both programs continue the same prompts with the same random weights of GPT-2 124M. ``transformers`` runs in every
+setting that could be its fastest. The time includes prefill and excludes compilation.
 """
 
 from __future__ import annotations

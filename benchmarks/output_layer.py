@@ -3,8 +3,7 @@
 python -m benchmarks.output_layer                      # 2,048 tokens, width 384, bf16 autocast, compiled
 python -m benchmarks.output_layer --width 768 --threads 1
 
-The two variants alternate (A B B A). CPU time is the sum over all threads. Other programs on the machine affect it less
-than the elapsed time.
+The two variants alternate (A B B A). Other programs on the machine affect CPU time less than elapsed time.
 """
 
 from __future__ import annotations

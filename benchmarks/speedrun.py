@@ -2,8 +2,8 @@
 
 python -m benchmarks.speedrun            # what `make speedrun` runs: 18 runs; run nothing else on the machine
 
-Each contender has its own number of steps. Its learning rate has decayed at its last step, and the run evaluates after
-this step. docs/benchmarks/speedrun.md describes how the settings were found.
+Each contender has its own number of steps, after which its learning rate has decayed and the run evaluates.
+docs/benchmarks/speedrun.md describes how the settings were found.
 
 The command writes page.md and results.json to --out. After an interruption, it keeps the finished runs.
 """

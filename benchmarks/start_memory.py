@@ -3,8 +3,8 @@
 python -m benchmarks.start_memory                       # what `make start-memory` runs
 python -m benchmarks.start_memory --models gpt2-medium --backends fsdp --ranks 2
 
-The peak includes neither the memory of libraries nor the optimizer's state. On a CPU, the memory of the host is the
-memory of the device. The machine needs the sum of all ranks.
+The peak includes neither the memory of libraries nor the optimizer's state. On a CPU, the machine needs the sum of all
+ranks.
 """
 
 from __future__ import annotations

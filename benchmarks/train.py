@@ -6,10 +6,9 @@ python -m benchmarks.train --processes 2 --contenders ddp fsdp zero1
 python -m benchmarks.train --processes 2 --contenders zero1 zero1-muon --rounds 2
 python -m benchmarks.train --peer-command 'nanoGPT=cd ~/nanoGPT && python train.py --device={device} ...'
 
-All contenders except those of --peer-command train on the same batches from the same weights, with clipping and the
-same learning rate. The optimizer is Muon if the name ends with -muon, otherwise AdamW. The command fails if the losses
-of contenders with the same optimizer do not agree. FLOP/s of matrix products and the bandwidth of copies are measured
-before and after the contenders. The table has medians and quartiles over rows of steps.
+All contenders except those of --peer-command train on the same batches from the same weights. The optimizer is Muon if
+the name ends with -muon, otherwise AdamW. The command fails if the losses of contenders with the same optimizer do not
+agree. The table has medians and quartiles over rows of steps.
 """
 
 from __future__ import annotations

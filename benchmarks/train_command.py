@@ -8,7 +8,7 @@ A line is a step if it has a loss, and a time or a rate, in any of the forms
     iter 7: loss 9.1234, time 1717.38ms, mfu 0.40%
     step    7 | loss: 9.123400 | dt: 1717.38ms | tok/sec: 1192.49
 
-The command uses its own weights and batches, so its losses only have to be close to the losses of other contenders.
+The command uses its own weights and batches, so its losses only have to be close to those of other contenders.
 """
 
 from __future__ import annotations

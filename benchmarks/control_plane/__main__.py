@@ -3,8 +3,7 @@
 python -m benchmarks.control_plane --ranks 4096        # what `make control-plane` runs
 python -m benchmarks.control_plane --ranks 64 --seconds 3
 
-The ranks are threads in a few processes. Each rank makes the calls of a training run to a real store. The network is
-not measured, because all processes are on this machine.
+The ranks are threads in a few processes on this machine, with a real store. The network is not measured.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ python -m benchmarks.gpu_check                         # what `make gpu-check` r
 python -m benchmarks.gpu_check --minutes 20 --out runs/h100
 python -m benchmarks.gpu_check --device cpu            # rehearse the check without a GPU, at a tiny size
 
-Every step runs in its own process with a time limit, the most important steps first. After each step, the command
-writes OUT/page.md and OUT/results.json. It stops in time. The next call continues with the remaining steps.
+The most important steps run first. After each step, the command writes OUT/page.md and OUT/results.json. It stops in
+time. The next call continues with the remaining steps.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def train(backend: str, folder: Path, sections: Sections) -> Curve:
 def compare_resumed(backend: str, sections: Sections, folder: Path) -> dict[str, Any]:
     """Train with dropout and recomputation twice in the same way, and once resumed from the middle of the first run.
 
-    On a GPU, compiled code may add gradients of the embedding in any order, so two equal runs differ in the last bits.
-    In fp32, the resumed run must be as close. With other dropout masks, it would differ by 1e-2 nats or more.
+    On a GPU, compiled code may add gradients of the embedding in any order. Two equal runs then differ in the last
+    bits, and the resumed run must be as close. With other dropout masks, it would differ by 1e-2 nats or more.
     """
     sections = merged(
         sections,

@@ -1,7 +1,7 @@
 """Read the micro-batches of one rank from token shards, for training and for validation.
 
-A sample is a window of ``seq_len`` input tokens. The target of an input token is the next token. The windows cover a
-split without gaps, and can cross from one shard to the next.
+A sample is a window of ``seq_len`` input tokens. The target of a token is the next token. The windows cover a split
+without gaps, and can cross from one shard to the next.
 
 A target is *scored* if it counts in the loss. A loss mask has the value 1 at scored targets. Without a mask, all
 targets are scored.
@@ -192,9 +192,7 @@ def validation_batches(
     All ranks together get each target once. Every rank gets the same number of batches, because forward passes are
     collective under FSDP and ZeRO-3. The last batches may contain padding, which is not scored.
 
-    Args:
-        max_batches: the largest number of batches of all ranks together. If the split has more, the batches contain
-            windows that are spread evenly over the split.
+    If the split has more than ``max_batches`` batches over all ranks, only some of its windows are used, spread evenly.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

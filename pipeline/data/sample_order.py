@@ -23,7 +23,7 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 
 
 class SampleOrder:
-    """Maps the number g of a sample to one of ``n`` windows. The window depends only on g, ``n`` and the seed.
+    """Maps the number g of a sample to one of ``n`` windows.
 
     Sample g belongs to epoch ``g // n``. Each epoch has a different permutation of the windows. A balanced Feistel
     network permutes the numbers below 4**k, the smallest power of four that is at least ``n``. While the result is not
@@ -37,7 +37,7 @@ class SampleOrder:
         self._half_bits = max(1, -(-(n - 1).bit_length() // 2))
 
     def windows(self, samples: IndexArray) -> IndexArray:
-        """Return the window of each sample. Argument and result are int64 of shape (B,)."""
+        """Return the window of each sample. Both arrays are int64 of shape (B,)."""
         epochs, positions = np.divmod(samples, self.n)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -86,8 +86,8 @@ class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
     A dataset with the share s provides n s of the first n samples, with an error of less than two samples. The dataset
-    of a sample depends only on the weights and on the number of the sample. The datasets are the leaves of a Huffman
-    tree (Huffman 1952).
+    of a sample depends only on the weights and the sample's number. The datasets are the leaves of a Huffman tree
+    (Huffman 1952).
 
     Attributes:
         shares: the exact fraction of the samples from each dataset.

@@ -1,7 +1,7 @@
 """Measure CORE: the mean centered accuracy over the tasks of nanochat's folder ``eval_bundle``.
 
-The centered accuracy of a task is 0 for random answers, and 1 if all answers are right. The metric is from Li et al.
-2024 (DataComp-LM, arXiv 2406.11794). Examples are scored as in ``nanochat/core_eval.py``.
+The centered accuracy is 0 for random answers, and 1 if all answers are right (Li et al. 2024, DataComp-LM, arXiv
+2406.11794). Examples are scored as in ``nanochat/core_eval.py``.
 """
 
 import hashlib

@@ -81,9 +81,7 @@ class BundleTask:
         return f"{context}{self.delimiter}{continuation}"
 
     def requests(self, number: int, tokenizer: Tokenizer, context_length: int) -> list[Request]:
-        """Return one request per pair of an example.
-
-        The kind of the task determines which tokens are scored:
+        """Return one request per pair of an example. The kind of the task determines which tokens are scored.
 
         - ``multiple_choice``: the tokens after the common beginning of all pairs.
         - ``schema``: the tokens of the common end of all pairs.

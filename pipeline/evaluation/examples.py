@@ -1,6 +1,4 @@
-"""Turn the rows of a dataset into examples and few-shot prompts.
-
-Prompts, separators and choices are copied from the tasks of lm-evaluation-harness.
+"""Turn the rows of a dataset into examples and few-shot prompts, as lm-evaluation-harness does.
 
 A function that converts a row to an example is called a *reader*. The first line of its docstring names the expected
 columns. Error messages quote this line.
@@ -23,7 +21,7 @@ SHOTS_SEED = 1234  # the default fewshot_random_seed of lm-evaluation-harness
 class Example:
     """Pairs of a context and a continuation, and the index ``gold`` of the right pair.
 
-    If a task has no choices, its examples have one pair.
+    An example without choices has one pair.
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -158,8 +156,8 @@ def hellaswag_completion(row: Row) -> Example:
 def winogrande(row: Row) -> Example:
     """Read ``sentence`` with a _, ``option1``, ``option2``, ``answer``; or ``contexts``, ``continuation``, ``gold``.
 
-    Each context is the text before the ``_``, followed by an option. Only the text after the ``_`` is scored, so a rare
-    option does not lower the score (Trinh and Le 2018).
+    Each context is the text before the ``_``, followed by an option. Only the text after the ``_`` is scored (Trinh and
+    Le 2018).
     """
     if "contexts" in row:
         return replace(any_contexts(row), rendered_by_file=True)
@@ -190,8 +188,6 @@ def lambada(row: Row) -> Example:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options for running tasks."""
-
     shots: int = 0
     limit: int | None = None  # score only this number of examples; all if None
     stride: int | None = None  # tokens between the starts of windows over a text; the model's context length if None
@@ -211,8 +207,6 @@ class Settings:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The input for preparing a task."""
-
     rows: Rows
     pool: Rows  # the rows from which few-shot examples are drawn
     spare_shot: bool  # the argument ``spare`` of ``draw_shots``
@@ -263,8 +257,7 @@ def draw_shots(
 
     Args:
         spare: whether the pool can contain the example to score. If so, ``count + 1`` examples are drawn. The example
-            to score is then removed, or the last one if it was not drawn. lm-evaluation-harness does the same for tasks
-            without a test split.
+            to score is then removed, or the last one if it was not drawn. lm-evaluation-harness does the same.
 
     Raises:
         DataError: the pool contains too few examples.

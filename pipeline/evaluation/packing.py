@@ -2,7 +2,7 @@
 
 The requests of one example often begin with the same context. A tree of tokens stores a common beginning once, so the
 model processes it only once. The nodes of a tree are one row of a batch. An attention mask lets each node attend only
-to itself and its ancestors. The scores equal those of a separate row per request.
+to itself and its ancestors.
 """
 
 from collections.abc import Sequence

@@ -55,18 +55,18 @@ def run_tasks(
     """Score a checkpoint on the given tasks. The main rank shows the results and writes them to files.
 
     Without ``out``, the results go to the run folder: to JSON files in ``evaluation/`` and to the TensorBoard events.
-    If the run folder is not writable or is a URL, they are only shown.
+    If the run folder is not writable or is a URL, the results are only shown.
 
     Every rank must call this function.
 
     Args:
         checkpoint: a checkpoint folder or a run folder, or its URL.
-        paths: maps tasks to data paths. Other tasks use the paths in the run's ``evaluation.data``.
-        batch_size: the number of sequences per forward pass and rank. None means the run's micro-batch size.
-        precision: the precision of forward passes. None means the precision of the run.
-        weights: ``training`` for the trained weights, or ``ema`` for their moving average. With ``ema``, the name of
-            each result ends with ``_ema``.
-        examples_file: a JSONL file to write, with one line of scores per example.
+        paths: data paths by task. Other tasks use the paths in the run's ``evaluation.data``.
+        batch_size: sequences per forward pass and rank. None means the run's micro-batch size.
+        precision: None means the precision of the run.
+        weights: ``training``, or ``ema`` for the moving average of the weights. With ``ema``, the names of the results
+            end with ``_ema``.
+        examples_file: a JSONL file for the scores of each example.
         out: a folder for the JSON files, instead of the run folder.
         show: is called with the results before they are written.
 
@@ -74,9 +74,9 @@ def run_tasks(
         The results by name, and the files that this rank has written.
 
     Raises:
-        ConfigError: a task does not exist, or does not support one of the settings.
+        ConfigError: a task does not exist, or does not support a setting.
         CheckpointError: the checkpoint cannot be used.
-        DataError: the data of a task cannot be loaded or used.
+        DataError: the data of a task cannot be used.
     """
     if world.device.type == "cpu":
         configure_cpu(world)
@@ -231,7 +231,7 @@ def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
 
     Raises:
         ConfigError: the model or an option does not fit a task.
-        DataError: the data of a task cannot be read or used.
+        DataError: the data of a task cannot be used.
     """
     options = config.evaluation
     settings = Settings(limit=options.max_examples)

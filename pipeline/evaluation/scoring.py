@@ -51,8 +51,7 @@ class Scorer:
         Every rank must call this method. All ranks get all scores.
 
         Args:
-            groups: lists of requests. Put requests that begin with the same tokens into one list, to process them
-                faster.
+            groups: lists of requests. Requests with the same beginning are processed faster if they are in one list.
             label: the text next to the progress bar.
 
         Raises:
@@ -117,7 +116,7 @@ def _copy_batch(batch: ScoringBatch, device: torch.device) -> ScoringBatch:
 
 
 def _number_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:
-    """Assign numbers to the new requests of a group, and return their range."""
+    """Assign numbers to the new requests of a group. Return the range of the new numbers."""
     first = len(numbers)
     for request in group:
         numbers.setdefault(request, len(numbers))

@@ -144,8 +144,8 @@ def check_tasks(
     A task must be a named task or have a file.
 
     Args:
-        files: maps tasks to the files that the user gave with ``--data``.
-        run_files: maps tasks to the files in the run's ``evaluation.data``.
+        files: the files that the user gave with ``--data``, by task.
+        run_files: the files in the run's ``evaluation.data``, by task.
     """
     for task in tasks:
         if list(tasks).count(task) > 1:
@@ -177,7 +177,7 @@ def prepare_task(name: str, path: str | None, settings: Settings, model: ModelCo
         path: the file with the examples. None means the task's dataset on the hub.
 
     Raises:
-        ConfigError: the model does not have GPT-2's vocabulary, or the task does not support an option in ``settings``.
+        ConfigError: the vocabulary is not GPT-2's, or the task does not support an option in ``settings``.
         DataError: the examples cannot be read, or do not have the form that the task needs.
     """
     if model.vocab_size != GPT2_VOCAB_SIZE:

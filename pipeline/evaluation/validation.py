@@ -85,7 +85,7 @@ def mixture_loss(losses: Mapping[str, float], weights: Mapping[str, float]) -> f
 
 
 def _mean_loss(backend: Backend, stream: TokenStream, config: Config, world: World) -> float | None:
-    """Return the mean loss per target token. Returns None if the mask excludes all targets."""
+    """Return the mean loss per target, or None if the mask excludes all targets."""
     batch_size, max_batches = config.batch.micro_batch_size, config.evaluation.max_batches
     sums = torch.zeros(2, dtype=summing_dtype(world.device), device=world.device)
     for batch in validation_batches(stream, config.seq_len, batch_size, world.rank, world.size, max_batches):
@@ -102,11 +102,11 @@ def score_split(
 ) -> dict[str, Any]:
     """Score a whole split. Return the loss, perplexity, bits per byte, top-1 and top-5 accuracy, and loss per position.
 
-    Every rank must call this function. Each rank scores some of the batches and returns the result for all batches.
+    Every rank must call this function. All ranks return the same result, which does not depend on ``batch_size``.
 
     Args:
         compute: the model, on ``world.device`` and in evaluation mode.
-        batch_size: the number of sequences per forward pass and rank. It does not change the result.
+        batch_size: sequences per forward pass and rank.
 
     Raises:
         TrainingError: the loss is not finite, or the split has no scored target.

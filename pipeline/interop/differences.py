@@ -1,4 +1,4 @@
-"""Describe how an imported model differs from the original model, and compare their losses on a short text."""
+"""Describe how an imported model differs from the original, and compare their losses on a short text."""
 
 from collections.abc import Callable, Mapping
 
@@ -32,7 +32,7 @@ def rows_of_the_tokenizer(rows: int) -> int:
 
 
 def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return a list with one line about all dtypes that are not fp32, or an empty list."""
+    """Return a list with one line about all dtypes that are not fp32, if there are any."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
     if not dtypes:
         return []
@@ -43,13 +43,13 @@ def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
 def describe_differences(
     config: ModelConfig, weights: Mapping[str, Tensor], kept_rows: int, *, exact_gelu: bool
 ) -> list[str]:
-    """Return one line per difference between the original model and our imported model.
+    """Return one line per difference between the original and our imported model.
 
     Each line contains the losses of both models on a short text.
 
     Args:
-        config: the config of the original. Its ``vocab_size`` counts all rows of the stored embedding.
-        weights: the parameters of the original by canonical name, in our orientation. Biases may be missing.
+        config: the config of the original, whose ``vocab_size`` counts all rows of the stored embedding.
+        weights: the original's parameters by canonical name, in our orientation. Biases may be missing.
         kept_rows: the number of rows of the embedding that our model keeps.
         exact_gelu: whether the original computes GELU with erf and not with the tanh approximation.
     """
@@ -104,5 +104,4 @@ def _set_activation(model: GPT2, activation: Callable[[Tensor], Tensor]) -> None
 
 @torch.inference_mode()
 def _loss(model: GPT2, tokens: Tensor) -> float:
-    """Return the mean loss in nats over the targets of a row."""
     return float(model.loss(tokens[:, :-1], tokens[:, 1:])) / (tokens.shape[1] - 1)

@@ -33,7 +33,7 @@ _SETTINGS_CLASS = ".GPTConfig"  # the class name in nanoGPT and build-nanogpt
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A GPT-2 from the files of another program. The tensors are memory-mapped if the file format allows this."""
+    """A GPT-2 from the files of another program. Tensors are memory-mapped if the file format allows this."""
 
     config: ModelConfig
     weights: dict[str, Tensor]  # canonical name -> tensor in our orientation; no padding rows, biases may be missing
@@ -192,7 +192,7 @@ def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str,
     Args:
         where: the place of the sizes, for the error message.
         sizes: the sizes in the file, by their names in ``ModelConfig``.
-        keys: the keys of the sizes in the file, by their names in ``ModelConfig``.
+        keys: the keys of the sizes in the file, by the same names.
     """
     width = sizes["n_embd"]
     for name, key in (("wte.weight", "vocab_size"), ("wpe.weight", "context_length")):
@@ -212,9 +212,7 @@ def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str,
 def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expected: dict[str, list[int]]) -> None:
     """Raise CheckpointError if ``weights`` does not have exactly the names and shapes in ``expected``.
 
-    Args:
-        where: the file with the weights, for the error message.
-        source: the place of the model's sizes, for the error message.
+    ``where`` and ``source`` are the places of the weights and of the model's sizes, for the error message.
     """
     unknown = {name: weights[name] for name in weights if name not in expected}
     for name in [*expected, *weights]:

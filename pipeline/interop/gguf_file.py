@@ -56,10 +56,9 @@ def export_gguf(checkpoint: Path | str, out: Path, dtype: str, weights: str = "t
 
     Args:
         checkpoint: a checkpoint folder, or a run folder for its newest good checkpoint.
-        out: a path at which nothing exists.
         dtype: ``float32``, ``float16`` or ``bfloat16``. Vectors and the position embedding are always in float32, as
             llama.cpp expects.
-        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
+        weights: ``training``, or ``ema`` for the moving average of the weights.
 
     Raises:
         CheckpointError: there is no good checkpoint with these weights, ``out`` exists, the vocabulary is not GPT-2's,

@@ -41,9 +41,9 @@ class CheckpointModel(LM):  # type: ignore[misc]
 
     Args:
         checkpoint: a checkpoint folder, or a run folder for its newest good checkpoint.
-        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
-        precision: the precision of forward passes. None means the precision of the run.
-        batch_size: the number of prompts or full-length sequences per batch. ``auto`` means the run's micro-batch size.
+        weights: ``training``, or ``ema`` for the moving average of the weights.
+        precision: None means the precision of the run.
+        batch_size: prompts or full-length sequences per batch. ``auto`` means the run's micro-batch size.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         max_batch_size: not used. The harness always passes this argument.
 
@@ -80,7 +80,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
         The arguments of each request are a context and a continuation.
 
         Raises:
-            DataError: a continuation has no token, or more tokens than the context of the model.
+            DataError: a continuation has no token, or more tokens than the model's context.
         """
         encoded = [self._encode(*request.args) for request in requests]
         # The choices of an example follow each other, so requests with the same context are neighbours.
@@ -138,7 +138,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
 
     @cached_property
     def _writer(self) -> Writer:
-        """Return a second copy of the model, because the scorer and the writer may need different dtypes."""
+        """Return a second copy of the model, because scoring and generation may need different dtypes."""
         dtype = "fp32" if self.precision == "fp32" else "bf16"
         return load_writer(self.checkpoint, self.world.device, dtype, self.weights, prompts=self.rows)
 
@@ -148,7 +148,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
         return "gpt2"
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return facts about the model for the results file of the harness."""
+        """Return facts about the model for the harness's file of results."""
         return {
             "checkpoint": str(self.checkpoint),
             "step": self.step,
@@ -164,7 +164,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
 
 
 def _join_alone(device: str) -> World:
-    """Return the world of a single process on a device.
+    """Return the world of a single process.
 
     This function sets no launcher variables, because ``transformers`` would then expect several processes.
     """

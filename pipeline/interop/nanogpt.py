@@ -55,7 +55,7 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
 
     Raises:
         CheckpointError: the file is not a valid ``ckpt.pt``, or the run folder has checkpoints or cannot be written.
-        ConfigError: a setting in the file is not valid in a run config, or another process is using the run folder.
+        ConfigError: a setting in the file is not valid for a run, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
     file = open_nanogpt_file(path)
@@ -77,7 +77,7 @@ def read_nanogpt_model(path: Path) -> ForeignModel:
 
     Raises:
         CheckpointError: the file is not a valid ``ckpt.pt``.
-        ConfigError: a size of the model is not valid for this program.
+        ConfigError: a size of the model is not valid.
     """
     return _read_model(open_nanogpt_file(path))[0]
 
@@ -164,7 +164,7 @@ def _tokens_per_step(settings: Section) -> int | None:
 
 
 def _training_state(file: NanoGptFile, config: Config, updates: int | None, notes: list[str]) -> TrainingState:
-    """Return the training state. nanoGPT draws batches at random, so the state has no position in the data."""
+    """Return the training state. nanoGPT draws batches at random, so there is no position in the data."""
     step = file.steps
     tokens = _tokens_per_step(file.settings)
     if tokens is None:
@@ -190,8 +190,8 @@ def _read_moments(
 
     Only the first ``kept_rows`` rows of the embedding's moments are returned.
 
-    AdamW first numbers the parameters with at least two dimensions, and then all others. Both groups have the order of
-    the model's parameters.
+    AdamW first numbers the parameters with at least two dimensions, and then all others, each in the order of the
+    model.
     """
     if file.content.get("optimizer") is None:
         return {}, None

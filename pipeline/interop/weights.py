@@ -58,7 +58,7 @@ def open_weights(path: Path) -> WeightSource:
 
     Raises:
         CheckpointError: the weights cannot be read, or are not those of a GPT-2.
-        ConfigError: the model's config is not valid for this program.
+        ConfigError: the model's config is not valid.
     """
     if path.is_file():
         return _from_foreign_model(path, read_nanogpt_model(path))

@@ -3,8 +3,8 @@
 A host has its own network interface, host name, process ids, ``/etc/hosts`` and working directory, and some of the
 machine's cores. A bridge connects the hosts. They share all files, except those in the folder ``Lab.local_disk``.
 
-The namespaces have no names, and nothing is added to the network of the machine. All hosts end together with the
-process that built them, even if it is killed. Several processes can build hosts at the same time.
+All hosts end together with the process that built them, even if it is killed. Several processes can build hosts at the
+same time.
 """
 
 from __future__ import annotations

@@ -47,10 +47,10 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
         checkpoint: a checkpoint folder, or a run folder for its newest good checkpoint. It may be a URL.
         out: a folder that does not exist or is empty.
         dtype: one of ``FORMATS[HUGGING_FACE]``.
-        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
+        weights: ``training``, or ``ema`` for the moving average of the weights.
 
     Raises:
-        CheckpointError: there is no good checkpoint with these weights, or ``out`` is a file or not empty.
+        CheckpointError: there is no good checkpoint with these weights, or ``out`` is not empty.
         DataError: the folder could not be written, or another process is writing to it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

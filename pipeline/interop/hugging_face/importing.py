@@ -54,15 +54,12 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def import_folder(source: str, run_folder: Path) -> Conversion:
     """Write a Hugging Face model into a new run folder, as a checkpoint of step 0 and a ``config.json``.
 
-    The optimizer state in the checkpoint is zero.
-
-    Args:
-        source: a folder, or the name of a model on the hub.
+    The optimizer state is zero. ``source`` is a folder, or the name of a model on the hub.
 
     Raises:
         CheckpointError: the model is missing, damaged or not a GPT-2, or the run folder has checkpoints or cannot be
             written.
-        ConfigError: a setting of the model is not valid in a run config, or another process is using the run folder.
+        ConfigError: the config of the model is not valid for a run, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
     folder = find_folder(source)
@@ -88,7 +85,7 @@ def read_folder(folder: Path) -> ForeignModel:
 
     Raises:
         CheckpointError: the folder does not contain a GPT-2, or a file is damaged.
-        ConfigError: a size of the model is not valid for this program.
+        ConfigError: a size of the model is not valid.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -142,7 +139,6 @@ def find_folder(source: str) -> Path:
 
 
 def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Return the parameters by canonical name, in our orientation."""
     tensors: dict[str, Any] = {}
     for path in _weight_files(folder):
         if path.suffix == ".bin":

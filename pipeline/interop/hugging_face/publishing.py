@@ -45,7 +45,6 @@ def push_to_hub(export: Path, name: str, *, private: bool) -> str:
 
     Args:
         name: ``MODEL`` or ``USER/MODEL``.
-        private: whether the model must be private.
 
     Raises:
         CheckpointError: the upload fails, or ``private`` is True and the model exists and is public.

@@ -62,7 +62,7 @@ def _printer() -> Callable[[bytes], str]:
 def describe_other_tokenizer(folder: Path) -> str | None:
     """Return a line for the user if the tokenizer in a folder is not GPT-2's, and None otherwise.
 
-    A tokenizer that adds tokens to GPT-2's is accepted. The result is also None if either tokenizer is missing.
+    A tokenizer that adds tokens to GPT-2's is accepted. If either tokenizer is missing, the result is None.
 
     Raises:
         CheckpointError: a file of the tokenizer is malformed.
