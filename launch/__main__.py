@@ -52,9 +52,9 @@ def run_subcommand(arguments: Sequence[str]) -> object:
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command; there are {', '.join(COMMANDS)}")
     module, first_options, _ = COMMANDS[name]
-    shown_name = module if first_options else name  # first options belong to a command with the name of its module
+    shown_name = module if first_options else name  # for example, init is config init
     sys.argv = [f"{PROJECT} {shown_name}", *first_options, *arguments[1:]]
-    run = pkgutil.resolve_name(f"launch.{module}:main")  # only this command's imports are paid for
+    run = pkgutil.resolve_name(f"launch.{module}:main")  # imports only this command
     return run()
 
 

@@ -139,7 +139,7 @@ def _option_type(parse: Callable[[str], _T], is_valid: Callable[[_T], bool], exp
 
 
 def _valid_text(text: str) -> str:
-    text.encode()  # bytes that are not valid in the locale's encoding arrive as characters that UTF-8 cannot encode
+    text.encode()  # raises ValueError for invalid bytes, which Python decodes to surrogates
     return text
 
 

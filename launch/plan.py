@@ -119,7 +119,7 @@ def _train_options(
             if load_config(files, overrides, deepspeed).backend == chosen.backend:
                 given = ["--deepspeed", str(deepspeed)] if deepspeed else []
                 return ["--config", *files, *given, *(["--set", *overrides] if overrides else [])]
-    # The files or overrides set another backend, which the section of this file has to replace.
+    # The user's files set another backend, so the file of this backend must come last.
     return ["--config", *own, name, *(["--set", *overrides] if overrides else [])]
 
 

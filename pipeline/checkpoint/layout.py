@@ -149,11 +149,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_manifest(manifest: dict[str, Any], path: Path | str) -> dict[str, Any]:
     """Check the content of a ``manifest.json``. The result has the keys of the newest format version.
 
-    Args:
-        path: the place of the file, for error messages.
-
     Raises:
-        CheckpointError: the manifest is damaged or has an unknown format version.
+        CheckpointError: the manifest is damaged or has an unknown format version. The message begins with ``path``.
     """
     if "shards" in manifest:
         raise CheckpointError(f"{path}: is the manifest of token shards, not of a checkpoint")
@@ -211,11 +208,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: str | bytes, path: Path | str) -> dict[str, Any]:
-    """Parse the text of a JSON object. Raises CheckpointError if this fails.
-
-    Args:
-        path: the place of the text, for error messages.
-    """
+    """Parse the text of a JSON object. Raises CheckpointError if this fails. The message begins with ``path``."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -41,7 +41,7 @@ from pipeline.run_folder.layout import METRICS_FILE
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_VISIBLE_S = 10.0  # a network file system may show a new file later on other hosts
+_VISIBLE_S = 10.0  # a network file system may show a new file late on other hosts
 #: The keys in the store. Rank 0 writes the first three.
 _ROUND, _PLAN, _END, _RESULT = "round", "plan_{round}", "end", "result_{round}_{rank}"
 
@@ -77,7 +77,7 @@ class Mirror:
         self._remote: RemoteRun | None = None
         self._is_paired = False
         self._milestones: dict[int, bool] = {}
-        self._known: dict[int, bytes] = {}  # the manifests of the checkpoints that are at the URL and on the disk
+        self._known: dict[int, bytes] = {}  # manifests of the checkpoints at the URL and on the disk
         self._uploading: set[int] = set()
         self._lock = threading.Lock()  # held while checkpoints on the disk are deleted or chosen for an upload
         self._outcomes: deque[UploadOutcome] = deque()

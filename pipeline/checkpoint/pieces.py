@@ -48,8 +48,7 @@ PieceIndex = dict[str, dict[str, list[Piece]]]
 def group_of(kind: str) -> str:
     """Return the group of a kind of tensors: ``weights`` or ``moments``.
 
-    Args:
-        kind: ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
+    A kind is ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
     """
     return WEIGHTS if kind == WEIGHT else MOMENTS
 

@@ -35,8 +35,7 @@ def open_undamaged(
 ) -> list[RemoteCheckpoint]:
     """Open checkpoints. Log and leave out those with a bad manifest or wrong file sizes.
 
-    Args:
-        found: the result of ``RemoteRun.list``.
+    ``found`` is the result of ``RemoteRun.list``.
     """
     checkpoints = []
     for step in steps:

@@ -42,7 +42,7 @@ class Snapshot:
 
     state: TrainingState
     shapes: dict[str, list[int]]  # the shapes of all parameters, by canonical name
-    state_names: StateNames  # the names of the optimizer's state of all parameters
+    state_names: StateNames  # the names of each parameter's optimizer tensors
     groups: TensorGroups
     averaged_steps: tuple[int, ...] = ()  # see StateFile
 

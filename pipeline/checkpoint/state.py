@@ -65,7 +65,7 @@ class StateFile(TrainingState):
 
     world_size: PositiveInt
     launch_id: str | None = None
-    averaged_steps: tuple[NonNegativeInt, ...] = ()  # the weights are the mean over the checkpoints of these steps
+    averaged_steps: tuple[NonNegativeInt, ...] = ()  # the weights are the mean of these steps' checkpoints
     versions: dict[str, str]
     config: dict[str, Any]  # the resolved config
 
@@ -80,10 +80,9 @@ def read_state_file(folder: Path) -> StateFile:
 
 
 def check_state_file(content: dict[str, Any], path: Path | str) -> StateFile:
-    """Check the content of a ``state.json``. Raises CheckpointError if it is malformed.
+    """Check the content of a ``state.json``.
 
-    Args:
-        path: the place of the file, for error messages.
+    Raises CheckpointError if the content is malformed. The message begins with ``path``.
     """
     try:
         # Strict validation accepts a list in place of a tuple only in JSON text.

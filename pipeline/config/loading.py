@@ -23,7 +23,7 @@ from pipeline.config.schema import BackendConfig, Config
 from pipeline.config.shipped import find_config, shipped_configs
 from pipeline.errors import ConfigError
 
-# Replacements for messages of pydantic, which name types of Python instead of types of JSON.
+# pydantic's messages name types of Python. These replacements name types of JSON.
 _JSON_MESSAGES = {
     "model_type": "Input should be an object with the keys of this section",
     "dict_type": "Input should be an object",
@@ -32,9 +32,9 @@ _JSON_MESSAGES = {
     "missing": "This item is missing",
 }
 _JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
-_MOST_MISTAKES = 20  # the most mistakes that a message lists
+_MOST_MISTAKES = 20  # per message
 _HINT = "; valid keys here: "
-_LONGEST_VALUE = 80  # the most characters of a wrong value that a message shows
+_LONGEST_VALUE = 80  # characters of a wrong value in a message
 
 
 def load_config(
@@ -83,11 +83,9 @@ def keys_of_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def config_from_json(content: dict[str, Any], origin: str) -> Config:
-    """Build a config from JSON values, for example from a checkpoint. Raises ConfigError if they are not valid.
+    """Build a config from JSON values that contain all keys, for example from a checkpoint.
 
-    Args:
-        content: a resolved config, which contains all keys.
-        origin: the file that contains the config, for error messages.
+    Raises ConfigError if the config is not valid. The message names the file ``origin``.
     """
     config, _ = _resolve([(content, origin)])
     return config

@@ -35,7 +35,7 @@ def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> in
         ids = torch.arange(logits.numel())
     probabilities = torch.softmax(logits / sample.temperature, dim=0)
     if sample.top_p is not None:
-        before = probabilities.cumsum(0) - probabilities  # the sum of the probabilities of all more likely tokens
+        before = probabilities.cumsum(0) - probabilities  # the total of all more likely tokens
         probabilities = probabilities.masked_fill(before >= sample.top_p, 0.0)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
@@ -128,10 +128,7 @@ def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the next token of a text.
 
     In a text longer than the context, this is a multiple of half the context length. It changes rarely, which keeps the
-    key-value cache valid.
-
-    Args:
-        length: the number of tokens in the text.
+    key-value cache valid. ``length`` is the number of tokens in the text.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

@@ -49,8 +49,7 @@ def load_writer(
 class Writer:
     """Completes prompts with a model and GPT-2's tokenizer.
 
-    Args:
-        sample: default options for callers, from the config of the run. The methods do not use them.
+    The attribute ``sample`` has default options for callers, from the config of the run. The methods do not use it.
     """
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:
@@ -67,8 +66,7 @@ class Writer:
     ) -> Iterator[str]:
         """Yield the completion of a prompt of token ids, in pieces of text.
 
-        Args:
-            ends: token ids that end the completion. Their text is not yielded.
+        The completion ends before a token of ``ends``.
         """
         for _, piece in self._generate([prompt], sample, seed, ends):
             yield piece

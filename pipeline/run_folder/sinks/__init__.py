@@ -24,8 +24,7 @@ SERVICES = {"wandb": check_wandb, "mlflow": check_mlflow}
 def check_sinks(names: Sequence[str], project: str) -> None:
     """Raise ConfigError if a sink cannot be used, for example because its package is not installed.
 
-    Args:
-        project: the value of ``logging.project``.
+    ``project`` is the value of ``logging.project``.
     """
     for name in names:
         if name in SERVICES:
@@ -36,11 +35,7 @@ def create_sinks(names: Sequence[str], run_folder: Path, project: str, *, waits_
     """Create the sinks with the given names (see ``logging.sinks``).
 
     The sink of ``metrics.jsonl`` is first, because other sinks read this file. If the user has disabled W&B, its sink
-    is left out.
-
-    Args:
-        project: the value of ``logging.project``.
-        waits_for_checkpoint: the value of ``logging.wait_for_checkpoint``.
+    is left out. The last two arguments are the values of ``logging.project`` and ``logging.wait_for_checkpoint``.
     """
     create: dict[str, Callable[[], Sink]] = {
         "jsonl": lambda: MetricsFile(run_folder),

@@ -20,7 +20,7 @@ class Console(Sink):
 
     def __init__(self) -> None:
         self._max_steps = 0
-        self._first: tuple[int, float] | None = None  # the step and elapsed_s of the first training row of this start
+        self._first: tuple[int, float] | None = None  # step and elapsed_s of this start's first training row
         self._bar = tqdm(disable=True)
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:

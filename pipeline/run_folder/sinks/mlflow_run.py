@@ -14,7 +14,7 @@ from pipeline.run_folder.sinks.sink import Row
 
 MOST_METRICS, MOST_PARAMS = 1000, 100  # the limits of one request
 LONGEST_VALUE = 500  # characters of a parameter or tag that every version accepts
-LONGEST_EXPERIMENT = 500  # characters of the name of an experiment
+LONGEST_EXPERIMENT = 500  # characters
 
 _ADDRESS_ADVICE = "set MLFLOW_TRACKING_URI to the URL of an MLflow server, such as http://localhost:5000"
 _FILE_STORE_VARIABLE = "MLFLOW_ALLOW_FILE_STORE"  # without it, MLflow refuses a folder as the tracking URI

@@ -37,6 +37,5 @@ class Sink:
     def end(self, summary: Row) -> None:
         """Write all remaining rows and the summary, and close all files.
 
-        Args:
-            summary: how the run ended, and its last results.
+        ``summary`` says how the run ended, and contains its last results.
         """

@@ -85,7 +85,7 @@ class WandbRun(Service):
     def send(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._run.log(row)
-        time.sleep(2 * FLUSH_INTERVAL_S)  # then the rows are in W&B's file, and a kill of all processes keeps them
+        time.sleep(2 * FLUSH_INTERVAL_S)  # W&B then has the rows in its file, which survives a kill of all processes
 
     def attach(self, files: Sequence[Path]) -> None:
         for file in files:
