@@ -15,6 +15,9 @@ from pipeline.distributed.world import World
 log = logging.getLogger(__name__)
 
 _KINDS = ("compute", "data_wait", "collective_wait")
+#: A rank is slow only if it needs this many seconds per step more than the others. In short steps, a smaller difference
+#: is noise.
+_NOTABLE_DIFFERENCE_S = 0.05
 #: The network is slow if every rank waits in collectives for more than this share of a step.
 _LONG_WAIT_SHARE = 0.5
 #: The links are measured again if all ranks wait this many times as long as at the last measurement.
@@ -95,7 +98,9 @@ class RankComparison:
 
     def _log(self, rank: int, ratio: float, times: list[float]) -> None:
         """Log one line when a rank becomes slow, but not again while it stays slow."""
-        is_slow = self._slow_ratio is not None and ratio > self._slow_ratio
+        own_s = times[0] + times[1]
+        is_notable = own_s - own_s / ratio > _NOTABLE_DIFFERENCE_S
+        is_slow = self._slow_ratio is not None and ratio > self._slow_ratio and is_notable
         if is_slow and rank != self._logged_rank:
             log.warning(
                 "slow rank: rank %d on %s needs %.2f times as long as the other ranks (%.0f ms compute, %.0f ms data "

@@ -86,6 +86,14 @@ def test_a_slow_rank_is_logged_once_until_it_recovers(
     )
 
 
+def test_a_small_difference_in_short_steps_is_noise(
+    comparison: RankComparison, caplog: pytest.LogCaptureFixture
+) -> None:
+    for slowest_s, messages in ((0.125, 0), (0.135, 1)):
+        compare(comparison, [(0.08, 0.0, 0.05), (0.08, 0.0, 0.05), (slowest_s, 0.0, 0.0)])
+        assert len(caplog.messages) == messages
+
+
 def test_no_ratio_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     world = ThreeRanks(0, 3, 0, torch.device("cpu"))
     compare(RankComparison(Clock(), world, slow_ratio=None), [(1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (9.0, 0.0, 0.0)])  # type: ignore[arg-type]
