@@ -135,11 +135,7 @@ def choose_precision(device: str) -> str:
 
 
 def measure_step(settings: Sequence[str]) -> tuple[float, float]:
-    """Train a few steps in a temporary run folder, to measure how long a step takes.
-
-    Returns:
-        The seconds per step, and the seconds of the train command for everything else.
-    """
+    """Train a few steps in a temporary run folder. Return the seconds per step, and the seconds of everything else."""
     with tempfile.TemporaryDirectory() as folder:
         short = {"run.out_dir": folder, "schedule.max_steps": PROBE_STEPS, "evaluation.sample": "false"}
         short |= {

@@ -61,7 +61,6 @@ def train(
         arguments: the parsed options of the command ``run``.
         overrides: added to those of ``--set``.
         start: options of the train command that say where the run starts.
-        stage: the heading to print.
     """
     launcher = [sys.executable]
     if arguments.processes > 1:
@@ -99,7 +98,6 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str], 
     """Run the command of a stage. If the command fails, exit with its status.
 
     Args:
-        stage: the heading to print.
         launcher: the beginning of the command line, before the script.
         returns_output: if True, standard output is returned instead of printed. Otherwise, the result is "".
     """

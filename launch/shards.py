@@ -210,7 +210,6 @@ class ProgressLines:
         self._next_line_s = 0.0
 
     def advance(self, done_bytes: int) -> None:
-        """Add ``done_bytes`` to the finished bytes."""
         if self._started_s is None:
             self._started_s = time.monotonic()
             self._next_line_s = self._started_s + _LINE_EVERY_S

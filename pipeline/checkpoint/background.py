@@ -64,10 +64,7 @@ class BackgroundSaver:
     def start(self, state: TrainingState) -> list[SaveOutcome]:
         """Wait for the previous save. Then copy the state, and start a thread that writes the copy.
 
-        This call is collective: every rank must make it.
-
-        Returns:
-            The outcome of the previous save, or an empty list if the outcome was already returned.
+        This call is collective: every rank must make it. It returns what ``wait`` returns for the previous save.
         """
         started = time.perf_counter()
         outcomes = self.wait()

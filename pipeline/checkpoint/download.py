@@ -34,7 +34,7 @@ class DamagedAtUrlError(CheckpointError):
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes ``start`` to ``stop - 1`` of a file of a checkpoint. One rank downloads a block."""
+    """Bytes ``start`` to ``stop - 1`` of a file of a checkpoint."""
 
     file: str
     start: int
@@ -75,7 +75,7 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
 
 
 def share_of_blocks(checkpoint: RemoteCheckpoint, rank: int, size: int) -> list[Block]:
-    """Return the blocks that a rank downloads. ``size`` is the number of ranks."""
+    """Return the blocks (ranges of bytes) that a rank downloads. ``size`` is the number of ranks."""
     blocks = [*blocks_of(checkpoint.manifest["files"])]
     return blocks[len(blocks) * rank // size : len(blocks) * (rank + 1) // size]
 

@@ -114,7 +114,6 @@ def _require_content(run: RunReport) -> RunReport:
 
 
 def _inspect_url(url: str) -> CheckpointReport | RunReport:
-    """Describe a checkpoint or a run at a URL."""
     run, step = parse_url(url)
     found = run.list()
     if step is not None:

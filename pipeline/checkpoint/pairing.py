@@ -37,7 +37,7 @@ def abandon(run_folder: Path, step: int) -> None:
 
 
 def is_abandoned(run_folder: Path, url: str, step: int) -> bool:
-    """Return whether the run no longer continues from the checkpoint of a step at a URL."""
+    """Return whether the checkpoint at the URL is abandoned: the run has continued from an earlier step."""
     first = _read(run_folder)["abandoned_from"].get(url)
     return first is not None and step >= first
 

@@ -113,11 +113,7 @@ class RemoteRun:
     ) -> dict[int, dict[str, int]]:
         """Complete a checkpoint: check the sizes of all uploaded files, and write the manifest.
 
-        Args:
-            files: the manifest's entries by file name.
-
-        Returns:
-            The sizes of all files of all checkpoints, as ``list`` returns them.
+        ``files`` has the manifest's entries by file name. The result is the new result of ``list``.
         """
         found = self.list()
         sizes = found.setdefault(step, {})

@@ -143,7 +143,7 @@ def changes_of_numbers(backend: BackendConfig) -> list[str]:
 
 
 def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
-    """Return the keys which show that a config file is DeepSpeed's own JSON. For a run config, the list is empty."""
+    """Return the keys that show that a config file is DeepSpeed's own JSON. For a run config, the list is empty."""
     own = [key for key in content if key in (*PASSED_THROUGH, *OWNED_BY_RUN, *MONITORS)]
     sections = [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]
     return [] if sections else [key for key in own if key not in Config.model_fields]

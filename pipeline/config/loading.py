@@ -97,12 +97,9 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield all dotted keys of a section of the schema, including nested sections.
+    """Yield all dotted keys of a section of the schema, including nested sections, after ``prefix``.
 
     In a key, ``*`` represents any index of a list.
-
-    Args:
-        prefix: a text that is put before every key, such as ``run.``.
     """
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"

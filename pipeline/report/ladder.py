@@ -43,11 +43,8 @@ class Rung:
 def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[str, list[Path]]:
     """Write a table of the branches as Markdown and JSON, and a chart of validation loss against tokens.
 
-    Args:
-        stable: the run folder of the long run.
-
-    Returns:
-        The table as Markdown, and the paths of the written files. Without matplotlib, there is no chart.
+    Returns the table as Markdown, and the paths of the written files. Without matplotlib, there is no chart. ``stable``
+    is the run folder of the long run.
     """
     before = _validation_losses(stable)
     rungs = []

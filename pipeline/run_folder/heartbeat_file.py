@@ -70,8 +70,7 @@ class HeartbeatFile:
     def beat(self, step: int | None = None) -> None:
         """Write the file again if the last write was at least ``INTERVAL_S`` seconds ago.
 
-        Args:
-            step: the number of finished steps. If None, the number in the file does not change.
+        ``step`` is the number of finished steps. If None, the number in the file does not change.
         """
         if step is not None:
             self._step = step
