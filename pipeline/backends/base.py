@@ -27,7 +27,7 @@ WriteElements = Callable[[str, int, Tensor], None]
 class Backend(ABC):
     """A model and its optimizer, distributed over the ranks.
 
-    A backend averages the gradients over the ranks, but training needs their sum. The trainer therefore multiplies
+    A backend averages the gradients over the ranks, but training needs the sum. The trainer therefore multiplies
     ``loss_weight`` by the world size.
 
     The model must be on the device ``meta``. A backend allocates only this rank's weights, without values. Call

@@ -19,7 +19,7 @@ _POLL_S = 0.5
 
 
 def wait_for_build_elsewhere(extension: str) -> None:
-    """Remove a dead lock file of a C++ extension. Wait if another host may still build the extension.
+    """Remove the lock file of a C++ extension if its build was killed. Wait if another host may still build it.
 
     Call this before the extension is used.
     """

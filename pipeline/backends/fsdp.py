@@ -68,8 +68,8 @@ class FsdpBackend(TorchBackend):
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
     """Apply recomputation, compile each module, and shard the model. Compiled graphs contain no collectives.
 
-    Each block is one group of weights. All other weights form the root group, so ``wte`` and ``lm_head`` stay tied. The
-    root group stays gathered between the forward and the backward pass.
+    Each block is one FSDP2 group. All other weights form the root group, so ``wte`` and ``lm_head`` stay tied. The root
+    group stays gathered between the forward and the backward pass.
     """
     recompute_blocks(model)
     if config.run.compiles:

@@ -77,7 +77,7 @@ class MatrixExchange:
         Every rank must call this.
 
         Args:
-            elements: for each span of this rank, the elements of the matrices in the span, shape (n,).
+            elements: for each span (range of a parameter) of this rank, the matrix elements in the span, shape (n,).
             targets: for each span, an fp32 tensor (n,) on any device, which is changed in place.
             function: transforms matrices of one shape, (n, rows, columns), on ``world.device``.
         """

@@ -2,9 +2,6 @@
 
 Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix. For
 each matrix, one rank receives the whole momentum matrix, computes the orthogonal matrix, and sends its elements back.
-
-The update is multiplied by 0.2 sqrt(max(rows, columns)). Muon then works with the learning rates and the weight decay
-of AdamW (Liu et al. 2025).
 """
 
 from __future__ import annotations

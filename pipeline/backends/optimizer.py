@@ -171,7 +171,7 @@ class LossScaler:
 
     @classmethod
     def for_precision(cls, precision: str, world_size: int = 1) -> LossScaler:
-        """Return a loss scaler. For ``amp_fp16``, it is dynamic and starts at 2**16. Otherwise, it is always 1."""
+        """Return a loss scaler. For ``amp_fp16``, the scale is dynamic and starts at 2**16. Otherwise, it is 1."""
         dynamic = precision == "amp_fp16"
         return cls(dynamic=dynamic, scale=2.0**16 if dynamic else 1.0, world_size=world_size)
 
@@ -179,8 +179,8 @@ class LossScaler:
     def factor(self) -> float:
         """Return the factor for the loss on each rank. Divide the averaged gradients by this factor.
 
-        A dynamic scale is divided by the world size, which the trainer's ``loss_weight`` contains. fp16 gradients then
-        overflow in the same steps at every world size.
+        The trainer multiplies the loss by the world size. A dynamic scale is divided by the world size, so that fp16
+        gradients overflow in the same steps at every world size.
         """
         return self.scale / self.world_size if self.dynamic else 1.0
 
@@ -203,5 +203,5 @@ class LossScaler:
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale (None if not dynamic), and the number of finite steps since it last changed."""
+        """Return the scale (None if not dynamic), and the number of good steps since the scale last changed."""
         return (self.scale if self.dynamic else None), self.good_steps

@@ -58,7 +58,7 @@ class OptimizerState(ABC):
 
     @abstractmethod
     def ranges(self) -> list[Range]:
-        """Return the ranges of parameters in this rank's masters. All ranges of a master have one parameter group."""
+        """Return this rank's ranges of parameters. All ranges of a master belong to one parameter group."""
 
     @abstractmethod
     def publish_masters(self) -> None:

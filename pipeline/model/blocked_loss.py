@@ -38,7 +38,7 @@ def block_columns(padded_vocab_size: int) -> int:
 
 
 def bytes_of_a_block(rows: int, padded_vocab_size: int, logit_bytes: int) -> int:
-    """Return the memory that the backward pass needs for a block, if it is not compiled.
+    """Return the memory that the backward pass needs for a block, without torch.compile.
 
     Args:
         rows: the number of targets.
@@ -127,11 +127,10 @@ def _blocks_of_logits(hidden: Tensor, weight: Tensor, vocab_size: int) -> Iterat
 def _add_block(
     logits: Tensor, columns: Tensor, largest: Tensor, total: Tensor, chosen: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's largest logit, its sum of exponentials relative to it, and its target's logit, with this block.
+    """Return each row's largest logit, sum of exponentials (relative to this logit) and target logit, with this block.
 
     Args:
-        columns: (N,) int64, the target's column in this block. It is outside the block if the target is in another
-            block.
+        columns: (N,) int64, the target's column in this block. Targets in other blocks have columns outside this block.
     """
     higher = torch.maximum(largest, logits.amax(dim=1).float())
     total = total * (largest - higher).exp() + (logits - higher.unsqueeze(1)).exp_().sum(dim=1)

@@ -118,8 +118,8 @@ class GPT2(nn.Module):
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
         """Call the method ``loss``, ``logits`` or ``score`` with ``inputs``, and return its result.
 
-        DDP, FSDP2, DeepSpeed, autocast and torch.compile do their work only in ``forward``. Do not call the methods
-        directly.
+        Do not call these methods of a wrapped model directly. DDP, FSDP2, DeepSpeed, autocast and torch.compile work
+        only in ``forward``.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result

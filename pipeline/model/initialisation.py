@@ -49,8 +49,8 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
 def _normal_blocks(count: int, stop: int, std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
     """Yield blocks of a parameter's ``count`` values, each with the index of its first value, up to ``stop``.
 
-    The next block overwrites a block. The last block is never the shortest, because torch draws fewer than 16 values
-    differently.
+    Each block overwrites the block before. The last block is at least as long as the others, because torch draws fewer
+    than 16 values differently.
     """
     values = torch.empty(min(count, 2 * BLOCK_ELEMENTS))
     first = 0

@@ -14,7 +14,8 @@ class KeyValueCache:
     """The keys and values of a batch of texts. The memory is allocated once.
 
     Each text is one row with one slot per token. Rows can have different lengths. The first call of ``append`` adds
-    whole texts, padded on the right. Each later call adds one token per row, and overwrites padding.
+    whole texts, padded on the right. Each later call adds one token per row, and overwrites padding. Attention ignores
+    padding.
 
     Args:
         rows: the number B of texts.

@@ -89,8 +89,8 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None)
     Nothing changes on a GPU, or if oneDNN does not support the dtype on this CPU.
 
     Args:
-        rows: the number of rows in most inputs, for which a measurement then chooses the fastest way. None chooses the
-            usual way, so that the rounding is the same each time.
+        rows: the number of rows in most inputs. A measurement chooses the fastest way for this number. If None, the
+            usual way is chosen, so that the rounding is the same each time.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return
