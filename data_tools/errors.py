@@ -44,10 +44,7 @@ def list_names(names: Iterable[object]) -> str:
 def install_command(extra: str = "") -> str:
     """Return the shell command that installs this project, for an error message about a missing package.
 
-    In a checkout, the command installs the checkout, otherwise the published package.
-
-    Args:
-        extra: the optional dependencies to install, as named in ``pyproject.toml``.
+    It installs the checkout if there is one, otherwise the published package. ``extra`` names optional dependencies.
     """
     name = f"[{extra}]" if extra else ""
     root = Path(__file__).resolve().parents[1]

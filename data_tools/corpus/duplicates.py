@@ -1,4 +1,4 @@
-"""Find repeated documents. A document is repeated if an equal document comes before it in the source."""
+"""Find repeated documents. A repeated document equals an earlier document of the source."""
 
 import io
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from data_tools.arrays import CountArray
 from data_tools.corpus.chunks import Chunk
 from data_tools.storage.folders import Folder
 
-#: The approximate number of fingerprints that are sorted together, which takes 250 MB of memory.
+#: About this many fingerprints are sorted together, which takes 250 MB of memory.
 _DOCUMENTS_AT_A_TIME = 4 << 20
 
 

@@ -92,7 +92,7 @@ def _run_on_ray(
 @contextmanager
 def _ray_cluster(request: TokenizeRequest) -> Iterator[Any]:
     """Yield the module ``ray``, connected to the request's cluster or to a new local cluster."""
-    # Import Ray here, because Ray is optional and the import takes a second.
+    # Import Ray here, because it is optional and slow to import.
     try:
         import ray
     except ImportError as error:

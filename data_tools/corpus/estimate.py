@@ -23,7 +23,6 @@ class Estimate:
 
     Attributes:
         text_bytes: the bytes of text in the source, or None if unknown.
-        bytes_per_token: the bytes of text per token in the first documents.
         free_bytes: the free disk space for the output folder, or None if unknown.
         chunks: the number of chunks, including finished chunks.
     """
@@ -58,7 +57,7 @@ class Estimate:
 
 
 def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chunk], free_bytes: int | None) -> Estimate:
-    """Estimate the work for a request. Encode the first documents to measure the bytes per token.
+    """Estimate the work for a request. Encode the first documents to measure ``bytes_per_token``.
 
     Raises:
         DataError: no document has text.

@@ -30,9 +30,7 @@ class AssignedDocument:
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
     """Choose a split for a document. Equal documents get the same split.
 
-    Args:
-        fingerprint: the hash from ``fingerprint_of``.
-        val_fraction: the probability of the validation split.
+    ``val_fraction`` is the probability of the validation split.
     """
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT

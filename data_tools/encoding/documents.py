@@ -1,7 +1,7 @@
 """Define documents and encode them. A document is a text or a dialogue.
 
-A token is *scored* if its prediction counts in the loss. In a text, all tokens are scored. In a dialogue, usually only
-the answers are scored.
+A token is *scored* if its prediction counts in the loss. In a dialogue, usually only the answers are scored. In a text,
+all tokens are scored.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""Define the encoders, which convert text to tokens.
+"""Define the encoders, which convert text to tokens. All encoders return the same tokens.
 
-All encoders return the same tokens. gigatoken is several times as fast as tiktoken.
+gigatoken is several times as fast as tiktoken.
 """
 
 import functools
@@ -38,7 +38,7 @@ _UNKNOWN, _OLD, _NEW = range(3)  # the kinds of characters
 
 
 class Encoder(Protocol):
-    """The interface of an encoder. ``data_tools.tokenizer.Tokenizer`` is the encoder that uses tiktoken."""
+    """The interface of an encoder. ``data_tools.tokenizer.Tokenizer`` also implements it."""
 
     def encode(self, text: str) -> TokenArray:
         """Return the tokens of a text, uint16 of shape (tokens,).
@@ -49,9 +49,9 @@ class Encoder(Protocol):
 
 
 class GigatokenEncoder:
-    """An encoder that uses gigatoken with tiktoken's vocabulary.
+    """An encoder that uses gigatoken, or tiktoken for texts with very new characters.
 
-    gigatoken and tiktoken use different versions of Unicode. Texts with very new characters are encoded with tiktoken.
+    The two packages use different versions of Unicode.
     """
 
     def __init__(self) -> None:

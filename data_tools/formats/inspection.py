@@ -24,7 +24,7 @@ _UNKNOWN = "-"
 _LONGEST_VALUE = 100
 _READ_TOKENS = 1 << 16
 _LARGEST_CHARACTER_BYTES = 4
-# Keys of a manifest that ``about`` does not contain, or contains before the other keys.
+# Keys of a manifest that ``about`` leaves out, or contains before the other keys.
 _SHOWN_APART = ("format_version", "dtype", "tokenizer", "source", "settings", "shards", "sha256")
 
 
@@ -50,7 +50,6 @@ class FolderReport:
     """A summary of the tokens in a folder or file. ``str(report)`` returns a table.
 
     Attributes:
-        format: one of ``INPUT_FORMATS``.
         problem: a message about the first file that is missing or has the wrong size, or None.
         about: values of the manifest. Without a manifest, the assumed tokenizer and a description of the source.
     """
@@ -76,10 +75,8 @@ class FolderReport:
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
     """Return a report on token files of any format, without reading the tokens.
 
-    If there is a manifest, damaged shards raise no error (see ``FolderReport.problem``).
-
-    Args:
-        path, format, split_of: as in ``open_collection``.
+    The arguments are those of ``open_collection``. If there is a manifest, damaged shards raise no error (see
+    ``FolderReport.problem``).
 
     Raises:
         DataError: the format is not recognized, or the split of a file is unknown.

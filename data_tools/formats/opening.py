@@ -81,7 +81,7 @@ def recognize(path: Path) -> str:
     """Return the format of a file or folder.
 
     A folder with a manifest has this project's format. Files of nanoGPT are recognized by their names ``train.bin`` and
-    ``val.bin``, and all others by their first bytes.
+    ``val.bin``. Other files are recognized by their first bytes.
 
     Raises:
         DataError: the format is not recognized.

@@ -73,7 +73,7 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file that a conversion will write. It will contain the tokens ``start`` to ``stop - 1`` of a split.
+    """A file that a conversion will write, with the tokens ``start`` to ``stop - 1`` of a split.
 
     If a shard of the source contains exactly these tokens, ``record`` describes the shard.
     """

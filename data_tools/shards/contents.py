@@ -36,7 +36,6 @@ class Vocabulary:
     """Counts documents, tokens and bytes of text in tokens of a given tokenizer.
 
     Attributes:
-        size: the vocabulary size. All ids are below this number.
         end_of_text: the id of the token that separates documents. It counts as 0 bytes of text.
         knows_bytes: whether the bytes of text can be counted (only for GPT-2's vocabulary).
     """

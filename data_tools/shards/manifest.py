@@ -52,7 +52,7 @@ def _require_inside_folder(file: str) -> str:
     return file
 
 
-# An object that may be missing, which makes it None, but not null.
+# An object that may be missing (then it is None), but must not be null.
 OptionalObject = Annotated[dict[str, Any] | None, GetPydanticSchema(lambda _, schema_of: schema_of(dict[str, Any]))]
 Count = Annotated[StrictInt, Field(ge=0)]
 Sha256 = Annotated[StrictStr, Field(pattern="^[0-9a-f]{64}$")]

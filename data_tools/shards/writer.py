@@ -101,7 +101,6 @@ class ShardWriter:
 
         Args:
             tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
-            utf8_bytes: the bytes of text in these documents.
             scored: the mask, bool of shape (tokens,), True for tokens that count in the loss. None means all tokens.
                 Give a mask in every call for a shard, or in none.
         """

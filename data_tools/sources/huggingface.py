@@ -38,7 +38,7 @@ _ENDINGS = {
 
 
 class HuggingFaceSource:
-    """One split of a dataset. Its documents are read from the data files without a copy in a cache."""
+    """One split of a dataset. Its documents are not copied to a cache."""
 
     def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
         """Choose a dataset.
@@ -71,8 +71,8 @@ class HuggingFaceSource:
     def notices(self) -> list[str]:
         """Return at most one message about skipped files.
 
-        In a local folder, ``datasets`` reads only one kind of file, such as JSON. Skipped files are known only if this
-        kind is JSON, Parquet, CSV, text or Arrow.
+        In a local folder, ``datasets`` reads only one kind of file. Skipped files are known only if this kind is JSON,
+        Parquet, CSV, text or Arrow.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []
@@ -114,7 +114,7 @@ class HuggingFaceSource:
             yield
         except DataError:
             raise
-        # The library passes on the errors of file systems and HTTP clients, which have no common base class.
+        # The library raises errors of file systems and HTTP clients, which have no common base class.
         except Exception as error:
             raise DataError(
                 f"cannot read dataset {piece or self._dataset} (config {self._config}, split {self._split}): "
@@ -128,7 +128,7 @@ class HuggingFaceSource:
 
     def _open(self) -> Any:
         """Return a ``Dataset`` for a folder that ``save_to_disk`` wrote, otherwise a streamed ``IterableDataset``."""
-        # Import datasets here, because the import takes a second and other sources do not need the library.
+        # Import datasets here, because the import takes a second.
         import datasets
 
         # This logger warns that a README.md has no metadata, which are not needed.

@@ -18,7 +18,7 @@ _TOPICS = "pydoc_data.topics"
 
 
 class StandardLibrarySource:
-    """The ``.py`` files of the installed Python's standard library, and then the topics of its language reference.
+    """The ``.py`` files of Python's standard library, and then the topics of the language reference.
 
     Each file and each topic is one document. Files that are not UTF-8 are skipped.
     """

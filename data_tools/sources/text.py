@@ -119,7 +119,7 @@ def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:
 def _split(path: str, separator: bytes, start: int) -> Iterator[tuple[int, bytes]]:
     """Yield the offset and the bytes of each document from ``start`` on."""
     with open_decompressed(path) as file:
-        if start:  # a compressed file, which is read from the beginning, cannot seek
+        if start:  # never for compressed files, which cannot seek
             file.seek(start)
         offset, rest = start, bytearray()
         while content := file.read(READ_BYTES):

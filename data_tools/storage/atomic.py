@@ -1,10 +1,7 @@
 """Write files and folders atomically and durably. A file or folder with its final name is always complete.
 
-1. Everything is written under a temporary name, the *aside* path.
-2. The file or folder is fsynced.
-3. It is renamed to its final name.
-
-After a crash, the next write replaces what is left at the aside path.
+Everything is written under a temporary name (the *aside* path), fsynced, and renamed to its final name. After a crash,
+the next write replaces what is left at the aside path.
 
 If several processes write into one folder, one of them calls ``make_empty_folder`` first and ``publish_folder`` last.
 """

@@ -7,10 +7,10 @@ from data_tools.errors import DataError
 from data_tools.storage.files import is_remote
 
 _HEAD_BYTES = 512
-_SHORTEST_UTF16 = 4  # bytes; fewer do not tell
-# A pointer has fewer bytes than this, says the specification of git-lfs.
+_SHORTEST_UTF16 = 4  # bytes
+# The specification of git-lfs says that a pointer is smaller than this.
 LARGEST_POINTER_BYTES = 1024
-_LONGEST_ARROW_SCHEMA = 1 << 24  # bytes; other files rarely have such a length after four bytes of 255
+_LONGEST_ARROW_SCHEMA = 1 << 24  # bytes; in other files that begin like Arrow, this number is usually larger
 _TAR_MAGIC, _TAR_MAGIC_OFFSET = b"ustar", 257
 _DECODED_KINDS = ("tar", "zeros", "utf-16")
 _POINTER_BEGINNING = b"version https://git-lfs.github.com/"

@@ -212,7 +212,7 @@ class RemoteFolder:
         except FileNotFoundError as error:
             if writes is None:
                 raise
-            # The bucket, or the folder on storage that has folders, is missing.
+            # The bucket or the folder is missing.
             raise DataError(f"cannot write {self._url}/{writes}: {error}") from error
         except DataError:
             raise
