@@ -84,7 +84,7 @@ class ChunkRecord:
         lengths: entry k is the number of documents with 2**k to 2**(k+1) - 1 tokens.
         repeated: the number of documents left out because they equal an earlier document.
         checked: the number of documents whose tokens were compared with tiktoken's.
-        is_divided: whether the only document was divided between the splits.
+        is_divided: whether the chunk is a single text that was divided between the splits.
         bad_rows: the number of rows left out because they cannot be read.
         bad_places: messages about the first ``REPORTED_BAD_ROWS`` of these rows.
         empty: the number of empty documents, which are left out.

@@ -27,7 +27,7 @@ class Observer:
     """Receives messages, the estimate and the progress of a request. This base class ignores them."""
 
     def noticed(self, line: str) -> None:
-        """Receive a message for the user about the input, before ``planned``."""
+        """Receive a message about the input for the user. All messages come before ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk is processed. ``tokenize_share`` makes no estimate."""

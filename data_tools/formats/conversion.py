@@ -80,6 +80,7 @@ def adopt_in_place(
 
     Args:
         source_format, split_of: as ``format`` and ``split_of`` of ``open_collection``.
+        workers: the number of threads. None means one per core.
         advance: receives the number of bytes read since its last call.
 
     Raises:
@@ -111,7 +112,7 @@ def adopt_in_place(
 
 
 def _load_adopted(folder: Path, split_of: Mapping[str, str]) -> Manifest:
-    """Return a manifest. Raise DataError if it does not name exactly the folder's files, or ``split_of`` is given."""
+    """Return a manifest. Raise DataError if ``split_of`` is given, or the manifest does not name exactly the files."""
     manifest = load_manifest(folder)
     named = {name for shard in manifest.shards for name in (shard.file, shard.mask_file) if name}
     suffixes = {Path(name).suffix for name in named}

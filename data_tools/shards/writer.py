@@ -35,7 +35,7 @@ def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2
     """Return a context manager for writing a file that consists of a header and values of one dtype.
 
     The ``with`` block gets a function that appends values. The header contains the number of values, so it is written
-    again after the block. Its length must not depend on this number.
+    again after the block. All headers must have the same length.
     """
     size = 0
 

@@ -30,7 +30,7 @@ class Source(Protocol):
         ...
 
     def text_bytes(self) -> int | None:
-        """Return the approximate bytes of text, or None if only reading all documents can tell."""
+        """Return the approximate bytes of text, or None if all documents would have to be read."""
         ...
 
     def notices(self) -> list[str]:

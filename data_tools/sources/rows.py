@@ -25,7 +25,7 @@ OnBadRow = Callable[[BadRowError], None]
 
 
 def stop_at_bad_row(error: BadRowError) -> None:
-    """Raise a DataError with the message of ``error``. Unlike ``error``, it can be sent to another process."""
+    """Raise a DataError with the message of ``error``. Unlike ``error``, a DataError can be sent between processes."""
     raise DataError(str(error)) from error
 
 

@@ -57,7 +57,7 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message about a file that is valid UTF-8 but not text. Otherwise, return None.
+    """Return the end of an error message about a file that is valid UTF-8 but not text, or None.
 
     Such a file is a tar archive, consists of zeros, or is ASCII text in UTF-16. ``content`` is its first bytes.
     """
@@ -95,7 +95,10 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 
 
 def begins_as(path: Path | str, kind: str) -> bool:
-    """Return whether a file begins like a file of this kind. For a URL or an unreadable file, return True."""
+    """Return whether a file begins like a file of this kind, a key of ``_KINDS``.
+
+    For a URL or an unreadable file, return True.
+    """
     head = _read_head(path)
     return head is None or _begins(head, kind)
 
