@@ -29,7 +29,7 @@ def compare(
     processes: Sequence[int] = PROCESSES,
     base: Sections = TINY_RUN,
 ) -> Iterator[Agreement]:
-    """Train ``base`` with each split of the batch in fp32, and yield one comparison per run."""
+    """Train ``base`` with each split of the batch in fp32. Yields one comparison per run."""
     if masked:
         data = copy_with_masks(data, scratch / "masked_data")
 

@@ -72,7 +72,7 @@ class Outcome:
             self.problems.append(f"reached step {reached}, continued from {continued_from}: more than one save lost")
 
     def check_end(self, folder: Path, reference: Curve) -> None:
-        """Compare the finished run with the uninterrupted one, and look for files that should not exist."""
+        """Compare the finished run with the uninterrupted run, and look for files that should not exist."""
         rows = [row["step"] for row in read_metrics(folder) if "loss" in row]
         if rows != list(range(1, STEPS + 1)):
             self.problems.append(f"logged steps {rows}")

@@ -35,7 +35,7 @@ _LOADED = re.compile(r"loaded \S+ in ([\d.]+) s, ([\d,]+) MB/s")
 
 @dataclass(frozen=True)
 class Measured:
-    """The metrics rows and the output of one run, and the peak resident memory of the rank that used most memory."""
+    """The metrics and the output of one run, and the peak resident memory of the rank that used most."""
 
     rows: list[dict[str, float]]
     output: str
@@ -47,7 +47,6 @@ class Measured:
 
 
 def measure(backend: str, processes: int, folder: Path, sections: Sections) -> Measured:
-    """Run to the last step, and watch the memory of the ranks."""
     with LiveRun(backend, folder, sections, processes) as run:
         peak_bytes = watch_peak_bytes(run.process)
         if run.wait():

@@ -179,12 +179,10 @@ def _tokenize_row(row: dict[str, str]) -> dict[str, Any]:
 
 
 def bare_tiktoken(source: Path, out: Path) -> Done:
-    """Run ``encode_ordinary_batch`` with all threads on documents in memory."""
     return _encode_in_memory(source, partial(_tiktoken().encode_ordinary_batch, num_threads=available_cores()))
 
 
 def bare_gigatoken(source: Path, out: Path) -> Done:
-    """Run ``encode_batch`` with all threads on documents in memory."""
     import gigatoken
 
     with tempfile.TemporaryDirectory() as folder:

@@ -161,7 +161,6 @@ def seek_ms(weights: tuple[float, ...]) -> float:
 
 
 def print_seeks() -> None:
-    """Print the time of a seek in one dataset and in a mixture."""
     print(f"\nThe batch at sample {FAR_SAMPLE:,}, of datasets of {FAR_TOKENS:,} tokens\n")
     print_header("data", "seek")
     print_row("one dataset", f"{seek_ms((1.0,)):.2f} ms")
@@ -179,7 +178,7 @@ class Unprefetched:
 
 
 def print_waits(folder: Path, scratch: Path, rounds: int) -> None:
-    """Print the time that real training steps wait for data. Runs with and without reading ahead alternate."""
+    """Print the time that real training steps wait for data, with and without reading ahead."""
     print("\nTraining steps of 1 x 256 tokens in fp32 on this CPU, median of alternating rounds\n")
     print_header("model", "reading ahead", "step", "of it waiting for data")
     for preset, steps in (("gpt2-tiny", 20), ("gpt2", 3)):
@@ -192,7 +191,6 @@ def print_waits(folder: Path, scratch: Path, rounds: int) -> None:
 def waits_of(
     preset: str, steps: int, folder: Path, run_folder: Path, rounds: int
 ) -> dict[bool, list[dict[str, float]]]:
-    """Return the readings of the trainer's throughput meter per round, with and without reading ahead."""
     config = Config.model_validate(
         {
             "run": {"out_dir": str(run_folder), "device": "cpu", "precision": "fp32"},

@@ -109,8 +109,6 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Compared:
-    """The planned and measured bytes of the rank that uses most memory."""
-
     setting: Setting
     planned_bytes: int
     measured_bytes: int
@@ -121,7 +119,6 @@ class Compared:
 
     @property
     def agrees(self) -> bool:
-        """Return whether the difference is within ``LARGEST_DIFFERENCE``."""
         return abs(self.difference) <= LARGEST_DIFFERENCE
 
     def cells(self) -> list[object]:
@@ -131,7 +128,6 @@ class Compared:
 
 
 def compare(setting: Setting, run_ranks: RunRanks, scratch: Path) -> Compared:
-    """Plan the memory of a run, and measure it in a real run."""
     config = load_config([CONFIGS / f"{setting.backend}.json"], setting.overrides())
     plan = plan_batch(config, setting.world_size)
     planned = peak_memory(config, plan).total

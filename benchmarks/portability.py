@@ -30,8 +30,6 @@ TOKENS_PER_STEP, MICRO_BATCHES = 192, 4  # multiplied if the number of processes
 
 @dataclass(frozen=True)
 class Side:
-    """A backend at a world size."""
-
     backend: str
     processes: int
 
@@ -51,7 +49,7 @@ class Continuation:
 
     @property
     def agrees(self) -> bool:
-        """Return whether the results are identical (if the side is the same) or within tolerance (if it differs)."""
+        """Return whether the results are identical (on the same side) or within tolerance (on another side)."""
         if self.saved_by == self.continued_by:
             return self.same_bits
         return self.loss_difference <= LOSS_TOLERANCE[self.precision]
@@ -98,7 +96,6 @@ class Portability:
 
 
 def last_tensors(run_folder: Path) -> dict[str, bytes]:
-    """Return the bytes of all tensor files of the last checkpoint."""
     return {path.name: path.read_bytes() for path in list_checkpoints(run_folder)[-1].glob("*.safetensors")}
 
 
@@ -117,7 +114,7 @@ def ring_of_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
 
 
 def pairs_of_more_ranks(backends: Sequence[str]) -> list[tuple[Side, Side]]:
-    """Return pairs from one process to four, from four to two, and from two groups of two ranks to three ranks."""
+    """Return pairs from one process to four, from four to two, and from two groups of two ranks to three."""
     every = (*backends, *GROUPED)
     following = (*every[1:], every[0])
     return [

@@ -49,7 +49,6 @@ class Steps:
         self.alone = groups[world.rank]
 
     def seconds(self, step: Callable[[], None], clock: Callable[[], float], *, measures: bool) -> float:
-        """Return the time per step, over the steps between two rows of metrics."""
         self.world.barrier()
         started = clock()
         every_steps = self.config.logging.every_steps

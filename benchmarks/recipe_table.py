@@ -21,7 +21,7 @@ COLUMNS = {"24 GB": "rtx4090", "40 GB": "a100-40gb", "80 GB": "a100-80gb"}
 
 
 def rows_of(recipe: str) -> Iterator[str]:
-    """Yield one row per world size: the fastest backend on each device, its micro-batch, GiB per rank, and time."""
+    """Yield one row per world size, with the fastest backend on each device."""
     config = load_config([recipe])
     for world_size in WORLD_SIZES:
         cells = (describe_fastest(config, world_size, DEVICES[name]) for name in COLUMNS.values())

@@ -105,7 +105,7 @@ class Ranks:
         }
 
     def lost(self) -> dict[str, float]:
-        """Stop the heartbeats of the last rank, until all other ranks of this process have the verdict."""
+        """Stop the heartbeats of the last rank, until all other ranks of this process have noticed."""
         silent = self.size - 1
         with ThreadPoolExecutor(SENDERS) as threads:
             self._take_turns(threads, self.heartbeats)
@@ -129,7 +129,7 @@ class Ranks:
         }
 
     def search(self) -> dict[str, float]:
-        """Ask on all ranks but the last which rank is lost, as if the launcher had sent SIGTERM to all of them."""
+        """Ask on all ranks but the last which rank is lost, as after SIGTERM from the launcher."""
         stopped = threading.Event()
         sending = threading.Thread(target=self._send_until, args=(stopped,))
         sending.start()
@@ -196,7 +196,7 @@ class Ranks:
 
 
 def main() -> None:
-    """Run one phase after the other, when the conductor begins it, and report what was measured."""
+    """Run each phase when the conductor begins it, and report what was measured."""
     index, size, begin, end, port = map(int, sys.argv[1:6])
     threading.stack_size(STACK_BYTES)
     conductor = TCPStore("localhost", port, None, False, TIMEOUT, wait_for_workers=False)

@@ -58,7 +58,6 @@ class SimulatedWorld(World):
 
 
 def measure_metrics(ranks: int) -> Iterator[tuple[str, str]]:
-    """Compare the step times of all ranks, as for one row of metrics."""
     world = SimulatedWorld(0, ranks, 0, torch.device("cpu"))
     comparison = RankComparison(StepClock(world.device, is_active=True), world, slow_ratio=None)
     comparison.start()

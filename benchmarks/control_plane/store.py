@@ -22,8 +22,6 @@ TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Load:
-    """The memory, the connections and the used CPU time of the store's process."""
-
     memory_bytes: int
     connections: int
     cpu_s: float

@@ -51,7 +51,6 @@ def _describe_machine(machine: dict[str, Any]) -> str:
 
 
 def _summary(stages: Sequence[Stage], record: Record, command: str) -> str:
-    """Return how many steps of each section passed, failed, were skipped or were not reached."""
     counts = {title: dict.fromkeys((PASSED, FAILED, SKIPPED, NOT_REACHED), 0) for title in STAGE_TITLES}
     waiting = []
     for stage in stages:
@@ -233,7 +232,6 @@ def _several_blocks(check: Check, record: Record) -> Iterable[str]:
 
 
 def _failures(record: Record) -> Iterable[str]:
-    """Return what each failed step says, with the end of its log."""
     failed = {name: outcome for name, outcome in record.outcomes.items() if outcome["status"] == FAILED}
     skipped = {name: outcome for name, outcome in record.outcomes.items() if outcome["status"] == SKIPPED}
     if skipped:

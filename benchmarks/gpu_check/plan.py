@@ -126,13 +126,11 @@ class Check:
         return Step("reference", command, read, 240, 10, environment=self._environment(BESIDE))
 
     def doctor(self) -> Step:
-        """Return the step that runs ``launch/doctor.py``."""
         command = [sys.executable, str(REPOSITORY / "launch" / "doctor.py"), "--json", "--thorough"]
         command += ["--folder", str(self.folder)]
         return Step("doctor", command, read_doctor, 240, 20, environment=self._environment(BESIDE))
 
     def gpu_tests(self) -> list[Step]:
-        """Return one step per file with tests that need a GPU."""
         steps = []
         tests = REPOSITORY / "tests"
         for path in sorted(tests.rglob("test_*.py")):
@@ -149,7 +147,6 @@ class Check:
     # b: correctness
 
     def curve_sections(self, precision: str, *, compiled: bool, processes: int) -> Sections:
-        """Return the settings of a run whose curve is compared."""
         micro_batch = max(1, min(2, SEQUENCES_PER_STEP // processes))
         batch = {"tokens_per_step": SEQUENCES_PER_STEP * CURVE_MODEL["context_length"], "micro_batch_size": micro_batch}
         return merged(
@@ -242,7 +239,6 @@ class Check:
         return Step(name + ranks, command, read_result, 240, usual_s, why, self._environment())
 
     def profile(self, backend: str, processes: int = 1) -> Step:
-        """Return the step that divides the time of a training step by class of kernel."""
         name = f"profile {backend}" + (f" x{processes}" if processes > 1 else "")
         run = self._at(name) / "run"
         setting = replace(self.speed_setting(processes), steps=PROFILED_STEPS + 8)

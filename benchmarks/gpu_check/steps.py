@@ -61,8 +61,6 @@ class Stage:
 
 
 class Record:
-    """The outcomes of steps by name, in ``results.json``."""
-
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder

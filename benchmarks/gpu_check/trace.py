@@ -41,8 +41,6 @@ Interval = tuple[float, float]  # start and end in microseconds
 
 @dataclass(frozen=True)
 class Event:
-    """A kernel, or an operator on the CPU."""
-
     name: str
     start: float  # microseconds
     end: float
@@ -104,7 +102,6 @@ def longest(events: Sequence[Event], kind: str, count: int) -> list[tuple[str, f
 
 
 def busy_share(events: Sequence[Event]) -> float:
-    """Return the share of the time in which at least one event runs."""
     span = max(event.end for event in events) - min(event.start for event in events)
     return _length(_union((event.start, event.end) for event in events)) / span
 

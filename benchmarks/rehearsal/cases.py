@@ -85,7 +85,6 @@ class Rehearsal:
         self.reference = curve_of("ddp", scratch / "reference", self.sections)
 
     def lab(self, hosts: int, *, names_are_loopback: bool = False) -> Lab:
-        """Return new hosts with empty working directories."""
         folder = self._scratch / f"lab-{next(self._numbers)}"
         return Lab(hosts, folder, names_are_loopback=names_are_loopback)
 
@@ -96,8 +95,6 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class GoodRun:
-    """A run that needs no recovery."""
-
     hosts: int
     launcher: Launcher
     launcher_name: str
@@ -193,7 +190,7 @@ def link_returns(rehearsal: Rehearsal) -> Row:
 
 
 def host_returns(rehearsal: Rehearsal) -> Row:
-    """Lose a host of an elastic run, which continues on one host, and then on both."""
+    """Lose a host of an elastic run, which continues on one host and then on both."""
     row = Row("a host is lost, and returns", 2, "torchrun --nnodes=1:2")
     # Otherwise, the launcher that was not restarted does not publish the address of rank 0 to the new one.
     own_store = ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]

@@ -96,7 +96,6 @@ class Job:
         self.commands[host].append(self._stack.enter_context(run))
 
     def output_of(self, host: Host) -> str:
-        """Return what the launcher and the ranks of a host have printed."""
         return "".join(run.output for run in self.commands[host])
 
     @property

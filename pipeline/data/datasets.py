@@ -90,7 +90,7 @@ def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
 def data_sha256(datasets: Sequence[TokenDataset]) -> str:
     """Return a hash of the datasets' manifests, and of the weights of a mixture.
 
-    The hash does not change if data is tokenized again with the same options.
+    Tokenizing again with the same options does not change the hash.
     """
     manifests = [dataset.train.manifest.content_sha256() for dataset in datasets]
     if len(datasets) == 1:

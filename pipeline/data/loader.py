@@ -40,14 +40,13 @@ class MicroBatch:
 
     @property
     def scored_targets(self) -> int:
-        """Return the number of targets that count in the loss."""
         B, width = self.tokens.shape
         return B * (width - 1) if self.target_mask is None else int(self.target_mask.sum())
 
     def pinned(self) -> MicroBatch:
-        """Return a copy in pinned memory, which can be copied to a GPU asynchronously.
+        """Return a copy in pinned memory, for asynchronous copies to a GPU.
 
-        The caller may free the result before that copy ends, because PyTorch does not reuse the memory earlier.
+        The caller may free the result during such a copy, because PyTorch keeps the memory until the copy ends.
         """
         mask = self.target_mask
         return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())
@@ -114,7 +113,6 @@ class TrainLoader:
         return torch.from_numpy(tokens), None if masks is None else torch.from_numpy(masks)
 
     def _count_windows(self, index: int) -> int:
-        """Return the number of samples of a dataset. Raises TrainingError if one step needs more."""
         train, plan, share = self.datasets[index].train, self.plan, self.mixture.shares[index]
         windows = (train.tokens - 1) // plan.seq_len
         needed = math.ceil(share * plan.samples_per_step)
@@ -133,7 +131,7 @@ class TrainLoader:
 
 
 def suggest_batch(tokens: int, plan: BatchPlan) -> str:
-    """Return advice for an error message: config values for which ``tokens`` tokens are enough."""
+    """Return advice for an error message: config values for which a split of ``tokens`` tokens is large enough."""
     windows = (tokens - 1) // plan.seq_len
     if windows < plan.world_size:
         longest = (tokens - 1) // plan.world_size
@@ -163,7 +161,7 @@ class Prefetcher:
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
         """Return the micro-batches of this rank in the step after ``consumed`` samples.
 
-        If the thread raised an error, this call raises the error.
+        If the thread failed, this call raises its error.
         """
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)
@@ -172,7 +170,6 @@ class Prefetcher:
         return batches
 
     def close(self) -> None:
-        """Stop the thread."""
         self._ahead = None
         self._thread.shutdown(cancel_futures=True)
 

@@ -137,7 +137,7 @@ class Mixture:
 
 
 def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
-    """Return the root of the tree. Its leaves are indices of datasets.
+    """Return the root of the tree. The leaves are indices of datasets.
 
     If weights are equal, the older node is joined first.
     """

@@ -36,9 +36,9 @@ class PreparedCore:
     tasks: list[BundleTask]
 
     def measure(self, scorer: Scorer) -> Figures:
-        """Score all tasks. Return CORE and the results of each task, as JSON values.
+        """Return CORE and the results of each task, as JSON values.
 
-        Every rank must call this method. All ranks return the same values.
+        Every rank must call this method.
         """
         return self.measure_examples(scorer)[0]
 

@@ -68,7 +68,7 @@ class BundleTask:
     items: list[Item]
 
     def centered(self, accuracy: float) -> float:
-        """Return the accuracy, rescaled so that random answers give 0 and only right answers give 1."""
+        """Return the accuracy on a scale from 0 for random answers to 1 for only right answers."""
         return (accuracy - self.baseline) / (1 - self.baseline)
 
     def prefix(self, number: int) -> str:

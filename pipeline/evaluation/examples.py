@@ -69,7 +69,7 @@ def any_continuation(row: Row) -> Example:
 def any_contexts(row: Row) -> Example:
     """Read ``contexts``, ``continuation``, ``gold``: contexts, a continuation, and the index of the right context.
 
-    If there is no white space between a context and the continuation, the continuation gets a space at its beginning.
+    If there is no white space between a context and the continuation, a space is inserted.
     """
     contexts, continuation = texts_field(row, "contexts"), text_field(row, "continuation")
     pairs = tuple(_joined(context, continuation) for context in contexts)
@@ -84,7 +84,7 @@ def _joined(context: str, continuation: str) -> tuple[str, str]:
 def piqa(row: Row) -> Example:
     """Read ``goal``, ``sol1``, ``sol2``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    The context of every pair is the question, followed by "Answer:".
+    The context is the question, followed by "Answer:".
     """
     if "query" in row:
         return _question(row, range(2, 3))
@@ -95,8 +95,8 @@ def piqa(row: Row) -> Example:
 def arc(row: Row) -> Example:
     """Read ``question``, ``choices`` and ``answerKey``, or else ``query``, ``choices`` and ``gold``.
 
-    In the first form, ``choices`` has the lists ``text`` and ``label``. The context of every pair is the question,
-    followed by "Answer:".
+    In the first form, ``choices`` has the lists ``text`` and ``label``. The context is the question, followed by
+    "Answer:".
     """
     if "query" in row:
         return _question(row, range(3, 6))
@@ -125,8 +125,7 @@ def _question(row: Row, counts: range) -> Example:
 def hellaswag(row: Row) -> Example:
     """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    The context consists of ``activity_label``, ``ctx_a`` and ``ctx_b``. Markup in brackets, such as ``[title]``, is
-    removed.
+    The context consists of the first three columns. Markup in brackets, such as ``[title]``, is removed.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)

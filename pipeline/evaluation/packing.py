@@ -50,7 +50,7 @@ class Tree:
 
     @property
     def is_chain(self) -> bool:
-        """Return whether the tree has no branches, so that the normal causal mask can be used."""
+        """Return whether the tree has no branches, so that the normal causal mask fits."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:

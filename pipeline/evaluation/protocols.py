@@ -27,8 +27,6 @@ Encode = Callable[[Tokenizer, str, str], Request]
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task whose examples are read and encoded. It can be measured several times."""
-
     name: str
     facts: dict[str, Any]  # protocol, data, hash of the data, and counts
     groups: Groups
@@ -38,7 +36,7 @@ class PreparedTask:
     def measure(self, scorer: Scorer) -> dict[str, Any]:
         """Return ``facts`` and results such as ``acc``, in one dict of JSON values.
 
-        Every rank must call this method. All ranks return the same values.
+        Every rank must call this method.
         """
         return self.measure_examples(scorer)[0]
 
@@ -146,7 +144,7 @@ class ChoiceTask:
         return {**figures, "interval": WILSON}
 
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
-        """Return the index of the model's choice for each example, under the keys ``acc`` and ``acc_norm``.
+        """Return the model's choice for each example, under the keys ``acc`` and ``acc_norm``.
 
         If several choices are equally likely, the first of them counts.
         """
@@ -224,7 +222,7 @@ def _read_and_encode(data: TaskData, read: Callable[[Row], Example], encode: Enc
 
 
 def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
-    """Return the name of the protocol. It says so if a file contains prompts of its own."""
+    """Return the name of the protocol. If a file contains prompts of its own, the name says so."""
     count = sum(example.rendered_by_file for example in examples)
     if not count:
         return protocol
@@ -234,7 +232,6 @@ def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
 
 
 def facts_of(protocol: str, data: TaskData, examples: int) -> dict[str, Any]:
-    """Return the entries that every task's result contains."""
     return {
         "protocol": protocol,
         "data": data.rows.origin,

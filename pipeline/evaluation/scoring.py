@@ -116,7 +116,6 @@ def _copy_batch(batch: ScoringBatch, device: torch.device) -> ScoringBatch:
 
 
 def _number_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:
-    """Assign numbers to the new requests of a group. Return the range of the new numbers."""
     first = len(numbers)
     for request in group:
         numbers.setdefault(request, len(numbers))

@@ -26,7 +26,7 @@ SHORT_TEXT = (
 def rows_of_the_tokenizer(rows: int) -> int:
     """Return how many of the ``rows`` rows of an embedding belong to tokens of the tokenizer.
 
-    If there are a few more rows than GPT-2 has tokens, the rest counts as added tokens or padding.
+    If there are a few more rows than GPT-2 has tokens, the further rows count as added tokens or padding.
     """
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 

@@ -66,7 +66,7 @@ class Conversion:
 class SettingsObject:
     """The settings of a pickled ``GPTConfig`` of nanoGPT, as attributes.
 
-    The unpickler creates this object instead of a ``GPTConfig``, so that no code in the file is executed.
+    The unpickler creates this object, so that no code in the file is executed.
     """
 
 
@@ -157,7 +157,6 @@ def canonical_name(key: str) -> str:
 
 
 def list_keys(content: Mapping[Any, Any]) -> str:
-    """Return the first keys of a dict, for an error message."""
     return f"its keys are {list_names(repr(str(key)) for key in content)}" if content else "it is empty"
 
 

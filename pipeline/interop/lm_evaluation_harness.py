@@ -103,7 +103,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood in nats of each text. Long texts are scored in windows that do not overlap.
 
-        The first argument of each request is the text. Its first token has the context ``<|endoftext|>``.
+        The first argument of each request is the text.
         """
         length = self.config.model.context_length
         texts = [self._tokenizer.encode(request.args[0]).tolist() for request in requests]
@@ -148,7 +148,6 @@ class CheckpointModel(LM):  # type: ignore[misc]
         return "gpt2"
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return facts about the model for the harness's file of results."""
         return {
             "checkpoint": str(self.checkpoint),
             "step": self.step,

@@ -112,7 +112,7 @@ def _stored_shapes(stored: ModelConfig, model_args: Section) -> dict[str, list[i
 
 
 def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, notes: list[str]) -> Config:
-    """Return a run config with the settings of the file. All other settings have their defaults."""
+    """Return a run config with the settings of the file, and defaults for all other settings."""
     given = file.settings.content
     beta1, beta2 = OptimizerConfig().betas
     sections: dict[str, dict[str, Any]] = {
@@ -138,7 +138,7 @@ def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, n
 def _translate_schedule(settings: Section, notes: list[str]) -> dict[str, Any]:
     """Return a schedule with the same learning rates.
 
-    The run ends with the decay, even if nanoGPT would train longer at the lowest learning rate.
+    The run ends with the decay, even if nanoGPT would train longer.
     """
     default, max_iters = ScheduleConfig(), settings.get("max_iters", int)
     if settings.content.get("decay_lr") is False:
@@ -164,7 +164,7 @@ def _tokens_per_step(settings: Section) -> int | None:
 
 
 def _training_state(file: NanoGptFile, config: Config, updates: int | None, notes: list[str]) -> TrainingState:
-    """Return the training state. nanoGPT draws batches at random, so there is no position in the data."""
+    """Return the training state. nanoGPT draws batches at random, so the state has no position in the data."""
     step = file.steps
     tokens = _tokens_per_step(file.settings)
     if tokens is None:

@@ -55,7 +55,6 @@ class NanoGptFile:
 
     @property
     def steps(self) -> int:
-        """Return the number of finished optimizer steps."""
         key = "step" if self.is_build_nanogpt else "iter_num"
         steps: int = self.content.require(key, int)
         if steps < 0:

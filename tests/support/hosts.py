@@ -85,7 +85,6 @@ class Lab:
 
     @property
     def in_switch(self) -> list[str]:
-        """Return the beginning of a command that runs in the network of the switch."""
         return self.entering(self._switch.pid, "--net")
 
 
@@ -104,7 +103,7 @@ class Host:
         self._first: FirstProcess | None = None
 
     def boot(self) -> None:
-        """Start the host without programs, and connect it to the switch."""
+        """Start the host, and connect it to the switch."""
         lab, names = self.lab, self.working_dir / "hosts"
         others = "".join(f"{self._address_of(host)} {host.name}\n" for host in lab.hosts)
         names.write_text(f"127.0.0.1 localhost\n{others}")

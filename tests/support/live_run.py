@@ -63,7 +63,6 @@ class LiveCommand:
 
     @property
     def output(self) -> str:
-        """Return what all processes have printed so far."""
         return self.output_path.read_text(errors="replace")
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 300) -> None:

@@ -85,7 +85,6 @@ class Curve:
     grad_norms: list[float]
 
     def after(self, step: int) -> Curve:
-        """Return the steps after the first ``step`` steps."""
         return Curve(self.losses[step:], self.grad_norms[step:])
 
     def largest_loss_difference(self, other: Curve) -> float:

@@ -14,8 +14,6 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 
 class QuietHandler(WSGIRequestHandler):
-    """Answers requests without a log line for each of them."""
-
     def log_request(self, *_: object) -> None:
         """Write nothing."""
 

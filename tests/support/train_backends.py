@@ -47,8 +47,6 @@ SECTIONS: Sections = {
 
 @dataclass(frozen=True)
 class Case:
-    """One training of a backend."""
-
     name: str
     config: str  # the name of a file in ds_configs, with or without the size of a group, as in ``curve_of``
     sections: Sections = field(default_factory=dict)
@@ -59,8 +57,6 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """The numbers of a case."""
-
     losses: list[float]  # per step, the mean over the targets
     grad_norms: list[float]
     again: list[float]  # the losses of the steps after ``SAVED_AT``, trained again after a return to the checkpoint
@@ -70,7 +66,6 @@ class Result:
 
 
 def read_results(path: Path) -> dict[str, Result]:
-    """Return the results by the name of their case."""
     return {name: Result(**values) for name, values in json.loads(path.read_text()).items()}
 
 

@@ -153,7 +153,7 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that contain the weights. Prefer safetensors files."""
+    """Return the files that contain the weights, preferably safetensors files."""
     for name in _WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name]

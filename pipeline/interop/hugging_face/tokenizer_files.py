@@ -17,7 +17,6 @@ _TOKENIZER_FILE = "tokenizer.json"
 
 
 def tokenizer_files(context_length: int) -> dict[str, str]:
-    """Return the contents of the tokenizer's files by file name."""
     vocabulary, merges = vocabulary_and_merges()
     special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_TOKEN)
     settings = {
@@ -54,7 +53,6 @@ def _vocabulary() -> dict[str, int]:
 
 
 def _printer() -> Callable[[bytes], str]:
-    """Return a function that writes the bytes of a token in printable characters."""
     printable = {byte: char for char, byte in byte_of_printable().items()}
     return lambda token: "".join(map(printable.__getitem__, token))
 
@@ -84,7 +82,7 @@ def describe_other_tokenizer(folder: Path) -> str | None:
 
 
 def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Return the file with a folder's vocabulary, and the ids by token. They are None if there is no vocabulary."""
+    """Return the path and the ids by token of a folder's vocabulary. Without a vocabulary, the ids are None."""
     path = folder / VOCABULARY_FILE
     if path.is_file():
         return path, read_json_object(path)
