@@ -188,7 +188,6 @@ def documents_of(
 
 
 def _apply_limit(chunks: Sequence[Chunk], source: Source, request: TokenizeRequest) -> Iterator[Chunk]:
-    """Yield the chunks up to the document that reaches ``limit_documents`` or ``limit_bytes``."""
     documents, utf8_bytes = 0, 0
     for chunk in chunks:
         for taken, document in enumerate(documents_of(chunk, source, request), start=1):

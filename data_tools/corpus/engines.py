@@ -60,7 +60,6 @@ def workers_of(request: TokenizeRequest) -> int:
 def _run_on_ray(
     work: ChunkWork[Result], job: Job, chunks: Sequence[Chunk], on_report: Report
 ) -> Generator[Result, None, None]:
-    """Process each chunk as a Ray task on one core."""
     with _ray_cluster(job.request) as ray:
 
         def run_chunk(chunk: Chunk) -> tuple[Result | None, DataError | None]:

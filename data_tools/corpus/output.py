@@ -225,7 +225,6 @@ def _created(path: Path) -> Iterator[None]:
 
 
 def _check_origin(folder: Folder, out: Path | str) -> None:
-    """Raise DataError if the folder contains files but neither a plan nor a manifest."""
     # List only the top level of a local folder, because a folder of unrelated files may be large.
     names = {path.name for path in folder.path.iterdir()} if isinstance(folder, LocalFolder) else folder.names()
     others = sorted(name for name in names - {LOCK_NAME} if not is_scratch(name))

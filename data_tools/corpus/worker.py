@@ -151,7 +151,6 @@ class _ReferenceCheck:
         self._chunk = chunk
 
     def draw(self, number: int, assigned: AssignedDocument, encoded: EncodedDocument) -> None:
-        """Decide whether ``compare`` will compare this document."""
         is_drawn = int.from_bytes(assigned.fingerprint[-8:], "little") % _CHECK_ONE_IN == 0
         if self._reference is not None and (is_drawn or not self.drawn):
             self.drawn.append((number, assigned, encoded))
@@ -188,7 +187,6 @@ class _SplitWriter:
         self._shard.append(document.tokens, documents=1, utf8_bytes=utf8_bytes, scored=document.scored)
 
     def close(self) -> list[ShardRecord]:
-        """Finish the open shard. Return the records of all shards."""
         if self._shard is not None:
             self._finished.append(self._shard.close())
             self._shard = None

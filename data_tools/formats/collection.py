@@ -24,9 +24,7 @@ class Tokens(Protocol):
     """The interface of a stream of tokens with a known length."""
 
     @property
-    def tokens(self) -> int:
-        """Return the number of tokens."""
-        ...
+    def tokens(self) -> int: ...
 
     def read(self, start: int, length: int) -> TokenArray:
         """Return ``length`` tokens from index ``start`` on, uint16 of shape (length,). The range must exist.

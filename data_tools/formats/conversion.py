@@ -112,7 +112,6 @@ def adopt_in_place(
 
 
 def _load_adopted(folder: Path, split_of: Mapping[str, str]) -> Manifest:
-    """Return a manifest. Raise DataError if ``split_of`` is given, or the manifest does not name exactly the files."""
     manifest = load_manifest(folder)
     named = {name for shard in manifest.shards for name in (shard.file, shard.mask_file) if name}
     suffixes = {Path(name).suffix for name in named}
@@ -128,7 +127,6 @@ def _load_adopted(folder: Path, split_of: Mapping[str, str]) -> Manifest:
 
 
 def _require_new(out: Path) -> None:
-    """Raise DataError if the path is a file, a mount point, or a folder that is not empty."""
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file; name a folder")
     if os.path.ismount(out):

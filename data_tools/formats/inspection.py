@@ -61,7 +61,6 @@ class FolderReport:
     splits: dict[str, SplitReport]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
         return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:

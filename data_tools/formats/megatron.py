@@ -70,8 +70,6 @@ def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
 
 
 class _DocumentBlock:
-    """The stream of ``BLOCK_DOCUMENTS`` documents from ``first`` on."""
-
     def __init__(
         self, path: Path, text: npt.NDArray[np.integer[Any]], index: _Index, first: int, vocab_size: int
     ) -> None:

@@ -138,10 +138,7 @@ def _group_by_split(paths: Sequence[Path], split_of: Mapping[str, str]) -> dict[
 
     1. ``split_of`` gives the split for the name of a file, with or without its suffix.
     2. Otherwise, the last word in the name that names a split decides, such as ``train`` or ``valid``.
-    3. Otherwise, a single file is for training.
-
-    Raises:
-        DataError: the split of a file is unknown, or ``split_of`` names a missing file.
+    3. Otherwise, a single file is for training. Several files are an error.
     """
     for name, split in split_of.items():
         require_split_name(split, f"--split-of {name}={split}")

@@ -224,7 +224,6 @@ def _require_consistent_masks(manifest: Manifest, place: str) -> None:
 
 
 def _validate(value: dict[str, Any], place: str) -> Manifest:
-    """Return the checked manifest. Raise DataError with one line about the first mistake."""
     try:
         return _SCHEMA.validate_python(value)
     except ValidationError as error:

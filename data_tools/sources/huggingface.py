@@ -147,7 +147,6 @@ class HuggingFaceSource:
         return any(Path(self._dataset, name).is_file() for name in (_SAVED_DATASET, _SAVED_DATASET_DICT))
 
     def _mean_file_bytes(self, files: int) -> int | None:
-        """Return the mean size of a local data file, or None for a dataset on the hub."""
         if not os.path.isdir(self._dataset):
             return None
         return sum(size for _, size in find_files((self._dataset,), suffixes=())) // max(files, 1)

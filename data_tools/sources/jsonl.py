@@ -83,7 +83,6 @@ class ArrayRecord(NamedTuple):
         return f"{self.path}: record {self.number}"
 
     def parse(self) -> Any:
-        """Return the JSON value of the record."""
         return self.value
 
 

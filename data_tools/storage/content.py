@@ -104,7 +104,6 @@ def begins_as(path: Path | str, kind: str) -> bool:
 
 
 def _read_head(path: Path | str) -> bytes | None:
-    """Return the first bytes of a file, or None for a URL or an unreadable file."""
     if is_remote(str(path)):
         return None
     try:

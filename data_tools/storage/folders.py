@@ -201,7 +201,6 @@ class RemoteFolder:
 
     @property
     def _scratch_prefix(self) -> str:
-        """Return the prefix of the names of temporary folders. It is different for each URL."""
         return f"shards-{hashlib.sha256(self._url.encode()).hexdigest()[:16]}-"
 
     @contextmanager
