@@ -14,7 +14,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def configure_cpu(world: World) -> str:
-    """Configure the memory allocator, the threads and the cores of this process. Return a line for the log.
+    """Configure the memory allocator, threads and cores of this process. Return a line for the log.
 
     Every rank must make this call, before large computations.
     """
@@ -24,13 +24,13 @@ def configure_cpu(world: World) -> str:
 
 
 def share_cores(world: World) -> str:
-    """Divide the cores of this host among its ranks, with one thread per core. Return a line for the log.
+    """Divide the cores of this host among its ranks, one thread per core. Return a line for the log.
 
     Ranks on a CPU are bound to their cores, which keeps the contents of the caches. Ranks on a GPU are not bound,
     because the threads of NCCL need other cores.
 
-    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads, and is not bound. If a launcher has
-    already bound the ranks, their cores do not change. Every rank must make this call.
+    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads, and is not bound. Cores that a
+    launcher has chosen for a rank do not change. Every rank must make this call.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)
@@ -50,7 +50,7 @@ def share_cores(world: World) -> str:
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:
-    """Return the cores for one rank of a host. They are adjacent, because adjacent cores share caches.
+    """Return adjacent cores for one rank of a host, because adjacent cores share caches.
 
     If there are fewer cores than ranks, several ranks get the same core.
 
@@ -68,7 +68,6 @@ def _usable_cores() -> list[int]:
 
 
 def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
-    """Return the cores that each rank of this host may use."""
     gathered = world.gather((world.local_rank, cores))
     first = world.rank - world.local_rank
     next_host = next((rank for rank in range(first + 1, world.size) if gathered[rank][0] == 0), world.size)

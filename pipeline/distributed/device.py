@@ -1,4 +1,4 @@
-"""Read properties of a device: name, memory, speed of matrix products, and whether torch.compile works."""
+"""Describe a device: its name, its memory, the speed of matrix products, and whether torch.compile works."""
 
 import logging
 import math
@@ -59,7 +59,7 @@ def measure_matmul_ceiling(
 ) -> float:
     """Measure the FLOP/s of matrix products on one rank. Return the speed of the fastest shape.
 
-    Published speeds ignore power limits and the number of threads.
+    Published speeds are not used, because they ignore power limits and the number of threads.
 
     Args:
         shapes: products to measure on a CPU besides large squares, because the fastest size differs from CPU to CPU.
@@ -103,12 +103,12 @@ class _Product:
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for sums of many numbers: fp64, or fp32 on MPS, which has no fp64."""
+    """Return the dtype for sums of many numbers: fp64, or fp32 on MPS."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def device_name(device: torch.device) -> str:
-    """Return the product name of a GPU. For other devices, return the type and the machine's architecture."""
+    """Return the product name of a GPU, or the type and the architecture of another device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
@@ -143,7 +143,7 @@ class LateValue:
     def read(self) -> float:
         """Wait until the number is on the host, and return it.
 
-        The call does not wait for work that was queued later.
+        The call does not wait for work that was queued after this object was created.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -189,7 +189,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def compiler_works(device: torch.device) -> bool:
-    """Return whether ``torch.compile`` works on the device. If it does not work, log the reason."""
+    """Return whether ``torch.compile`` works on the device. If not, log the reason."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001 - the toolchain may raise anything

@@ -1,7 +1,6 @@
 """Save and summarize torch's flight recorder, which remembers the newest collectives of this rank.
 
-``TORCH_FR_BUFFER_SIZE`` sets how many collectives the recorder remembers. The default is 2000. With 0, the recorder is
-off.
+``TORCH_FR_BUFFER_SIZE`` sets how many collectives it remembers: 2000 by default. With 0, the recorder is off.
 """
 
 import pickle
@@ -59,7 +58,7 @@ def save_flight_recorder(folder: Path, rank: int) -> str:
 def _dump() -> bytes:
     """Return the recorded collectives of torch's default backend (NCCL or Gloo) as a pickle.
 
-    The dump has no call stacks. They need hundreds of imports, and the file system may hang.
+    The dump has no call stacks, because torch would import many modules from a file system that may hang.
     """
     is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     dump = getattr(_distributed_c10d, "_dump_nccl_trace" if is_nccl else "_dump_fr_trace")

@@ -50,11 +50,11 @@ class Verdict:
 
 
 class Heartbeat:
-    """Sends this rank's heartbeat to a key-value store every second, and reads those of other ranks.
+    """Sends the heartbeat of this rank to a key-value store every second, and reads the heartbeats of other ranks.
 
-    A heartbeat says what the main thread is doing (see ``Place``). Rank 0 watches all other ranks, and they watch only
-    rank 0. A rank is lost if it sends no heartbeat for ``timeout_s`` seconds, or if it is stuck (see ``find_stuck``).
-    Each other rank then prints which rank is lost, and exits.
+    A heartbeat says what the main thread is doing (see ``Place``). Rank 0 watches all other ranks. The other ranks
+    watch only rank 0. A rank is lost if it sends no heartbeat for ``timeout_s`` seconds, or if it is stuck (see
+    ``find_stuck``). Each other rank then prints which rank is lost, and exits.
 
     A thread does this work, because the main thread may wait in a collective. If the store does not answer, a second
     thread ends the process.
@@ -93,7 +93,7 @@ class Heartbeat:
 
     @contextmanager
     def explaining_sigterm(self) -> Iterator[None]:
-        """Return a context manager. If SIGTERM arrives inside, the process prints which rank is lost, and ends.
+        """Return a context manager. After SIGTERM inside its block, the process prints which rank is lost, and ends.
 
         A launcher that finds a dead rank sends SIGTERM to all other ranks.
         """
@@ -147,9 +147,9 @@ class Heartbeat:
             return Verdict(_LOST_STORE)
 
     def _turns(self) -> Iterator[float]:
-        """Yield once per second how many seconds have passed, at most two.
+        """Yield once per second how many seconds have passed since the last turn, at most two.
 
-        A longer time means that this process was suspended. The time must not count against other ranks.
+        If more time has passed, this process was suspended, which must not count against other ranks.
         """
         last_turn = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
@@ -291,7 +291,6 @@ def _find_lost(world: World) -> str | None:
 
 
 def _search_for_lost(store: Store, world: World) -> list[int]:
-    """Return the other ranks whose heartbeats do not change for three seconds."""
     others = [rank for rank in range(world.size) if rank != world.rank]
     keys = list(map(_beat_key, others))
     before = store.multi_get(keys) if keys else []

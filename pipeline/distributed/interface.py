@@ -1,7 +1,7 @@
 """Choose the network interface through which Gloo connects ranks on different nodes.
 
-By default, Gloo uses the address of the host's name. On Debian and Ubuntu, this is 127.0.1.1, which other nodes cannot
-reach. Runs with NCCL also use Gloo, for example to save checkpoints.
+By default, Gloo uses the IP address to which the host's name resolves. On Debian and Ubuntu, this is 127.0.1.1, which
+other nodes cannot reach. Runs with NCCL also use Gloo, for example to save checkpoints.
 """
 
 import ipaddress

@@ -6,8 +6,7 @@ rank is the number of marks that it has passed. A stuck rank passes no mark, and
 - It is *still*: it uses no CPU time, for example because a file system does not answer.
 - It *loops*: it uses much more CPU time than ever before between two marks. Waiting for a GPU also uses CPU time.
 
-A healthy rank shows the same signs while it waits for a stuck rank in a collective. Therefore, ``find_stuck`` also
-compares positions.
+A healthy rank shows the same signs while it waits for a stuck rank. Therefore, ``find_stuck`` also compares positions.
 """
 
 import json
@@ -122,8 +121,8 @@ class Place:
     def loops(self, timeout_s: float) -> bool:
         """Return whether the rank computes without progress, for example in an infinite loop.
 
-        The CPU time since its last progress must exceed ``timeout_s``. It must also exceed ``LOOP_FACTOR`` times the
-        longest CPU time so far. If the longest CPU time is not known, the result is False.
+        The CPU time since the rank's last progress must exceed ``timeout_s``. It must also exceed ``LOOP_FACTOR`` times
+        the longest CPU time before. If none is known, the result is False.
         """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 
@@ -176,7 +175,7 @@ class MainThread:
         return self._read_own_cpu_s()
 
     def _read_own_cpu_s(self) -> float:
-        """Return the CPU time of the main thread, or 0 if the operating system does not tell it."""
+        """Return the CPU time of the main thread, or 0 if the operating system does not tell."""
         if not hasattr(time, "pthread_getcpuclockid"):
             return 0.0
         return time.clock_gettime(time.pthread_getcpuclockid(self._thread_id))
@@ -208,8 +207,8 @@ def _describe_frame(frame: FrameType) -> str:
 def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
     """Return the ranks that are stuck.
 
-    An overdue rank (see ``Place.is_overdue``) is stuck if another rank has a higher position. If all ranks are overdue,
-    those with the lowest position are stuck.
+    An overdue rank (see ``Place.is_overdue``) is stuck if another rank has passed more marks. If all ranks are overdue,
+    those that have passed the fewest marks are stuck.
 
     Args:
         places: what the main thread of each rank is doing.

@@ -31,8 +31,8 @@ _MISSING = "missing"  # the key under which rank 0 writes which ranks are missin
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return an empty key-value store that all ranks share.
 
-    torchrun keeps its store when it restarts the ranks, and they must not use the old addresses in it. Therefore, the
-    keys get a new prefix at each start.
+    When torchrun restarts the ranks, its store still contains the old addresses. Therefore, the keys get a new prefix
+    at each start.
 
     Raises:
         TimeoutError: a rank has not connected within ``timeout``.
@@ -155,9 +155,9 @@ def _request_start_id(store: Store, rank: int, missing: list[int], poll_s: float
 
 
 def _read_missing(store: Store, missing: list[int], seen: str | None) -> str | None:
-    """Read which ranks rank 0 misses, and write them into ``missing``. Return what was read.
+    """Read which ranks are missing according to rank 0, and write them into ``missing``. Return what was read.
 
-    The value may be of an earlier start. Therefore, ``missing`` changes only after the value differs from ``seen``.
+    The value may be of an earlier start. Therefore, ``missing`` changes only if the value differs from ``seen``.
     """
     if not store.check([_MISSING]):
         return None

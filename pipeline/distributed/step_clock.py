@@ -4,13 +4,13 @@
 - *data wait*: the rank waits for the loader.
 - *compute*: the rest of the step.
 
-All ranks take the same time per step, because they wait for the slowest rank in collectives. The *own time* of a rank
-is compute plus data wait. The slowest rank has the most own time.
+All ranks take the same time per step, because they wait for the slowest rank. The slowest rank has the most *own time*,
+which is compute plus data wait.
 
 On a CPU, the clock measures the main thread. On a GPU, CUDA events measure the stream on which the model computes.
 
-During a step, the clock replaces the functions of torch that wait for a collective by functions that measure the wait.
-DDP waits in C++ code, so its backend must call ``StepClock.backward_pass``.
+During a step, the clock replaces torch's functions that wait for a collective, to measure the wait. DDP waits in C++
+code, so its backend must call ``StepClock.backward_pass``.
 """
 
 import functools
@@ -161,8 +161,8 @@ class StepClock:
     def backward_pass(self, loss: Tensor) -> Iterator[None]:
         """Return a context manager for a backward pass of DDP. It measures how long DDP waits at the end of the pass.
 
-        DDP waits in a callback, which it queues when the last gradients are ready. This method queues its own callback
-        earlier, which therefore runs just before DDP waits.
+        DDP waits in a callback, which it queues when the last gradients are ready. This method queues a callback
+        earlier, so its callback runs just before DDP waits.
         """
         if self._step is None:
             yield

@@ -189,7 +189,6 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 def _start_process_group(world: World) -> Store | None:
-    """Create torch's default group. Return the store that the ranks share, or None for a single rank."""
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     device_id = world.device if world.device.type == "cuda" else None
     store = open_store(world.rank, world.size, COLLECTIVE_TIMEOUT)

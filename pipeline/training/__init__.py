@@ -1,1 +1,1 @@
-"""Train a model: start or resume a run, run the training loop, handle interruptions, and measure the throughput."""
+"""Train a model: start, resume, run and stop the training."""

@@ -53,8 +53,7 @@ def write_initial_weights(place: Path | str | None, backend: Backend, seed: int)
 def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
     """Copy weights into a backend, and log which settings of the two models differ. Every rank must make this call.
 
-    Returns:
-        A dict with the path and the step of the weights.
+    Returns the path and the step of the weights.
 
     Raises:
         CheckpointError: the weights cannot be read.

@@ -45,8 +45,8 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Return a context manager that records signals. Inside its block, only a second Ctrl-C ends the process.
 
-        After a ``RuntimeError``, signals do not end the process even after the block. A lost rank may be the cause. The
-        launcher then sends SIGTERM, and this rank must first print which rank is lost.
+        If the block raises a ``RuntimeError``, signals do not end the process afterwards either. A lost rank may be the
+        cause. The launcher then sends SIGTERM, and this rank must first print which rank is lost.
         """
         thread = SignalThread(self._record)
         thread.start()
@@ -95,7 +95,7 @@ class StopRequest:
                 say(_LAUNCHER_NOTES[launcher])
 
     def agreed(self) -> signal.Signals | None:
-        """Return a signal that any rank has received, or None. The result is the same on all ranks.
+        """Return a signal that any rank has received, or None. All ranks get the same result.
 
         Every rank must make this call.
         """

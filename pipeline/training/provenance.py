@@ -1,4 +1,4 @@
-"""Describe the program and the machine when a run starts, for the metrics of the run."""
+"""Describe the program and the machine at the start of a run."""
 
 import platform
 import shlex

@@ -1,4 +1,4 @@
-"""Compare the step times of all ranks, and name the slowest rank or the slowest link between hosts."""
+"""Compare the step times of all ranks, and name the slowest rank or the slowest link."""
 
 import logging
 import socket
@@ -28,7 +28,6 @@ class RankComparison:
     """Compares the step times of the ranks since the previous row of metrics. Every rank must create one.
 
     Args:
-        clock: measures the steps of this rank.
         slow_ratio: a rank that takes this many times as long as the others is logged. None: nothing is logged, and no
             links are measured.
     """

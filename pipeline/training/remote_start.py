@@ -30,8 +30,8 @@ def fetch_remote_start(config: Config, world: World) -> None:
     Damaged checkpoints are skipped with a warning. Every rank must make this call.
 
     Raises:
-        CheckpointError: ``checkpoint.remote`` belongs to another run, or neither the run folder nor the URL has a
-            usable checkpoint.
+        CheckpointError: ``checkpoint.remote`` belongs to another run. Or the run folder has no undamaged checkpoint,
+            and those at the URL cannot be used.
         DataError: the server of ``checkpoint.resume`` fails, and the run folder has no undamaged checkpoint.
     """
     run_folder = Path(config.run.out_dir)

@@ -1,4 +1,4 @@
-"""Decide where a run starts: from scratch, from its own newest good checkpoint, or from a given checkpoint."""
+"""Decide where a run starts: from scratch, or from which checkpoint."""
 
 import logging
 import os
@@ -56,12 +56,12 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
 
     The caller must hold the lock of the run folder. The function deletes the folders of interrupted saves.
 
-    The next start must not use checkpoints that are later than the chosen one. The function renames them. It also
-    records that those at ``checkpoint.remote`` must not be used.
+    The next start must not use checkpoints that are later than the chosen one. Therefore, the function renames them,
+    and makes a record about those at ``checkpoint.remote``.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, or the run folder contains another run, or the data, the seed or
-            the model have changed.
+        CheckpointError: the checkpoint cannot be used, the run folder contains another run, or the data, seed or model
+            has changed.
         ConfigError: the checkpoint belongs to another run, and leaves nothing to train.
     """
     run_folder = Path(config.run.out_dir)
@@ -107,7 +107,6 @@ def _find_start(run_folder: Path, resume: str) -> Path | None:
 
 
 def _find_downloaded_start(run_folder: Path, url: str) -> Path:
-    """Return this run's newest checkpoint, which was downloaded from the URL or saved since."""
     own = newest_good_checkpoint(run_folder)
     if own is None or not is_paired(run_folder, split_url(url)[0]):
         raise CheckpointError(
@@ -151,8 +150,7 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 def describe_started_decay(start: Path, config: Config) -> str | None:
     """Return a warning if a new run continues another run inside the decay of the new run's schedule.
 
-    The learning rate then usually jumps. If both runs have the same schedule and peak rate, it does not jump, and the
-    result is None.
+    The learning rate then usually jumps. Returns None if both runs have the same schedule and peak rate.
 
     Args:
         start: the checkpoint from which the new run continues.
@@ -184,7 +182,6 @@ def _check_same_sizes(config: Config, folder: Path, stored_config: dict[str, Any
 
 
 def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
-    """Raise CheckpointError if ``checkpoint.init_from`` is set and has changed since the start of the run."""
     given, stored = config.checkpoint.init_from, config_section(stored_config, "checkpoint").get("init_from")
     if given is None or (isinstance(stored, str) and Path(given).resolve() == Path(stored).resolve()):
         return

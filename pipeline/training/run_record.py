@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
-    Rows of steps after ``resumed_step`` are deleted. Some keys of ``backend.deepspeed`` change the results compared
-    with other backends. Each row lists those that are set.
+    Rows of steps after ``resumed_step`` are deleted. Each row lists those keys of ``backend.deepspeed`` that change the
+    results compared with other backends.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
@@ -120,7 +120,6 @@ class RunRecord:
         """Write a row about the end of the run, and close all sinks with a summary. Later rows are not written.
 
         Args:
-            step: the number of finished steps.
             ended: ``finished``, ``interrupted`` (a checkpoint is saved) or ``failed``.
             results: maps the names of losses to their last values.
         """
@@ -136,7 +135,6 @@ class RunRecord:
         self._sinks = []
 
     def _summarize_uploads(self) -> dict[str, int]:
-        """Log and return how many uploads succeeded and failed."""
         url = self.config.checkpoint.remote
         if url is None:
             return {}

@@ -1,4 +1,4 @@
-"""Compute the learning rate, and the decay of the average of the weights, of a step."""
+"""Compute the learning rate of a step, and the decay of the average of the weights."""
 
 import math
 
@@ -14,9 +14,9 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
     The rate rises linearly for ``warmup_steps`` steps. Later, it falls from its peak to ``min_lr_ratio`` times the
     peak.
 
-    With ``wsd``, the first step of the decay is already below the peak, and the last step of the run is at the minimum.
-    With ``cosine`` and ``linear``, the first step of the decay is at the peak, and the last step is slightly above the
-    minimum (Loshchilov and Hutter 2017).
+    With ``wsd``, the first step of the decay is below the peak, and the last step of the run is at the minimum. With
+    ``cosine`` and ``linear``, the first step of the decay is at the peak, and the last step is above the minimum
+    (Loshchilov and Hutter 2017).
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:

@@ -1,4 +1,4 @@
-"""Judge whether finished steps were good, were skipped, or were spikes. Stop the run after too many bad steps."""
+"""Judge whether finished steps were good, skipped, or spikes. Stop the run after too many bad steps."""
 
 import logging
 import math
@@ -62,8 +62,8 @@ class FinishedStep:
 class StepGuard:
     """Judges each step of a run, in order: the step is good, was skipped, or is a spike.
 
-    A step is skipped if its gradients are not finite. A step is a spike if its loss or gradient norm is much higher
-    than before. All ranks reach the same verdicts.
+    A skipped step had gradients that are not finite. A spike has a much higher loss or gradient norm than the steps
+    before it. All ranks reach the same verdicts.
     """
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
@@ -125,7 +125,7 @@ class StepGuard:
 
         Args:
             stored: the state of the guard in the checkpoint.
-            spike: the spike. ``next_sample`` leaves out its samples from now on.
+            spike: the step that was a spike. Its samples are left out from now on.
         """
         self._queue.clear()
         self.state = replace(
@@ -172,7 +172,6 @@ class StepGuard:
             )
 
     def _describe_spike(self, finished: FinishedStep) -> str | None:
-        """Return why a step is a spike, or None if it is not a spike or the window is not full yet."""
         threshold = self.config.spike_zscore
         assert threshold is not None and finished.loss is not None
         if len(self.state.recent) < self.config.spike_window:

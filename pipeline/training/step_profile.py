@@ -1,4 +1,4 @@
-"""Profile some training steps. Write a trace, and a table of the operators that took most time."""
+"""Profile some training steps, and write a trace and a table of the slowest operators."""
 
 import logging
 from collections.abc import Iterator

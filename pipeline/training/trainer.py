@@ -215,7 +215,7 @@ class Trainer:
         return self.config.checkpoint.keep_best and is_best or self._early_stop_reason() is not None
 
     def _reach_rare(self, phase: str) -> None:
-        """Tell the heartbeat that a rare phase begins, such as a save, which can take minutes."""
+        """Tell the heartbeat that a rare and long phase begins, such as a save."""
         self.world.progress.reach(phase, is_patient=True, repeats=False)
 
     def _reach_of_step(self, phase: str) -> None:
@@ -251,7 +251,6 @@ class Trainer:
         return trained
 
     def _update(self, learning_rate: float) -> LateValue:
-        """Update the weights and return the gradient norm. If they are due, measure the norms of layer groups."""
         self._layer_norms = {}
         ema_decay = ema_decay_at(self.state.step, self.config.averaging)
         every_steps = self.config.logging.norms_every_steps
@@ -307,8 +306,7 @@ class Trainer:
     def _judge_finished_steps(self, *, judge_all: bool) -> Iterator[FinishedStep]:
         """Judge the steps that the device has finished, and yield the steps that spiked.
 
-        The newest step is left for the next call, because reading it would wait for a GPU, unless ``judge_all`` is
-        True.
+        Unless ``judge_all`` is True, the newest step is left for the next call. Reading it would wait for a GPU.
         """
         leave = 1 if self.world.device.type == "cuda" and not judge_all else 0
         for finished, verdict in self.guard.judge_queued(leave=leave):
