@@ -1,4 +1,4 @@
-"""Train with FSDP2 (``fully_shard``), which shards the weights, gradients and moments of each block over the ranks."""
+"""Train with FSDP2 (``fully_shard``), which shards weights, gradients and moments over the ranks."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -53,7 +53,7 @@ class FsdpBackend(TorchBackend):
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Reduce gradients only in the last micro-step, and keep gathered weights until then.
 
-        Only weights that stay gathered after the forward pass are kept, so the peak memory does not grow.
+        This does not increase the peak memory: weights that are resharded after the forward pass are not kept.
         """
         assert isinstance(self.compute, FSDPModule)
         self.compute.set_requires_gradient_sync(enabled)

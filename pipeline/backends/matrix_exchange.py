@@ -39,8 +39,8 @@ class _Overlap:
 class MatrixExchange:
     """Transforms matrices in batches. Each matrix has an owner, which is the rank that transforms it.
 
-    All ranks get about the same amount of work. If the ranks hold several copies of all matrices, an owner receives
-    only one copy, and sends its result to all copies.
+    All ranks get about the same amount of work. If the ranks hold several copies of all matrices, the owner receives
+    one copy. It sends its result to all copies.
 
     Args:
         spans: for each rank, the ranges of parameters that the rank holds.
@@ -77,7 +77,7 @@ class MatrixExchange:
         Every rank must call this.
 
         Args:
-            elements: for each span (range of a parameter) of this rank, the matrix elements in the span, shape (n,).
+            elements: for each span of this rank, the matrix elements in this range, shape (n,).
             targets: for each span, an fp32 tensor (n,) on any device, which is changed in place.
             function: transforms matrices of one shape, (n, rows, columns), on ``world.device``.
         """
@@ -170,7 +170,7 @@ class _Batch:
 
 
 def _overlaps(spans: Sequence[Span], matrices: Iterable[Matrix]) -> list[_Overlap]:
-    """Return the elements of the matrices that are in the spans, in the order of the matrices."""
+    """Return the elements that the spans and the matrices share, in the order of the matrices."""
     by_name: dict[str, list[int]] = {}
     for i, span in enumerate(spans):
         by_name.setdefault(span.name, []).append(i)

@@ -16,7 +16,7 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
 
     A result has the singular vectors of its matrix, and singular values close to 1. A matrix of zeros gives zeros.
 
-    Each iteration replaces X by P X with P = a I + b G + c G^2, where G = X X^T is the Gram matrix. For tall matrices,
+    Each iteration replaces X by P X with P = a I + b G + c G^2. Here, G = X X^T is the Gram matrix. For tall matrices,
     X P with the smaller G = X^T X gives the same result.
 
     If X is far from square, two iterations share one Gram matrix to save FLOPs: the second iteration uses P G P, the

@@ -137,7 +137,7 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """If the gradient norm is finite, update the weights. Otherwise, weights, moments and step count do not change.
 
-    On a GPU, this does not wait for the norm, because the fused AdamW reads a flag on the GPU.
+    On a GPU, this does not wait for the norm: the fused AdamW reads a flag on the GPU.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
@@ -158,10 +158,10 @@ def clip_and_step(
 
 @dataclass
 class LossScaler:
-    """The factor for the loss in the backward pass, which prevents small fp16 gradients from becoming zero.
+    """The factor for the loss in the backward pass. It prevents small fp16 gradients from becoming zero.
 
-    A step is *good* if its gradient norm is finite. A dynamic scale is doubled after ``GROWTH_INTERVAL`` good steps in
-    a row, and halved after any other step. A scale that is not dynamic is always 1.
+    A step is *good* if its gradient norm is finite. ``GROWTH_INTERVAL`` good steps in a row double a dynamic scale. Any
+    other step halves it. A scale that is not dynamic is always 1.
     """
 
     dynamic: bool
@@ -179,8 +179,8 @@ class LossScaler:
     def factor(self) -> float:
         """Return the factor for the loss on each rank. Divide the averaged gradients by this factor.
 
-        The trainer multiplies the loss by the world size. A dynamic scale is divided by the world size, so that fp16
-        gradients overflow in the same steps at every world size.
+        The trainer multiplies the loss by the world size, so a dynamic scale is divided by the world size. fp16
+        gradients then overflow in the same steps at every world size.
         """
         return self.scale / self.world_size if self.dynamic else 1.0
 
@@ -203,5 +203,5 @@ class LossScaler:
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale (None if not dynamic), and the number of good steps since the scale last changed."""
+        """Return the scale, and the number of good steps since it last changed. If not dynamic, the scale is None."""
         return (self.scale if self.dynamic else None), self.good_steps

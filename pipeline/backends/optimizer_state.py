@@ -24,7 +24,7 @@ class Fragment:
     """The weights and the optimizer state on this rank for a range of one flattened parameter.
 
     The tensors are views, so writing into them changes the training state. The fragments of all ranks contain all
-    elements, including the padding rows of the vocabulary, which are zero.
+    elements. The padding rows of the vocabulary are included, and are zero.
     """
 
     name: str  # the canonical name, as in GPT2.named_parameters()
@@ -44,8 +44,8 @@ class OptimizerState(ABC):
     Args:
         optimizer: torch's AdamW, DeepSpeed's CPUAdam, or a Muon that contains one of them.
         masters: the fp32 tensors that the optimizer updates on this rank.
-        names: maps the name of each parameter to the names of its optimizer tensors, such as ``exp_avg``, and to
-            ``ema`` if the run keeps averages.
+        names: maps the name of each parameter to the names of its optimizer tensors, such as ``exp_avg``. If the run
+            keeps averages, ``ema`` is one of them.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:
@@ -124,7 +124,7 @@ class OptimizerState(ABC):
 class ParameterState(OptimizerState):
     """The state of a backend whose optimizer updates the parameters of the model directly.
 
-    A master is a whole tensor, or a DTensor whose shard on each rank consists of whole rows.
+    If a master is a DTensor, each rank has whole rows.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames) -> None:

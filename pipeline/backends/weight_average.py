@@ -14,7 +14,7 @@ _SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the temporary memory of ``swap``
 class WeightAverage:
     """The fp32 moving averages of this rank's masters (tensors that the optimizer updates).
 
-    The averages are created when first needed, because a backend can change its masters before the first step.
+    An average is created when first needed, because masters can change before the first step.
     """
 
     def __init__(self, masters: Iterable[Tensor]) -> None:
@@ -34,7 +34,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, decay: float, grad_norm: Tensor | float) -> None:
-        """Replace each average a by decay * a + (1 - decay) * w, where w is the current value of the master.
+        """Replace each average a by decay * a + (1 - decay) * w. Here, w is the value of the master.
 
         If the gradient norm is not finite, nothing changes. On a GPU, this does not wait for the norm.
         """

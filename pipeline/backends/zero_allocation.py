@@ -1,4 +1,4 @@
-"""Allocate the weights under ZeRO-3 so that at most one whole weight is in memory at a time."""
+"""Allocate the weights under ZeRO-3. At most one whole weight is in memory at a time."""
 
 from collections.abc import Iterator
 
@@ -21,8 +21,7 @@ def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
 class AllocatedOnRead(nn.Module):
     """The module for ``deepspeed.zero.Init``. It allocates each parameter when ``Init`` reads it.
 
-    ``Init`` shards each parameter before it reads the next, so at most one whole parameter is in memory. Call
-    ``use_placeholders`` on the model first.
+    ``Init`` shards each parameter before it reads the next. Call ``use_placeholders`` on the model first.
     """
 
     def __init__(self, model: GPT2, device: torch.device) -> None:

@@ -81,7 +81,7 @@ class FullyPartitionedState(OptimizerState):
         """Copy the masters to this rank's shards of the weights that the model computes with.
 
         All gathered weights are freed. The small parameters that DeepSpeed always keeps gathered are gathered again.
-        With ZeRO++ hpZ, the outdated secondary shards are deleted, and the next forward pass creates new ones.
+        With ZeRO++ hpZ, the outdated secondary shards are deleted. The next forward pass creates new ones.
         """
         self.zero._partition_all_parameters()
         self.zero.invalidate_secondary_tensor()

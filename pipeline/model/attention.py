@@ -61,8 +61,8 @@ def fastest_kernel(
 ) -> Iterator[str]:
     """Return a context manager in which attention uses the fastest kernel that works for the inputs.
 
-    The context manager returns torch's name for the kernel. The name is ``MATH`` if no fused kernel works, and
-    ``UNKNOWN`` if torch does not report its choice.
+    The context manager returns torch's name for the kernel. If no fused kernel works, the name is ``MATH``. If torch
+    does not report its choice, the name is ``UNKNOWN``.
 
     Args:
         shape: the shape (B, H, T, D) of the queries in training.

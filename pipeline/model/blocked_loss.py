@@ -1,6 +1,6 @@
-"""Compute the output layer and the loss in blocks of the vocabulary, so that the logits never exist as a whole.
+"""Compute the output layer and the loss in blocks of the vocabulary. The logits never exist as a whole.
 
-The logits would be the largest tensor of a training step. The forward pass keeps each row's largest logit and sum of
+They would be the largest tensor of a training step. The forward pass keeps each row's largest logit and sum of
 exponentials (Milakov and Gimelshein 2018). The backward pass computes the logits of each block again.
 """
 
@@ -65,7 +65,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
 def compute_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, compiles: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the losses and the logarithm of each row's sum of exponentials, both fp32 of shape (N,).
+    """Return the losses and the log of each row's sum of exponentials, both fp32 of shape (N,).
 
     Args:
         targets: (N,) int64 ids, or -1 if a target is not scored.

@@ -1,7 +1,7 @@
 """Define GPT-2 as published (Radford et al. 2019), with the module names of the original.
 
-In shapes, B is the number of sequences, T the number of tokens per sequence, C is ``n_embd``, H the number of heads,
-and V the vocabulary size of the tokenizer.
+In shapes, B is the number of sequences, and T the number of tokens per sequence. C is ``n_embd``, H is the number of
+heads, and V is the vocabulary size of the tokenizer.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Return the model FLOPs of the forward and backward pass per token: 6 N + 12 L C T.
 
-    N is the number of parameters without the position embedding, L is ``n_layer``, C is ``n_embd``, and T is
+    N is the number of parameters without the position embedding. L is ``n_layer``, C is ``n_embd``, and T is
     ``seq_len``. Recomputing activations does not count. The formula is from Chowdhery et al. 2022, appendix B.
     """
     n = parameter_count(config, padded=True) - config.context_length * config.n_embd
@@ -247,7 +247,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def layer_products(config: ModelConfig, tokens: int) -> list[tuple[int, int, int]]:
-    """Return the shapes (m, k, n) of the matrix products in a block's linear layers, in the forward pass.
+    """Return the shapes (m, k, n) of a block's matrix products with weights, in the forward pass.
 
     Args:
         tokens: the number of tokens in a micro-batch. m is at most ``MOST_ROWS``.

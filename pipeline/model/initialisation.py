@@ -21,7 +21,7 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
     Weights are normally distributed with standard deviation 0.02. For weights whose output is added to the residual
     stream, it is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and LayerNorm weights are 1.
 
-    All values up to the end of the range are drawn in blocks, because a random generator cannot skip values.
+    A random generator cannot skip values, so all values before the range are also drawn.
 
     Args:
         shape: the shape of the whole parameter.
@@ -47,9 +47,9 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
 
 
 def _normal_blocks(count: int, stop: int, std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
-    """Yield blocks of a parameter's ``count`` values, each with the index of its first value, up to ``stop``.
+    """Yield (index of the first value, values) for blocks of a parameter, until element ``stop`` is reached.
 
-    Each block overwrites the block before. The last block is at least as long as the others, because torch draws fewer
+    Each block overwrites the block before. The last block is not shorter than the others, because torch draws fewer
     than 16 values differently.
     """
     values = torch.empty(min(count, 2 * BLOCK_ELEMENTS))

@@ -1,4 +1,4 @@
-"""Store the keys and values of earlier tokens, so that a forward pass processes only the new tokens."""
+"""Store the keys and values of earlier tokens. A forward pass then processes only the new tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +80,7 @@ class KeyValueCache:
         Each call stores the first slot of each row's last document for the next call.
 
         Args:
-            starts: the first slot of each new token's document, or 0 if the document started before the new tokens.
+            starts: the same, but 0 for documents that started before the new tokens.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -1,4 +1,4 @@
-"""Define linear layers for fast inference on a CPU, and choose by a measurement how they store their weights.
+"""Define linear layers for fast inference on a CPU. A measurement chooses how they store their weights.
 
 In generation, a product takes as long as reading the weight from memory. Whether torch or oneDNN reads weights faster
 depends on the CPU.
@@ -84,7 +84,7 @@ class InferenceLinear(nn.Module):
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None) -> None:
-    """Replace the linear layers of a model by layers that are faster on a CPU, for inference.
+    """Replace the linear layers of a model by layers for fast inference on a CPU.
 
     Nothing changes on a GPU, or if oneDNN does not support the dtype on this CPU.
 

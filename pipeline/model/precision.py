@@ -48,9 +48,9 @@ class AutocastModel(ComputeModel):
 
 
 class Bf16ViewModel(ComputeModel):
-    """A model that computes with bf16 copies of its fp32 parameters, for backends that keep all weights on every rank.
+    """A model that computes with bf16 copies of its fp32 parameters. Every rank must hold all parameters.
 
-    The cast to bf16 belongs to the autograd graph, so gradients are accumulated and reduced in fp32.
+    The cast to bf16 belongs to the autograd graph. Gradients are therefore accumulated and reduced in fp32.
     """
 
     def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:

@@ -54,7 +54,7 @@ class Request:
 
 @lru_cache(maxsize=512)
 def trace_activations(request: Request) -> tuple[Peak, ...]:
-    """Return the peak memory in each interval of a forward and backward pass, in the order of time.
+    """Return the peak memory in each interval of a forward and backward pass, in order.
 
     To save time, the function extrapolates from two models with few blocks. The result for a deep model covers only its
     first and last blocks. The largest peak is there, because memory changes linearly from block to block.
@@ -72,10 +72,10 @@ def trace_activations(request: Request) -> tuple[Peak, ...]:
 
 
 def _extrapolate(shallow: Sequence[Peak], deeper: Sequence[Peak], periods: int) -> tuple[Peak, ...]:
-    """Return the peaks of a model with ``periods`` more periods (groups of blocks that repeat) than ``shallow``.
+    """Return the peaks of a model with ``periods`` more periods than ``shallow``.
 
-    ``deeper`` has one more period than ``shallow``. The backward pass begins at the last block, so the first half of
-    the peaks belongs to the last blocks of any model.
+    A period is a group of blocks that repeats. ``deeper`` has one more period than ``shallow``. The backward pass
+    begins at the last block, so the first half of the peaks belongs to the last blocks.
     """
     half = len(shallow) // 2
     partners = [*deeper[:half], *deeper[half - len(shallow) :]]
@@ -114,7 +114,7 @@ def _build(request: Request) -> tuple[GPT2, nn.Module]:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that were allocated inside this dispatch mode and are not freed yet.
+    """Counts the bytes of all live storages that were allocated inside this dispatch mode.
 
     The mode also works with fake tensors. It does not see temporary memory inside a kernel.
     """

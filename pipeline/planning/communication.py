@@ -3,10 +3,10 @@
 As in NCCL 2.12 (``src/graph/tuning.cc``), the fastest algorithm for each collective is assumed. Gloo always uses a ring
 for an all-reduce.
 
-In the formulas, n is the number of bytes, p the number of ranks, h the number of hosts, and g = p / h the number of
-ranks per host. Each rank has a link within its host, with bandwidth B_host and latency a_host. It also has a link
-between hosts, with B_net and a_net. The bandwidth B is B_host on one host. On several hosts, NCCL's rings together use
-all network adapters, so B is min(B_host, g B_net).
+In the formulas, n is the number of bytes, p the number of ranks, and h the number of hosts. A host has g = p / h ranks.
+Each rank has a link within its host, with bandwidth B_host and latency a_host. It also has a link between hosts, with
+B_net and a_net. The bandwidth B is B_host on one host. On several hosts, NCCL's rings together use all network
+adapters, so B is min(B_host, g B_net).
 
 =============  ==================================================================================  ====================
 algorithm      time                                                                                used for

@@ -108,7 +108,7 @@ def find_device(
 
 
 def _measure_this_machine(precision: str, world_size: int) -> Device:
-    """Return the first GPU, or a rank's share of the CPU if there is no GPU, with measured speeds.
+    """Return the first GPU with measured speeds. Without a GPU, return a rank's share of the CPU.
 
     The bandwidth between GPUs is that of a copy from the first to the second GPU. For a single device, it is that of a
     copy from the host.

@@ -1,7 +1,7 @@
 """Compute how many bytes of memory a rank needs for weights, masters, optimizer state, gradients and buffers.
 
-Masters are fp32 weights that the optimizer updates, in addition to the weights that the model computes with. All
-results are for the rank that needs most.
+Masters are fp32 weights that the optimizer updates. They exist in addition to the weights that the model computes with.
+All results are for the rank that needs most.
 
 The formulas describe the backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives their sources.
 ``make plan-check`` compares them with measured and allocated memory.
@@ -127,7 +127,7 @@ def sizes_of(model: ModelConfig) -> Sizes:
 
 
 def layout_of(config: Config, plan: BatchPlan, *, pins_host_memory: bool = False) -> Layout:
-    """Return the memory that one rank needs for each kind of state, with the backend of the config.
+    """Return the memory that one rank needs for each kind of state.
 
     Args:
         pins_host_memory: whether buffers in host memory are pinned, as in training on GPUs.
@@ -226,7 +226,7 @@ def _fsdp(case: _Case) -> Layout:
 
 
 def _overlapping_bytes(case: _Case, bytes_of: Callable[[int], int]) -> int:
-    """Return the bytes of all parameters that overlap a rank's partition, for the rank with the most bytes.
+    """Return the bytes of all parameters that overlap a rank's partition, for the rank with most.
 
     Args:
         bytes_of: maps the number of elements of a whole parameter to its bytes.
@@ -303,7 +303,7 @@ def _zero2(case: _Case) -> Layout:
 
 
 def _pinned_partitions(case: _Case) -> int:
-    """Return the bytes of the masters, their gradients and the compute weights that ZeRO-2 keeps on the host."""
+    """Return the bytes of masters, their gradients and compute weights that ZeRO-2 keeps on the host."""
     partitions = [partition for _, partition, _ in case.partitions()]
     return sum(2 * case.pinned(FP32 * count) + case.pinned(case.width * count) for count in partitions)
 

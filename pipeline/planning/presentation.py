@@ -88,7 +88,7 @@ def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
 
 
 def format_verdict(plans: Sequence[Plan]) -> str:
-    """Return one line that says whether the model fits, and which backend and micro-batch size are fastest."""
+    """Return one line: whether the model fits, and the fastest backend and micro-batch size."""
     if plan := fastest_plan(plans):
         assert plan.days is not None
         return f"fits: {plan.backend}, micro-batch {plan.micro_batch_size}, {format_days(plan.days)}"
@@ -101,7 +101,7 @@ def format_verdict(plans: Sequence[Plan]) -> str:
 
 
 def format_days(days: float) -> str:
-    """Return a duration as text, in hours if it is less than one day, otherwise in days."""
+    """Return a duration as text, in hours if it is shorter than a day."""
     return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.2g} hours"
 
 

@@ -1,4 +1,4 @@
-"""Plan a run for 1 to 4,096 ranks, and show the result as a chart of text."""
+"""Plan a run for 1 to 4,096 ranks, and show the result as a text chart."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
