@@ -25,9 +25,9 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmi
 class SampleOrder:
     """Maps the number g of a sample to one of ``n`` windows.
 
-    Sample g belongs to epoch ``g // n``. Each epoch has a different permutation of the windows. A balanced Feistel
-    network permutes the numbers below 4**k, the smallest power of four that is at least ``n``. While the result is not
-    below ``n``, the network is applied again to the result (Black and Rogaway 2002).
+    Sample g belongs to epoch ``g // n``. Each epoch has a different permutation of the windows, which depends on the
+    seed. A balanced Feistel network permutes the numbers below 4**k, the smallest power of four that is at least ``n``.
+    While the result is not below ``n``, the network is applied again to the result (Black and Rogaway 2002).
     """
 
     def __init__(self, n: int, seed: int) -> None:

@@ -215,7 +215,7 @@ class TaskData:
 
 
 def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[Example], list[str]]:
-    """Convert the rows of a task to examples. Return them, and the text of few-shot examples for each of them.
+    """Convert the rows of a task to examples. Return the examples, and the few-shot text of each example.
 
     Raises:
         DataError: a row lacks a column, an answer is empty, or there are too few rows for the few-shot examples.
@@ -255,8 +255,8 @@ def draw_shots(
     The seed is fixed, as in lm-evaluation-harness.
 
     Args:
-        spare: whether the pool can contain the example to score. If so, ``count + 1`` examples are drawn. The example
-            to score is then removed, or the last one if it was not drawn. lm-evaluation-harness does the same.
+        spare: whether the pool can contain the example to score. If so, ``count + 1`` examples are drawn, and the
+            example to score is removed. If it was not drawn, the last example is removed.
 
     Raises:
         DataError: the pool contains too few examples.

@@ -135,7 +135,8 @@ def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
     Returns:
         The input, in host memory, with one row per tree, padded on the right.
 
-        The links, int64 of shape (2, links). Each column is the number of a request and the index of one of its scores.
+        The links, int64 of shape (2, links). Each column contains the number of a request and the index of one of its
+        scores.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

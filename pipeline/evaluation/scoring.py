@@ -104,7 +104,7 @@ class Scorer:
 def compute_for_scoring(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
     """Wrap a loaded model, so that it computes scores in the given precision.
 
-    On a CPU, the model gets faster linear layers.
+    On a CPU, the linear layers of the model are replaced by faster ones.
     """
     pack_linear_layers(model, matmul_dtype(precision))
     return replicated_compute(model, precision, device).eval()

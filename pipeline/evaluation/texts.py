@@ -24,8 +24,8 @@ def rolling_windows(tokens: list[int], first: int, context_length: int, stride: 
     The token ``first`` is the context of the text's first token. The first window scores at most ``context_length``
     tokens. Each later window scores the next ``stride`` tokens. Earlier tokens fill the rest of the window.
 
-    These are the windows of ``get_rolling_token_windows`` in lm-evaluation-harness with ``context_len = context_length
-    - stride + 1``.
+    ``get_rolling_token_windows`` of lm-evaluation-harness returns the same windows with
+    ``context_len=context_length-stride+1``.
     """
     assert 1 <= stride <= context_length
     done = 0

@@ -161,7 +161,7 @@ def list_keys(content: Mapping[Any, Any]) -> str:
 
 
 def _require_causal(what: str, mask: Any) -> None:
-    """Raise CheckpointError if a stored causal mask is another mask."""
+    """Raise CheckpointError if a stored attention mask is not causal."""
     if isinstance(mask, Tensor) and mask.ndim == 4 and mask.layout == torch.strided and mask.device.type == "cpu":
         causal = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
         if not torch.equal(mask.bool(), causal.expand(mask.shape)):

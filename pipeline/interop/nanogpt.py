@@ -105,7 +105,7 @@ def _name_of(path: Path) -> str:
 
 
 def _stored_shapes(stored: ModelConfig, model_args: Section) -> dict[str, list[int]]:
-    """Return the shapes that the file must contain. Without ``bias``, biases are missing."""
+    """Return the shapes that the file must contain. If ``bias`` is False, the result has no biases."""
     has_biases = model_args.get("bias", bool) is not False
     shapes = {**model_shapes(stored), "wte.weight": [stored.vocab_size, stored.n_embd]}
     return {name: shape for name, shape in shapes.items() if has_biases or not name.endswith(".bias")}
@@ -190,8 +190,7 @@ def _read_moments(
 
     Only the first ``kept_rows`` rows of the embedding's moments are returned.
 
-    AdamW first numbers the parameters with at least two dimensions, and then all others, each in the order of the
-    model.
+    AdamW numbers the parameters with at least two dimensions first, then all others, each group in the model's order.
     """
     if file.content.get("optimizer") is None:
         return {}, None

@@ -57,8 +57,7 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
     The optimizer state is zero. ``source`` is a folder, or the name of a model on the hub.
 
     Raises:
-        CheckpointError: the model is missing, damaged or not a GPT-2, or the run folder has checkpoints or cannot be
-            written.
+        CheckpointError: the model is missing, damaged or not a GPT-2, or the run folder cannot be used.
         ConfigError: the config of the model is not valid for a run, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
