@@ -242,7 +242,6 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
 
 
 def _check_readable(native: dict[str, Any]) -> None:
-    """Raise ConfigError if DeepSpeed cannot parse the config."""
     try:
         DeepSpeedConfig(copy.deepcopy(native))
     except Exception as error:  # values of wrong types raise any error

@@ -48,7 +48,7 @@ def _age_s(lock: Path) -> float | None:
 
 
 def _is_open_on_this_host(lock: Path) -> bool:
-    """Return whether a process on this host has the lock open. Returns False on a system without /proc."""
+    """Return whether a process on this host has the lock open. Without /proc, return False."""
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.path.samestat(descriptor.stat(), lock.stat()):

@@ -53,7 +53,7 @@ class FsdpBackend(TorchBackend):
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Reduce gradients only in the last micro-step, and keep gathered weights until then.
 
-        This does not increase the peak memory: weights that are resharded after the forward pass are not kept.
+        Weights that are resharded after the forward pass are not kept, so the peak memory does not grow.
         """
         assert isinstance(self.compute, FSDPModule)
         self.compute.set_requires_gradient_sync(enabled)

@@ -170,7 +170,6 @@ class _Batch:
 
 
 def _overlaps(spans: Sequence[Span], matrices: Iterable[Matrix]) -> list[_Overlap]:
-    """Return the elements that the spans and the matrices share, in the order of the matrices."""
     by_name: dict[str, list[int]] = {}
     for i, span in enumerate(spans):
         by_name.setdefault(span.name, []).append(i)

@@ -107,11 +107,7 @@ class Muon(torch.optim.Optimizer):
         return momentum
 
     def _add_orthogonal(self, masters: list[Tensor], directions: list[Tensor], alpha: float) -> None:
-        """Add ``alpha`` times the scaled orthogonal matrices of the directions to the masters.
-
-        Args:
-            directions: for each master, a tensor (n,) for the elements on this rank.
-        """
+        """Add ``alpha`` times the scaled orthogonal matrices of the directions to the masters."""
         indices = tuple(self._indices[id(master)] for master in masters)
         if indices not in self._exchanges:
             self._exchanges[indices] = self._create_exchange(set(indices))

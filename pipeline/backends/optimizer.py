@@ -203,5 +203,5 @@ class LossScaler:
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale, and the number of good steps since it last changed. If not dynamic, the scale is None."""
+        """Return the scale and the number of good steps since its last change. A scale that is not dynamic is None."""
         return (self.scale if self.dynamic else None), self.good_steps

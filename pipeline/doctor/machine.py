@@ -90,7 +90,6 @@ def _check_without_gpu() -> Finding:
 
 
 def _rate(subject: str, says: str, cure: str, *, size: float, comfortable: float, least: float = 0) -> Finding:
-    """Return a problem if ``size`` is below ``least``, a note if it is below ``comfortable``, otherwise ok."""
     level: Level = "problem" if size < least else "note" if size < comfortable else "ok"
     return Finding(subject, level, says, "" if level == "ok" else cure)
 

@@ -79,7 +79,6 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 
 def _faults(requirements: Iterable[Requirement], *, ignore_missing: bool = False) -> list[str]:
-    """Return one message per requirement that the installed packages do not meet."""
     faults = []
     for requirement in requirements:
         try:

@@ -1,6 +1,6 @@
 """Compute the output layer and the loss in blocks of the vocabulary. The logits never exist as a whole.
 
-They would be the largest tensor of a training step. The forward pass keeps each row's largest logit and sum of
+The logits would be the largest tensor of a training step. The forward pass keeps each row's largest logit and sum of
 exponentials (Milakov and Gimelshein 2018). The backward pass computes the logits of each block again.
 """
 

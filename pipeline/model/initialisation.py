@@ -49,8 +49,8 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
 def _normal_blocks(count: int, stop: int, std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first value, values) for blocks of a parameter, until element ``stop`` is reached.
 
-    Each block overwrites the block before. The last block is not shorter than the others, because torch draws fewer
-    than 16 values differently.
+    Each block overwrites the block before. No block is shorter than the first one, because torch draws fewer than 16
+    values differently.
     """
     values = torch.empty(min(count, 2 * BLOCK_ELEMENTS))
     first = 0

@@ -60,7 +60,6 @@ class KeyValueCache:
         self.lengths = [seen + new for seen, new in zip(self.lengths, lengths, strict=True)]
 
     def _open(self, count: int) -> None:
-        """Create the views and the mask for appending ``count`` tokens per row, with padding."""
         first, end = max(self.lengths), max(self.lengths) + count
         seen = self._memory[..., :end, :]
         self._keys, self._values = seen[:, 0].unbind(), seen[:, 1].unbind()  # per layer, (B, H, end, C/H) each
@@ -80,7 +79,7 @@ class KeyValueCache:
         Each call stores the first slot of each row's last document for the next call.
 
         Args:
-            starts: the same, but 0 for documents that started before the new tokens.
+            starts: like the result, but 0 for documents that started before the new tokens.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -132,6 +132,5 @@ def exchange_elements(batch: Sequence[Matrix], ranks: int, ranks_per_copy: int) 
 
 
 def _elements_to_iterate(owned: Iterable[Matrix]) -> int:
-    """Return the peak number of elements in temporary tensors while a rank orthogonalizes its matrices."""
     groups = group_by_shape(owned)
     return max((sum(2 * m.numel + 4 * min(m.rows, m.columns) ** 2 for m in group) for group in groups), default=0)

@@ -134,7 +134,6 @@ def fastest_ways(model: GPT2, dtype: torch.dtype, rows: int) -> dict[tuple[int, 
 def _measure(
     way: Way, shapes: Sequence[tuple[int, int]], weights: Sequence[Tensor], rows: int
 ) -> dict[tuple[int, int], float]:
-    """Return the shortest time of a product per shape, in seconds."""
     stored = [way.store(weight) for weight in weights]
     inputs = [torch.ones(max(rows, way.fewest_rows), weight.shape[1], dtype=weight.dtype) for weight in weights]
     shortest: dict[tuple[int, int], float] = {}
@@ -148,7 +147,6 @@ def _measure(
 
 
 def _choose(ways: Sequence[Way], seconds: Sequence[float]) -> Way:
-    """Return the fastest way, or the first one if no other way is clearly faster."""
     fastest = min(range(len(ways)), key=seconds.__getitem__)
     return ways[fastest] if seconds[fastest] <= (1 - LEAST_GAIN) * seconds[0] else ways[0]
 

@@ -194,7 +194,6 @@ class _PeakRecorder(LiveBytes):  # type: ignore[no-untyped-call]
         return result
 
     def finish_gradient(self, parameter: Tensor) -> None:
-        """Count the parameter's gradient as finished, and no longer as an activation."""
         assert parameter.grad is not None
         self.ignore([parameter.grad])
         self._finished += parameter.numel()

@@ -137,7 +137,7 @@ class _Issuer:
             yield Collective("all_gather", self.weight_width * self.sizes.total, self.world)
 
     def _fsdp(self, *, is_first: bool, is_last: bool) -> list[Stage]:
-        """Return the stages of FSDP2. The root group (embeddings, output layer) is gathered once per step."""
+        """Return the stages of FSDP2. The root group is gathered once per step."""
         shard = Group(self.backend.ranks_per_copy(self.world.size))
         copies = Group(self.world.size // shard.size, stride=shard.size)
         reshards = self.backend.fsdp.reshard_after_forward
@@ -193,7 +193,6 @@ class _Issuer:
         """Add the reductions of buckets that are filled with finished gradients.
 
         Args:
-            limit: the size of a bucket, in elements.
             is_full_after: whether a bucket is reduced after the gradient that reaches the limit. Otherwise, it is
                 reduced before the gradient that would exceed the limit.
         """

@@ -145,7 +145,7 @@ def _measure_this_machine(precision: str, world_size: int) -> Device:
 
 
 def _measure_copy(start: torch.device, end: torch.device) -> float:
-    """Return the bytes/s of a copy. From host to GPU, the source is pinned memory, as in training."""
+    """Return the bytes/s of a copy. From host to GPU, the source is pinned memory."""
     is_pinned = start.type == "cpu" and end.type == "cuda"
     size = _COPIED_BYTES[end.type]
     source = torch.ones(size, dtype=torch.uint8, device=start, pin_memory=is_pinned)

@@ -226,11 +226,7 @@ def _fsdp(case: _Case) -> Layout:
 
 
 def _overlapping_bytes(case: _Case, bytes_of: Callable[[int], int]) -> int:
-    """Return the bytes of all parameters that overlap a rank's partition, for the rank with most.
-
-    Args:
-        bytes_of: maps the number of elements of a whole parameter to its bytes.
-    """
+    """Return the bytes of all parameters that overlap a rank's partition, for the rank with most."""
     largest = 0
     for group, partition, _ in case.partitions():
         overlapping = [0] * case.world_size

@@ -160,6 +160,5 @@ def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int
 
 
 def _divide(batch: BatchPlan, micro_batch_size: int) -> BatchPlan:
-    """Return the same batch in micro-batches of another size."""
     accumulation = batch.micro_batch_size * batch.accumulation // micro_batch_size
     return replace(batch, micro_batch_size=micro_batch_size, accumulation=accumulation)

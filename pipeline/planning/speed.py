@@ -125,7 +125,6 @@ def communication_waits(collectives: StepCollectives, pass_s: float, cluster: Cl
 
 
 def _exposed_seconds(collectives: StepCollectives, pass_s: float, cluster: Cluster, *, overlaps: bool) -> float:
-    """Return the duration of a step minus its computation."""
     micro_steps_s = sum(
         count * micro_step_seconds(stages, pass_s, cluster, overlaps=overlaps)
         for count, stages in collectives.micro_steps()
