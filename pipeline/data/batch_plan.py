@@ -64,7 +64,6 @@ def largest_divisor(sequences: int, limit: int) -> int:
 
 
 def _check_groups(backend: BackendConfig, world_size: int) -> None:
-    """Raise ConfigError if the group size of FSDP or hpZ does not divide the number of ranks."""
     if backend.name == "fsdp":
         key, size, off = "backend.fsdp.shard_group_size", backend.fsdp.shard_group_size, "null for all ranks"
     else:

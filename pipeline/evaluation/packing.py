@@ -57,7 +57,6 @@ class Tree:
         """Add the tokens of a request to the tree.
 
         Args:
-            number: identifies the request in the results.
             context_length: the largest number of tokens. The first tokens of a longer request are left out.
             reset_at: a token id at which positions restart at 0.
         """

@@ -32,7 +32,6 @@ def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results |
 
 
 def format_table(results: Results) -> str:
-    """Return a table for a terminal, with one line per number."""
     lines = []
     for task, result in results.items():
         lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")

@@ -134,10 +134,6 @@ def _open_validation(config: Config, path: str | None) -> dict[str, ValidationDa
 
     Returns the splits by the names of the mixture's components, or one split with the name "". Components without
     scored targets are ignored.
-
-    Raises:
-        DataError: a split cannot be used, or no target is scored.
-        ConfigError: a vocabulary is not that of the model.
     """
     if path is not None or config.data.mixture is None:
         path = find_path(path or config.data.components[0].path, config.run)
@@ -195,11 +191,7 @@ def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
 
 
 def _choose_folder(out: Path | None, run_folder: Path) -> Path | None:
-    """Return the folder for results. Returns None if the run folder is not writable.
-
-    Raises:
-        DataError: ``out`` is not writable.
-    """
+    """Return the folder for results, or None if the run folder is not writable."""
     folder = out or run_folder / EVALUATION_FOLDER
     if out is not None:
         require_writable(out, "--out")

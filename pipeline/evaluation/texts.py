@@ -124,7 +124,6 @@ def _size(text: str) -> dict[str, int]:
 
 
 def _text_figures(texts: Sequence[str], windows: list[list[Request]], scores: Scores) -> Figures:
-    """Return the perplexity per token, per word and per byte, and the number of each unit."""
     units = _losses_of_windows(windows, scores)
     if len(units) == 1:  # the bootstrap resamples texts, or the windows of a single text
         units = [[window] for window in units[0]]

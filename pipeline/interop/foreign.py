@@ -75,9 +75,6 @@ def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
 
     A ``SettingsObject`` replaces each ``GPTConfig`` of nanoGPT.
 
-    Args:
-        expected: the expected kind of file, for the error message.
-
     Raises:
         CheckpointError: the file is damaged, or is not a dict of tensors and plain values.
     """
@@ -99,7 +96,6 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
 
     Raises:
         UnpicklingError: the file contains an object of another class. The message names the class after ``GLOBAL``.
-        CheckpointError: the file cannot be read.
     """
     try:
         with warnings.catch_warnings(), safe_globals([(SettingsObject, name) for name in classes]):
@@ -189,7 +185,6 @@ def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str,
     Call this function before you create a model with these sizes.
 
     Args:
-        where: the place of the sizes, for the error message.
         sizes: the sizes in the file, by their names in ``ModelConfig``.
         keys: the keys of the sizes in the file, by the same names.
     """
@@ -209,10 +204,7 @@ def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str,
 
 
 def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expected: dict[str, list[int]]) -> None:
-    """Raise CheckpointError if ``weights`` does not have exactly the names and shapes in ``expected``.
-
-    ``where`` and ``source`` are the places of the weights and of the model's sizes, for the error message.
-    """
+    """Raise CheckpointError if ``weights`` does not have exactly the names and shapes in ``expected``."""
     unknown = {name: weights[name] for name in weights if name not in expected}
     for name in [*expected, *weights]:
         key = f"{where}: '{TRANSFORMER_PREFIX}{name}'"

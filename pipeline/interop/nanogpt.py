@@ -112,7 +112,6 @@ def _stored_shapes(stored: ModelConfig, model_args: Section) -> dict[str, list[i
 
 
 def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, notes: list[str]) -> Config:
-    """Return a run config with the settings of the file, and defaults for all other settings."""
     given = file.settings.content
     beta1, beta2 = OptimizerConfig().betas
     sections: dict[str, dict[str, Any]] = {

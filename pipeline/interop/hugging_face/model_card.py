@@ -77,7 +77,7 @@ def model_card(checkpoint: Path, state: TrainingState, config: Config, weights: 
 
 
 def _draw_curve(rows: list[dict[str, Any]], name: str) -> bytes | None:
-    """Return a PNG of the loss curve. Returns None if there is no loss or matplotlib is not installed."""
+    """Return a PNG of the loss curve, or None without a loss or without matplotlib."""
     try:
         from pipeline.report.drawing import draw  # imports matplotlib, which is optional and slow to import
     except ImportError:
@@ -108,7 +108,6 @@ def _training(state: TrainingState, config: Config, weights: str, changes: list[
 
 
 def _curve(rows: list[dict[str, Any]], *, has_picture: bool) -> str:
-    """Return a table of losses at evenly spread steps, including the last step."""
     train, validation = (
         {row["step"]: f"{row[key]:.4f}" for row in rows if row.get(key) is not None} for key in ("loss", "val_loss")
     )
