@@ -62,7 +62,7 @@ def measure_matmul_ceiling(
     Published speeds are not used, because they ignore power limits and the number of threads.
 
     Args:
-        shapes: products to measure on a CPU besides large squares, because the fastest size differs from CPU to CPU.
+        shapes: more products to measure on a CPU, because the fastest size differs from CPU to CPU.
         seconds: about how long the measurement takes.
     """
     candidates = [(n, n, n) for n in _CEILING_SQUARES[device.type]]
@@ -123,7 +123,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from host memory to a device, without waiting for work that is queued on a GPU."""
+    """Copy a tensor from host memory to a device, without waiting for queued work on a GPU."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -58,7 +58,7 @@ def save_flight_recorder(folder: Path, rank: int) -> str:
 def _dump() -> bytes:
     """Return the recorded collectives of torch's default backend (NCCL or Gloo) as a pickle.
 
-    The dump has no call stacks, because torch would import many modules from a file system that may hang.
+    The dump has no call stacks. For them, torch would import many modules, and the file system may hang.
     """
     is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     dump = getattr(_distributed_c10d, "_dump_nccl_trace" if is_nccl else "_dump_fr_trace")

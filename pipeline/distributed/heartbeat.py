@@ -50,11 +50,11 @@ class Verdict:
 
 
 class Heartbeat:
-    """Sends the heartbeat of this rank to a key-value store every second, and reads the heartbeats of other ranks.
+    """Sends the heartbeat of this rank to a key-value store every second, and reads those of other ranks.
 
     A heartbeat says what the main thread is doing (see ``Place``). Rank 0 watches all other ranks. The other ranks
-    watch only rank 0. A rank is lost if it sends no heartbeat for ``timeout_s`` seconds, or if it is stuck (see
-    ``find_stuck``). Each other rank then prints which rank is lost, and exits.
+    watch only rank 0. A rank is lost if it is silent for ``timeout_s`` seconds or stuck (see ``find_stuck``). Each
+    other rank then prints which rank is lost, and exits.
 
     A thread does this work, because the main thread may wait in a collective. If the store does not answer, a second
     thread ends the process.
@@ -200,13 +200,13 @@ class Heartbeat:
 def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> Iterator[None]:
     """Return a context manager that watches all ranks.
 
-    If a rank sends no heartbeat or is stuck, the other ranks print which rank it is, and exit. At the end of the block,
-    each rank waits for all other ranks.
+    If a rank is silent or stuck, the other ranks print which rank it is, and exit. At the end of the block, each rank
+    waits for all other ranks.
 
     Args:
         timeout_s: a rank is lost if it sends no heartbeat for this number of seconds.
-        records: the folder for torch's flight recorder, which is saved if a rank is lost or a collective times out.
-            None: not saved.
+        records: the folder for torch's flight recorder, saved if a rank is lost or a collective times out. None: not
+            saved.
     """
     watch = Heartbeat(world, timeout_s, records)
     with watch.explaining_sigterm():
@@ -236,7 +236,7 @@ def _may_come_from_a_collective(error: Exception) -> bool:
 
 @contextmanager
 def failures_reported(world: World) -> Iterator[None]:
-    """Return a context manager that prints an error of its ``with`` block, and reports it to the other ranks.
+    """Return a context manager that prints an error of its block, and reports it to the other ranks.
 
     The error is printed before any cleanup code runs, because cleanup may wait for the other ranks.
 
@@ -265,9 +265,9 @@ def failures_reported(world: World) -> Iterator[None]:
 def find_lost(world: World) -> str | None:
     """Return a text that names the lost ranks, or None if no rank is lost.
 
-    A rank is lost if it has failed, or if it sends no heartbeat during this call, which takes a few seconds. Only the
-    first rank that calls reads the heartbeats, and the others wait for its result. If the first rank is lost, too,
-    another one reads them.
+    A rank is lost if it has failed or sends no heartbeat during this call. The call takes a few seconds. Only the first
+    rank that calls reads the heartbeats, and the others wait for its result. If the first rank is lost, too, another
+    one reads them.
     """
     otherwise: str | None = _LOST_STORE
     return _within_store_timeout(lambda: _find_lost(world), otherwise)

@@ -55,7 +55,7 @@ def interface_of(address: str) -> str | None:
 
 
 def _find_other_node(store: Store, rank: int, size: int, own: str) -> str:
-    """Return an address that other nodes can reach, or "" if there is only one node or no such address.
+    """Return an address that other nodes can reach. Returns "" without other nodes, or without such an address.
 
     Rank 0 collects all addresses, so that the number of requests is linear in the ranks.
     """

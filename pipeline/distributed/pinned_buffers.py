@@ -45,7 +45,7 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
     """Divide buffers among slabs (allocations whose size is a power of two), so that little memory is lost.
 
-    Each slab is as large as the remaining buffers can fill, but large enough for the largest of them.
+    The remaining buffers fill each slab. If the largest of them does not fit, the slab is larger.
 
     Args:
         sizes: the size of each buffer in bytes.

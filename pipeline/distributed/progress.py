@@ -108,7 +108,7 @@ class Place:
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank seems to be stuck, because it loops or has been still for too long.
+        """Return whether the rank seems to be stuck: it loops, or has been still for too long.
 
         A rank is still while it records no progress and uses no CPU time.
 

@@ -107,9 +107,9 @@ def _list(ranks: Sequence[int]) -> str:
 
 
 def _publish_start_id(store: Store, missing: list[int], poll_s: float, deadline: float) -> str:
-    """Choose an id for this start, send it to every rank that asks, and return it when all ranks have confirmed it.
+    """Choose an id for this start, send it to every rank that asks, and return it when all have confirmed it.
 
-    Each rank asks with a random id, so that it never reads an answer of an earlier start.
+    A rank asks with a random id. Therefore, it never reads an answer of an earlier start.
 
     Args:
         missing: the ranks other than 0. This function removes those that have connected.

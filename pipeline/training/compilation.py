@@ -81,7 +81,7 @@ def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: in
 
 
 def _timed_model(config: Config) -> GPT2:
-    """Return a model that does the same computation as the run's model, with the memory of a single block.
+    """Return a model that does the computation of the run's model with the memory of a single block.
 
     It fits on a rank that has only a shard of the real model.
     """

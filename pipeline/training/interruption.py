@@ -29,7 +29,7 @@ _LAUNCHER_NOTES = {
 
 
 class StopRequest:
-    """Records signals that ask a run to stop, and tells all ranks if any rank has received one.
+    """Records signals that ask a run to stop, and tells all ranks.
 
     A thread answers a signal at once, even while the main thread compiles the model.
     """

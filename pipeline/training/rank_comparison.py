@@ -75,7 +75,7 @@ class RankComparison:
         return {**row, "slowest_rank": rank, "slowest_host": self._hosts[rank], "slowest_ratio": ratio}
 
     def finds_slow_network(self) -> bool:
-        """Return whether all ranks on several hosts waited in collectives most of the time before the last ``read``.
+        """Return whether all ranks on several hosts waited mostly in collectives before the last ``read``.
 
         All ranks get the same result. After ``log_links``, it is False until the ranks wait notably longer.
         """
@@ -114,10 +114,10 @@ class RankComparison:
 
 
 def find_slowest(own_s: list[float]) -> tuple[int, float]:
-    """Return the rank with the most own time, and its own time divided by the mean of the other ranks.
+    """Return the slowest rank, and its time divided by the mean time of the other ranks.
 
     Args:
-        own_s: the seconds per step that each rank does not wait for other ranks. At least two ranks, all above 0.
+        own_s: each rank's seconds per step without waits for other ranks. At least two ranks, all above 0.
     """
     rank = max(range(len(own_s)), key=own_s.__getitem__)
     others_s = (sum(own_s) - own_s[rank]) / (len(own_s) - 1)

@@ -53,7 +53,7 @@ def fetch_remote_start(config: Config, world: World) -> None:
 
 
 def _find_candidates(options: CheckpointConfig, run_folder: Path) -> tuple[list[RemoteCheckpoint], bool]:
-    """Return the checkpoints from which the run may start, best first, and whether it needs one of them."""
+    """Return the checkpoints from which the run may start, best first, and whether one is needed."""
     if not is_remote(options.resume) and options.remote is None:
         return [], False
     own = newest_good_checkpoint(run_folder)

@@ -60,8 +60,8 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     and makes a record about those at ``checkpoint.remote``.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, the run folder contains another run, or the data, seed or model
-            has changed.
+        CheckpointError: the checkpoint cannot be used, or the data, seed or model has changed. Or the run folder
+            contains another run.
         ConfigError: the checkpoint belongs to another run, and leaves nothing to train.
     """
     run_folder = Path(config.run.out_dir)
@@ -148,7 +148,7 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 
 
 def describe_started_decay(start: Path, config: Config) -> str | None:
-    """Return a warning if a new run continues another run inside the decay of the new run's schedule.
+    """Return a warning if a new run continues another run inside the decay of its own schedule.
 
     The learning rate then usually jumps. Returns None if both runs have the same schedule and peak rate.
 

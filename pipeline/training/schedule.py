@@ -14,8 +14,8 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
     The rate rises linearly for ``warmup_steps`` steps. Later, it falls from its peak to ``min_lr_ratio`` times the
     peak.
 
-    With ``wsd``, the first step of the decay is below the peak, and the last step of the run is at the minimum. With
-    ``cosine`` and ``linear``, the first step of the decay is at the peak, and the last step is above the minimum
+    With ``wsd``, the first step of the decay is below the peak. The last step of the run is at the minimum. With
+    ``cosine`` and ``linear``, the first step of the decay is at the peak. The last step of the run is above the minimum
     (Loshchilov and Hutter 2017).
     """
     peak = optimizer.learning_rate
@@ -42,7 +42,7 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
 
 
 def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
-    """Return the decay with which the next step updates the average of the weights, or None without an average.
+    """Return the decay of the average of the weights in the next step, or None without an average.
 
     The decay is smaller at the beginning, so that the average soon forgets the initial weights. The formula is that of
     TensorFlow's ``ExponentialMovingAverage``.
@@ -56,7 +56,7 @@ def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
 def format_schedule(config: Config) -> str:
     """Return a description of the schedule and a bar chart of the learning rate, as text.
 
-    The steps of the chart are equally spaced, except two lines for the end of the warm-up and the start of the decay.
+    The steps of the chart are equally spaced. Two more lines show the end of the warm-up and the start of the decay.
     """
     schedule = config.schedule
     spread = {schedule.max_steps * row // CHART_ROWS for row in range(CHART_ROWS + 1)}

@@ -121,7 +121,7 @@ class StepGuard:
         return Verdict.GOOD
 
     def after_rollback(self, stored: GuardState, spike: FinishedStep) -> None:
-        """Restore the state of the guard, after a spike has made the run go back to a checkpoint.
+        """Restore the state of the guard, after a spike has made the run go back.
 
         Args:
             stored: the state of the guard in the checkpoint.

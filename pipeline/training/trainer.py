@@ -269,7 +269,7 @@ class Trainer:
         The sum over the ranks starts here, because later it would wait for all queued steps.
 
         Returns:
-            The mean loss of the global batch (NaN if no target is scored), and its number of scored targets.
+            The mean loss and the number of scored targets of the global batch. The loss is NaN if no target is scored.
         """
         scored_targets = self._count_scored_targets(micro_batches)
         # A step without scored targets has gradients of zero.
