@@ -12,7 +12,7 @@ from data_tools.corpus.run import Observer
 from data_tools.formats.inspection import format_table
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
-from data_tools.shards.validation_split import describe_small_validation
+from data_tools.shards.validation_split import advise_larger_validation, describe_small_validation
 from launch.cli import print_warning
 
 _LINE_EVERY_S = 30.0
@@ -93,7 +93,7 @@ def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
         if sum(shard.documents for shard in manifest.shards) == 1:
             cure = "tokenize more documents into another folder, or divide a text file with --document-separator"
         else:
-            cure = "tokenize into another folder with a larger --val-fraction, or with another --seed"
+            cure = advise_larger_validation(manifest)
         print_warning(f"no document was drawn for validation, so there is no validation split; {cure}")
 
 

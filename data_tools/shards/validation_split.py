@@ -6,6 +6,10 @@ from data_tools.shards.manifest import VAL_SPLIT, Manifest
 SMALLEST_VALIDATION_TOKENS = 16_384
 #: Whole documents are drawn, so the fraction of the tokens can differ from the requested fraction.
 _SMALLEST_RATIO = 0.25
+#: A split with about this many documents and about this many times the smallest size is rarely too small.
+_ENOUGH_DOCUMENTS, _MARGIN = 16, 3
+_LARGEST_FRACTION = 0.3
+_ENOUGH_TEXT = "tokenize more text into another folder: 500,000 tokens in 200 documents suffice with --val-fraction 0.1"
 
 
 def describe_small_validation(manifest: Manifest) -> str | None:
@@ -20,9 +24,26 @@ def describe_small_validation(manifest: Manifest) -> str | None:
         return None
     documents = sum(shard.documents for shard in manifest.shards_of(VAL_SPLIT))
     size = f"the validation split has {tokens:,} tokens in {documents:,} documents, {share:.2%} of all tokens"
-    cure = "tokenize into another folder with a larger --val-fraction"
+    cure = advise_larger_validation(manifest)
     if tokens < SMALLEST_VALIDATION_TOKENS:
         return f"{size}; losses on fewer than {SMALLEST_VALIDATION_TOKENS:,} tokens are noisy: {cure}"
     if isinstance(requested, float) and share < _SMALLEST_RATIO * requested:
-        return f"{size}; --val-fraction {requested:g} of the documents were requested: {cure}, or another --seed"
+        return f"{size}; --val-fraction {requested:g} of the documents were requested: {cure}"
     return None
+
+
+def advise_larger_validation(manifest: Manifest) -> str:
+    """Return what to do so that the validation split is large enough for a stable loss."""
+    requested: object = manifest.settings.get("val_fraction")
+    if not isinstance(requested, float):
+        return "make a larger one with the program that wrote these tokens"
+    tokens = max(sum(shard.tokens for shard in manifest.shards), 1)
+    documents = max(sum(shard.documents for shard in manifest.shards), 1)
+    needed = _MARGIN * SMALLEST_VALIDATION_TOKENS / tokens
+    if not (manifest.report or {}).get("divided_documents"):  # a single text is cut at the requested fraction
+        needed = max(needed, _ENOUGH_DOCUMENTS / documents)
+    if needed > _LARGEST_FRACTION:
+        return _ENOUGH_TEXT
+    if needed <= requested:  # unlucky: few or short documents were drawn
+        return "tokenize into another folder with another --seed"
+    return f"tokenize into another folder with --val-fraction {1.05 * needed:.2g}"
