@@ -28,7 +28,7 @@ GROWTH_INTERVAL = 2000  # steps without overflow before the loss scale doubles (
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: matrices, and vectors (biases, LayerNorm weights) without weight decay."""
+    """Return two parameter groups. Matrices have weight decay. Biases and LayerNorm weights have none."""
     every = list(parameters)
     return [
         {"params": [parameter for parameter in every if parameter.dim() >= 2], "weight_decay": weight_decay},
@@ -160,8 +160,8 @@ def clip_and_step(
 class LossScaler:
     """The factor for the loss in the backward pass. It prevents small fp16 gradients from becoming zero.
 
-    A step is *good* if its gradient norm is finite. ``GROWTH_INTERVAL`` good steps in a row double a dynamic scale. Any
-    other step halves it. A scale that is not dynamic is always 1.
+    A step is *good* if its gradient norm is finite. A step that is not good halves a dynamic scale. ``GROWTH_INTERVAL``
+    good steps in a row double it. A scale that is not dynamic is always 1.
     """
 
     dynamic: bool

@@ -150,8 +150,7 @@ class GPT2(nn.Module):
         """Return the logits for the next token of each row, shape (B, V), in the compute dtype.
 
         Args:
-            tokens: whole rows (B, T), padded on the right, if the cache is empty. Otherwise one new token per row, (B,
-                1).
+            tokens: if the cache is empty, whole rows (B, T), padded on the right. Otherwise, (B, 1).
             lengths: the number of new tokens per row, without padding.
             cache: the cache with all earlier tokens. The new tokens are appended to it.
         """
@@ -166,7 +165,7 @@ class GPT2(nn.Module):
 
         Args:
             tokens: (B, T) integer ids below ``vocab_size``.
-            positions: (B, T) int64, each token's position in its text. None if each row is one text.
+            positions: (B, T) int64. If None, positions are computed from the tokens.
             attend: the attention function. If None, causal attention within each row is used.
         """
         x = self.wte(tokens) + self.wpe(self._positions(tokens) if positions is None else positions)  # (B, T, C)
@@ -191,7 +190,7 @@ class GPT2(nn.Module):
         return positions - starts
 
     def tie_weights(self) -> None:
-        """Let the output layer use the token embedding's weight. Call this after ``to_empty``, which separates them."""
+        """Make the output layer use the weight of the token embedding. Call this after ``nn.Module.to_empty``."""
         self.lm_head.weight = self.wte.weight
 
     def assert_tied(self) -> None:

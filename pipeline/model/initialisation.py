@@ -19,7 +19,8 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
     """Set a range of one parameter to its initial values.
 
     Weights are normally distributed with standard deviation 0.02. For weights whose output is added to the residual
-    stream, it is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and LayerNorm weights are 1.
+    stream, the standard deviation is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and
+    LayerNorm weights are 1.
 
     A random generator cannot skip values, so all values before the range are also drawn.
 
