@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 def configure_cpu(world: World) -> str:
     """Configure the memory allocator, threads and cores of this process. Return a line for the log.
 
-    Every rank must make this call, before large computations.
+    Every rank must call this, before large computations.
     """
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -30,7 +30,7 @@ def share_cores(world: World) -> str:
     because the threads of NCCL need other cores.
 
     If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads, and is not bound. Cores that a
-    launcher has chosen for a rank do not change. Every rank must make this call.
+    launcher has chosen for a rank do not change. Every rank must call this.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)

@@ -130,7 +130,6 @@ class Heartbeat:
 
         Args:
             number: the number of this turn, which makes every heartbeat different.
-            elapsed_s: the seconds since the last turn.
         """
         try:
             place = self._main_thread.observe(elapsed_s)

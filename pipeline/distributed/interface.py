@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
     """Make Gloo use the network interface that leads to the other nodes, unless ``GLOO_SOCKET_IFNAME`` is set.
 
-    Every rank must make this call before it creates a process group.
+    Every rank must call this before it creates a process group.
 
     Args:
         store: the key-value store that the ranks share.
@@ -55,10 +55,7 @@ def interface_of(address: str) -> str | None:
 
 
 def _find_other_node(store: Store, rank: int, size: int, own: str) -> str:
-    """Return an address that other nodes can reach. Returns "" without other nodes, or without such an address.
-
-    Rank 0 collects all addresses, so that the number of requests is linear in the ranks.
-    """
+    """Return an address that other nodes can reach. Returns "" without other nodes, or without such an address."""
     store.set(f"address_{rank}", own)
     if rank == 0:
         addresses = [address.decode() for address in store.multi_get([f"address_{other}" for other in range(size)])]

@@ -212,7 +212,6 @@ def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
 
     Args:
         places: what the main thread of each rank is doing.
-        timeout_s: how long a rank may make no progress.
     """
     overdue = [rank for rank, place in places.items() if place.is_overdue(timeout_s)]
     positions = [place.position for place in places.values()]

@@ -54,7 +54,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the elementwise sum over all ranks, as a new tensor. Every rank must make this call."""
+        """Return the elementwise sum over all ranks, as a new tensor. Every rank must call this."""
         self.progress.pass_mark()
         total = values.clone()
         if self.size > 1:
@@ -62,7 +62,7 @@ class World:
         return total
 
     def max(self, value: int) -> int:
-        """Return the largest value of all ranks. Every rank must make this call."""
+        """Return the largest value of all ranks. Every rank must call this."""
         self.progress.pass_mark()
         if self.size == 1:
             return value
@@ -77,7 +77,7 @@ class World:
             dist.barrier(group=self.group)
 
     def gather(self, item: Any) -> list[Any]:
-        """Return the (small) items of all ranks, in the order of the ranks. Every rank must make this call."""
+        """Return the (small) items of all ranks, in the order of the ranks. Every rank must call this."""
         self.progress.pass_mark()
         items = [item] * self.size
         if self.size > 1:
@@ -85,7 +85,7 @@ class World:
         return items
 
     def broadcast(self, item: Any) -> Any:
-        """Return the (small) item of rank 0 on every rank. Every rank must make this call."""
+        """Return the (small) item of rank 0 on every rank. Every rank must call this."""
         self.progress.pass_mark()
         items = [item]
         if self.size > 1:
@@ -93,7 +93,7 @@ class World:
         return items[0]
 
     def call_on_main(self, function: Callable[[], Result]) -> Result:
-        """Call a function on rank 0 only, and return its (small) result on every rank. Every rank must make this call.
+        """Call a function on rank 0 only, and return its (small) result on every rank. Every rank must call this.
 
         If the function raises a ``UserError``, rank 0 raises it, and every other rank raises ``MainRankError``.
         """
@@ -123,7 +123,7 @@ class World:
     def with_cpu_group(self) -> World:
         """Return a new ``World`` with its own Gloo process group, for collectives on CPU tensors in another thread.
 
-        Every rank must make this call.
+        Every rank must call this.
         """
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
         return replace(self, device=torch.device("cpu"), group=group, progress=Progress())

@@ -27,7 +27,7 @@ def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Pat
     """Return the config with ``run.compile`` set to true or false, the same on every rank.
 
     With ``auto``, a run on a CPU is compiled only if it will take long. A resumed run on a CPU keeps its earlier
-    choice, because compilation changes rounding. Every rank must make this call.
+    choice, because compilation changes rounding. Every rank must call this.
 
     Args:
         start: the checkpoint from which the run resumes, or None.

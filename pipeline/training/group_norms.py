@@ -51,7 +51,7 @@ class GroupNorms:
     def measure(self, grad_norm: float) -> dict[str, float]:
         """Return the norms of every layer group, or an empty dict if the step was skipped.
 
-        Every rank must make this call.
+        Every rank must call this.
 
         Args:
             grad_norm: the global gradient norm, unscaled and before clipping. The groups' gradient norms are scaled to

@@ -97,7 +97,7 @@ class StopRequest:
     def agreed(self) -> signal.Signals | None:
         """Return a signal that any rank has received, or None. All ranks get the same result.
 
-        Every rank must make this call.
+        Every rank must call this.
         """
         number = self._world.max(self.received)
         self._is_agreed = bool(number)

@@ -71,7 +71,7 @@ def choose_branch_folder(out: Path, milestone: int, config: Config) -> Path:
 
     Args:
         out: the parent folder of all branches.
-        milestone: the step of the long run from which the branch starts.
+        milestone: the step from which the branch starts.
     """
     name = f"decay-from-{milestone}-to-{config.schedule.max_steps}"
     folders = (out / (f"{name}-{number}" if number > 1 else name) for number in count(1))

@@ -44,7 +44,7 @@ class RankComparison:
         self._measured_wait_s = 0.0  # the shortest wait when the links were measured
 
     def start(self) -> None:
-        """Start to collect the times of all ranks for ``read``. Every rank must make this call.
+        """Start to collect the times of all ranks for ``read``. Every rank must call this.
 
         The call does not wait for a GPU.
         """
@@ -85,7 +85,7 @@ class RankComparison:
         return self._shortest_wait_s > limit_s
 
     def log_links(self) -> None:
-        """Measure the links between the hosts, and log a slow one. Every rank must make this call."""
+        """Measure the links between the hosts, and log a slow one. Every rank must call this."""
         self._measured_wait_s = self._shortest_wait_s
         links = measure_links(self._world, self._hosts)
         if self._world.is_main:

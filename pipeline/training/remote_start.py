@@ -27,7 +27,7 @@ def fetch_remote_start(config: Config, world: World) -> None:
       than those in the run folder.
     - If ``checkpoint.resume`` is a URL, this is the checkpoint there, unless the run folder has an undamaged one.
 
-    Damaged checkpoints are skipped with a warning. Every rank must make this call.
+    Damaged checkpoints are skipped with a warning. Every rank must call this.
 
     Raises:
         CheckpointError: ``checkpoint.remote`` belongs to another run. Or the run folder has no undamaged checkpoint,

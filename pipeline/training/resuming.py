@@ -235,7 +235,7 @@ def describe_changes(start: Path, config: Config) -> list[str]:
 def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:
     """Return the training state from which the run starts. Load the checkpoint ``start``, if any, into the backend.
 
-    Every rank must make this call.
+    Every rank must call this.
     """
     if start is None:
         state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
@@ -245,7 +245,7 @@ def load_start(start: Path | None, config: Config, data_sha256: str, backend: Ba
 
 
 def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingState:
-    """Load a checkpoint into the backend, and return its training state. Every rank must make this call."""
+    """Load a checkpoint into the backend, and return its training state. Every rank must call this."""
     started = time.perf_counter()
     state = load_training_state(folder, backend, world.rank if world.size > 1 else None)
     world.barrier()

@@ -18,7 +18,7 @@ _NOTABLE_INCREASE = 1.05
 def measure_ceiling(world: World, config: Config, tokens: int, seconds: float = CEILING_SECONDS) -> float:
     """Measure the FLOP/s of all ranks together in matrix products with the run's dtype.
 
-    Every rank must make this call.
+    Every rank must call this.
 
     Args:
         tokens: the number of tokens in a micro-batch. On a CPU, it determines the shapes of some products.

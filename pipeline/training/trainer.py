@@ -321,7 +321,7 @@ class Trainer:
     def _roll_back(self, spike: FinishedStep) -> bool:
         """Load the newest good checkpoint and skip the samples of a spike. Returns False without a checkpoint.
 
-        Every rank must make this call.
+        Every rank must call this.
         """
         self._reach_rare(f"rollback after step {self.state.step}")
         self.record.write_saves(self.saver.wait())
@@ -379,7 +379,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Measure the validation loss and the evaluation tasks, and generate a completion.
 
-        Every rank must make this call.
+        Every rank must call this.
         """
         self.heartbeat_file.enter("evaluating", self.state.step)
         self.world.progress.reach(f"evaluation after step {self.state.step}", is_patient=not self._has_evaluated)
@@ -415,7 +415,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint. This call copies the state, and a thread writes the copy.
 
-        Every rank must make this call.
+        Every rank must call this.
         """
         self.heartbeat_file.enter("saving", self.state.step)
         self._reach_rare(f"save of step {self.state.step}")
