@@ -1,6 +1,6 @@
 """Transform matrices whose elements are distributed over the ranks.
 
-Each matrix is transformed on one rank, its owner. The owner receives all elements, and sends the new elements back.
+One rank owns each matrix. The owner receives all elements, transforms them, and sends the new elements back.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ class _Overlap:
 
 
 class MatrixExchange:
-    """Transforms matrices in batches. Each matrix has an owner, which is the rank that transforms it.
+    """Transforms matrices in batches. Each matrix is transformed on one rank, its owner.
 
-    All ranks get about the same amount of work. If the ranks hold several copies of all matrices, the owner receives
-    one copy. It sends its result to all copies.
+    If the ranks hold several copies of all matrices, the owner receives one copy. It sends its result to all copies.
 
     Args:
         spans: for each rank, the ranges of parameters that the rank holds.
@@ -141,7 +140,7 @@ class MatrixExchange:
 
 
 class _Batch:
-    """The owners of some matrices, and the elements that this rank exchanges with each rank."""
+    """The owners of some matrices, and what this rank exchanges with each rank."""
 
     def __init__(
         self, matrices: Sequence[Matrix], spans: Sequence[Sequence[Span]], world: World, ranks_per_copy: int

@@ -1,8 +1,7 @@
 """Optimize the matrices of the transformer blocks with Muon, and all other parameters with AdamW.
 
-Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix. For
-each matrix, one rank receives the whole momentum matrix and computes the orthogonal matrix. It sends the elements of
-the orthogonal matrix back.
+Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix. One
+rank receives the whole momentum matrix, computes the orthogonal matrix, and sends it back.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ class OptimizerState(ABC):
     def fragments(self) -> list[Fragment]:
         """Return views of the masters, of the optimizer state and of the averages of the weights.
 
-        Missing optimizer state is created, filled with zeros. Missing averages are created as copies of the masters. A
-        rank that holds no element of a parameter has no fragment of it.
+        Missing optimizer state and averages are created. A rank that holds no element of a parameter has no fragment of
+        it.
         """
         self.create_states()
         return [
@@ -102,13 +102,13 @@ class OptimizerState(ABC):
                 state["step"] = count
 
     def adam_states(self) -> list[dict[str, Any]]:
-        """Return AdamW's state of each master that AdamW updates. Missing state is created, filled with zeros."""
+        """Return AdamW's state of each master that AdamW updates. Missing state is created."""
         self.create_states()
         states = (self.optimizer.state[master] for master in self.masters)
         return [state for state in states if "step" in state]
 
     def create_states(self) -> None:
-        """Create the optimizer state, filled with zeros, for all masters that have no state."""
+        """Create missing optimizer state, filled with zeros."""
         for held in self.ranges():
             if not self.optimizer.state[held.master]:
                 self.optimizer.state[held.master] = self._new_state(held.master, self.optimizer_names[held.name])
@@ -138,7 +138,7 @@ class ParameterState(OptimizerState):
         ]
 
     def publish_masters(self) -> None:
-        """Do nothing. The model computes directly with the tensors that the optimizer updates."""
+        """Do nothing. The model computes with the masters."""
 
 
 def _first_element(parameter: Tensor) -> int:

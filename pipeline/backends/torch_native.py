@@ -1,4 +1,4 @@
-"""Define the base class of the DDP and FSDP2 backends. Their optimizers update the fp32 parameters of the model."""
+"""Define the base class of the DDP and FSDP2 backends."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from pipeline.model.gpt2 import GPT2
 
 
 class TorchBackend(Backend):
-    """A backend whose weights are updated by torch's optimizer. Subclasses synchronize the gradients."""
+    """A backend whose optimizer updates the fp32 parameters of the model. Subclasses synchronize the gradients."""
 
     label: str
 

@@ -16,10 +16,10 @@ from pipeline.model.parameter_state import StateNames
 class PartitionedState(OptimizerState):
     """The masters (tensors that the optimizer updates) and the optimizer state under ZeRO-1 and ZeRO-2.
 
-    DeepSpeed concatenates the parameters of each parameter group. Each rank has one range of the concatenated elements.
+    DeepSpeed concatenates the parameters of each parameter group. Each rank has one range of the result.
 
     Args:
-        names: maps ``id(parameter)`` to the canonical name of the parameter.
+        names: maps ``id(parameter)`` to the canonical name.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
@@ -59,7 +59,7 @@ class FullyPartitionedState(OptimizerState):
     DeepSpeed divides each parameter into equal ranges, one per rank. The last range is padded.
 
     Args:
-        names: maps ``id(parameter)`` to the canonical name of the parameter.
+        names: maps ``id(parameter)`` to the canonical name.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:

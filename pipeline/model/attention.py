@@ -28,7 +28,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
     """Return softmax(q k^T / sqrt(D)) v, shape (B, H, T, D). No token attends to a later token.
 
     Args:
-        q, k, v: queries, keys and values, each of shape (B, H, T, D).
+        q, k, v: each of shape (B, H, T, D).
         dropout: the dropout probability for the attention weights.
     """
     T = q.shape[2]

@@ -91,7 +91,6 @@ def compute_gradients(
     """Return the gradients of ``hidden`` and ``weight``, in their dtype. The sum over blocks is in fp32.
 
     Args:
-        targets: (N,) int64 ids, or -1 if a target is not scored.
         log_totals: the second result of ``compute_losses``.
     """
     replace_with_gradient = _compiled(_replace_with_gradient) if compiles else _replace_with_gradient

@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block. LayerNorm is applied before attention and before the MLP (pre-LayerNorm)."""
+    """A transformer block with pre-LayerNorm."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -248,8 +248,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 def layer_products(config: ModelConfig, tokens: int) -> list[tuple[int, int, int]]:
     """Return the shapes (m, k, n) of a block's matrix products with weights, in the forward pass.
 
-    Args:
-        tokens: the number of tokens in a micro-batch. m is at most ``MOST_ROWS``.
+    m is the number of tokens, at most ``MOST_ROWS``.
     """
     m, C = min(tokens, MOST_ROWS), config.n_embd
     return [(m, C, 3 * C), (m, C, C), (m, C, 4 * C), (m, 4 * C, C)]

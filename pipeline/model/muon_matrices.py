@@ -35,7 +35,6 @@ class Matrix:
         return self.numel * min(self.rows, self.columns)
 
     def orthogonalization_flops(self, iterations: int) -> int:
-        """Return the FLOPs of all matrix products in ``iterations`` Newton-Schulz iterations."""
         smaller = 2 * min(self.rows, self.columns) ** 3  # a product of two Gram matrices
         pairs = iterations // 2 if iterations_per_gram(self.rows, self.columns) == 2 else 0
         singles = iterations - 2 * pairs

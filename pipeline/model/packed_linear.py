@@ -27,7 +27,7 @@ LEAST_GAIN = 0.05  # the share of time that a way must save to replace the usual
 
 @dataclass(frozen=True)
 class Way:
-    """A method of computing a linear layer. All methods compute the same function, at different speeds."""
+    """A method of computing a linear layer. All methods compute the same function."""
 
     is_packed: bool  # whether the weight is stored in the layout of oneDNN
     fewest_rows: int = 1  # an input with fewer rows is filled up with rows of zeros
@@ -68,11 +68,7 @@ class InferenceLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output, shape (..., out), in the dtype of the layer.
-
-        Args:
-            x: shape (..., in), in any dtype.
-        """
+        """Return the output, shape (..., out), in the dtype of the layer. The input can have any dtype."""
         x = x.to(self.dtype)
         rows = x.shape[:-1].numel()
         missing = self.way.fewest_rows - rows
@@ -117,11 +113,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def fastest_ways(model: GPT2, dtype: torch.dtype, rows: int) -> dict[tuple[int, int], Way]:
-    """Measure products. Return the fastest way for each shape (out, in) of a linear layer.
-
-    Args:
-        rows: the number of rows in the inputs.
-    """
+    """Measure products. Return the fastest way for each shape (out, in) of a linear layer."""
     ways = WAYS[dtype]
     layers = linear_layers(model.h[:MEASURED_BLOCKS])
     shapes = [_shape(layer) for layer in (*layers, model.lm_head)]

@@ -21,7 +21,7 @@ AUTOCAST_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 class ComputeModel(nn.Module):
-    """A model that computes in one precision. Its ``forward`` takes the same arguments as :meth:`GPT2.forward`."""
+    """A model that computes in one precision. Its ``forward`` has the arguments of ``GPT2.forward``."""
 
     __call__: Callable[..., Tensor]
 

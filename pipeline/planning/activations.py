@@ -42,7 +42,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Request:
-    """The model and the micro-batch to trace. If ``compute`` is not "autocast", ``precision`` has no effect."""
+    """The model and the micro-batch to trace. ``precision`` only matters if ``compute`` is "autocast"."""
 
     model: ModelConfig
     compute: Compute
@@ -135,7 +135,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count the storages of the given tensors from now on."""
+        """Stop counting the storages of the given tensors."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._forget(storage._cdata)

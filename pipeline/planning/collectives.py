@@ -62,7 +62,6 @@ class StepCollectives:
 
 
 def step_collectives(config: Config, plan: BatchPlan) -> StepCollectives:
-    """Return the collectives that the backend of the config issues in one step."""
     issue = _Issuer(config, plan)
     accumulation = plan.accumulation
     return StepCollectives(
@@ -129,7 +128,6 @@ class _Issuer:
         return bool(zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True))
 
     def after_backward(self) -> Iterator[Collective]:
-        """Yield the collectives after the last backward pass."""
         if self.stage == 0 or (self.stage == 1 and self.is_bf16):
             for elements in _divide(self.sizes.total, REPLICATED_BUCKET_ELEMENTS):
                 yield Collective("all_reduce", FP32 * elements, self.world)
@@ -215,7 +213,7 @@ class _Issuer:
 
 
 def _passes(model: ModelConfig, sizes: Sizes, seq_len: int) -> tuple[list[Stage], list[Stage]]:
-    """Return the stages of the forward and of the backward pass. A recomputed block repeats its forward pass."""
+    """Return the stages of the forward and the backward pass. The backward pass includes recomputation."""
     head_share = 6 * sizes.shapes["wte.weight"].numel() / flops_per_token(model, seq_len)
     block_share = (1 - head_share) / model.n_layer
     of_block = tuple(shape.numel() for name, shape in sizes.shapes.items() if name.startswith("h.0."))

@@ -78,7 +78,6 @@ class Cluster:
         return max(2, -(-group.size // max(1, self.per_host // group.stride)))
 
     def seconds(self, collective: Collective) -> float:
-        """Return the time of a collective with its fastest algorithm."""
         return min(self.seconds_by_algorithm(collective).values(), default=0.0)
 
     def seconds_by_algorithm(self, collective: Collective) -> dict[str, float]:

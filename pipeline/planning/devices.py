@@ -75,9 +75,9 @@ def find_device(
     """Return a device from ``DEVICES``. If the name is ``this``, measure this machine in the given precision.
 
     Args:
-        world_size: the number of ranks. If this machine has no GPU, the ranks share its CPU and its memory.
+        world_size: the number of ranks. Without a GPU, the ranks share this machine's CPU and memory.
         memory_gib: replaces the memory of the device.
-        tflops: replaces the speed of the device in dense matrix products.
+        tflops: replaces the speed in dense matrix products.
         per_node: replaces the number of devices per node.
         network_gbit_per_s: the bandwidth of all network adapters of a node together.
 

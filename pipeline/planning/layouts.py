@@ -95,7 +95,7 @@ class _Case:
 
     @property
     def state_widths(self) -> dict[str, int]:
-        """Return the bytes of optimizer state per element, by the name of the parameter."""
+        """Return the bytes of optimizer state per element, by parameter name."""
         names = state_names_of(self.sizes.shapes, self.config)
         return {name: FP32 * len(kinds) for name, kinds in names.items()}
 
@@ -117,7 +117,7 @@ class _Case:
 
 @cache
 def sizes_of(model: ModelConfig) -> Sizes:
-    """Return the sizes of a model's parameters, without allocating the parameters."""
+    """Return the sizes of a model's parameters, without allocating them."""
     with torch.device("meta"):
         built = GPT2(model)
     block = sum(parameter.numel() for parameter in built.h[0].parameters())
@@ -148,7 +148,7 @@ def layout_of(config: Config, plan: BatchPlan, *, pins_host_memory: bool = False
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Return the size of a checkpoint in bytes: the fp32 weights and the optimizer state of all ranks."""
+    """Return the size of a checkpoint in bytes."""
     sizes = sizes_of(config.model)
     names = state_names_of(sizes.shapes, config)
     return sum(FP32 * (1 + len(names[name])) * math.prod(shape) for name, shape in sizes.shapes.items())

@@ -58,7 +58,6 @@ class Plan:
         return 24 * self.days * self.batch.world_size
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values. Sizes are in bytes."""
         memory = {**vars(self.memory), "total": self.memory.total}
         nested = {"batch": vars(self.batch), "memory": memory, "speed": self.speed.to_json()}
         return {**vars(self), **nested, "fits": self.fits}
@@ -71,7 +70,7 @@ def plan_run(
 
     Args:
         mfu: the fraction of the device's FLOP/s that the computation reaches.
-        tokens: the number of tokens that the whole run trains on.
+        tokens: the number of training tokens in the whole run.
         grow_batch: whether to enlarge a batch that the ranks cannot divide equally. The micro-batch is then the largest
             one up to the config's that divides the batch. If it fits, no larger one is tried.
 

@@ -31,8 +31,8 @@ def format_plans(
 
     Args:
         config: the planned config. The plans may have other backends.
-        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
-        tokens: the number of tokens that the whole run trains on.
+        mfu: the fraction of the device's FLOP/s that the computation reaches.
+        tokens: the number of training tokens in the whole run.
         price: the price per hour and device. If given, the text contains the cost.
         tables: lines that replace the two tables.
     """
@@ -132,7 +132,6 @@ def draw_world_sizes(path: Path, configs: dict[str, Config], device: Device, *, 
 
     Args:
         path: the image file to write. Its suffix selects the format.
-        configs: configs by name, which differ only in the backend.
 
     Raises:
         ConfigError: matplotlib is not installed.

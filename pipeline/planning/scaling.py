@@ -20,8 +20,8 @@ def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, t
 
     Args:
         configs: configs by the name of the backend, which differ only in the backend.
-        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
-        tokens: the number of tokens that the whole run trains on.
+        mfu: the fraction of the device's FLOP/s that the computation reaches.
+        tokens: the number of training tokens in the whole run.
     """
     plans = []
     for world_size in WORLD_SIZES:
@@ -38,7 +38,7 @@ def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, t
 
 
 def format_scaling(plans: Sequence[Plan]) -> Iterator[str]:
-    """Yield the lines of a chart with one row per number of ranks."""
+    """Yield the lines of a chart with one row per plan."""
     yield "predicted for other numbers of ranks (a step grows if the ranks cannot divide its sequences equally):"
     heading = f"{'ranks':>5}  {'fastest':14}{'micro-batch':>11}{'tokens per step':>17}{'tokens/s':>16}"
     yield f"{heading}{'time':>13}  efficiency"

@@ -42,12 +42,12 @@ class Speed:
 
     @property
     def exposed_communication_s(self) -> float:
-        """Return the seconds of a step in which a rank waits and does not compute."""
+        """Return the seconds of a step in which a rank waits."""
         return self.waits.total_s
 
     @property
     def efficiency(self) -> float:
-        """Return the fraction of a step in which a rank computes, from 0 to 1."""
+        """Return the fraction of a step in which a rank computes."""
         return self.compute_s / (self.compute_s + self.waits.total_s)
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
     """Estimate the duration of a step from the FLOP/s and the links of a device.
 
     Args:
-        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
+        mfu: the fraction of the device's FLOP/s that the computation reaches.
     """
     rate = device.flops(config.run.precision) * mfu
     pass_s = plan.micro_batch_size * plan.seq_len * flops_per_token(config.model, plan.seq_len) / rate
