@@ -69,7 +69,7 @@ def plan_run(
     """Estimate the memory and the speed of a run.
 
     Args:
-        mfu: the fraction of the device's FLOP/s that the computation reaches.
+        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of training tokens in the whole run.
         grow_batch: whether to enlarge a batch that the ranks cannot divide equally. The micro-batch is then the largest
             one up to the config's that divides the batch. If it fits, no larger one is tried.

@@ -31,7 +31,7 @@ def format_plans(
 
     Args:
         config: the planned config. The plans may have other backends.
-        mfu: the fraction of the device's FLOP/s that the computation reaches.
+        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of training tokens in the whole run.
         price: the price per hour and device. If given, the text contains the cost.
         tables: lines that replace the two tables.

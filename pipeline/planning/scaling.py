@@ -20,7 +20,7 @@ def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, t
 
     Args:
         configs: configs by the name of the backend, which differ only in the backend.
-        mfu: the fraction of the device's FLOP/s that the computation reaches.
+        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of training tokens in the whole run.
     """
     plans = []
