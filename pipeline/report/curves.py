@@ -89,7 +89,7 @@ def _difference_chart(runs: Sequence[Run]) -> Chart:
             if row["step"] in reference and row.get("loss") is not None
         ]
         curves += _curve(i, run.label, rows, STEPS, "difference")
-    return Chart("loss_difference", f"Training loss \N{MINUS SIGN} training loss of {runs[0].label}", STEPS, curves)
+    return Chart("loss_difference", "Training loss \N{MINUS SIGN} loss of the first run", STEPS, curves)
 
 
 def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, **look: bool) -> list[Curve]:

@@ -16,7 +16,8 @@ from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocat
 from pipeline.report.colours import ALL, INK, MUTED, PAPER, RUNS
 from pipeline.report.curves import STEPS, TOKENS, Chart, Curve
 
-SIZE_INCHES = (4.4, 3.3)  # as wide as a phone, so that text is readable on a phone
+WIDTH_INCHES = 4.4  # as wide as a phone, so that text is readable on a phone
+HEIGHT_INCHES, LEGEND_LINE_INCHES = 3.0, 0.17
 PNG_DOTS_PER_INCH = 200
 #: The multiples of powers of 10 at which a logarithmic axis may have ticks, fewest first.
 TICK_MULTIPLES = (
@@ -59,17 +60,22 @@ class Picture:
     png: bytes
 
 
-def draw(chart: Chart) -> Picture:
-    """Draw a chart in light colors. In the SVG, CSS variables replace these light colors."""
+def draw(chart: Chart, *, names_runs: bool = False) -> Picture:
+    """Draw a chart in light colors. In the SVG, CSS variables replace these light colors.
+
+    Args:
+        names_runs: draw a legend even if there is only one curve, because the page shows several runs.
+    """
+    names = len(chart.curves) if len(chart.curves) > 1 or names_runs else 0
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.name}):
-        figure = Figure(SIZE_INCHES, layout="constrained")
+        figure = Figure((WIDTH_INCHES, HEIGHT_INCHES + LEGEND_LINE_INCHES * names), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.set_title(chart.title, loc="left")
         for curve in chart.curves:
             _draw_curve(axes, curve)
         _shape_axes(axes, chart)
-        if len(chart.curves) > 1:
+        if names:
             figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

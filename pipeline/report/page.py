@@ -69,7 +69,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
         raise ReportError(f"a report needs matplotlib ({error}): {install_command('plots')}") from error
     require_writable(out, "--out")
     runs = read_runs(run_folders)
-    pictures = [draw(chart) for chart in charts_of(runs)]
+    pictures = [draw(chart, names_runs=len(runs) > 1) for chart in charts_of(runs)]
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     page = "\n".join(_page_lines(runs, [picture.svg for picture in pictures], now)) + "\n"
     contents = {PAGE_FILE: page.encode(), **{f"{picture.name}.png": picture.png for picture in pictures}}

@@ -15,7 +15,7 @@ from data_tools.errors import DataError
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.errors import ReportError
-from pipeline.report.curves import MOST_POINTS, charts_of, thin_out
+from pipeline.report.curves import MOST_POINTS, STEPS, Chart, Curve, charts_of, thin_out
 from pipeline.report.drawing import draw, log_ticks
 from pipeline.report.page import PAGE_FILE, write_report
 from pipeline.report.runs import read_runs
@@ -169,6 +169,18 @@ class TestReadingRuns:
         second = make_run(tmp_path / "b", [training_row(step, loss=5.5) for step in (2, 3, 4)])
         chart = next(chart for chart in charts_of(read_runs([first, second])) if chart.name == "loss_difference")
         assert [(curve.x, curve.y) for curve in chart.curves] == [([2, 4], [0.5, 0.5])]
+
+    def test_a_legend_takes_no_space_from_the_curves(self) -> None:
+        """Twelve lines of a legend squeezed the plot so far that it cut its first points off."""
+        curves = [Curve(i, f"run {i}", [1.0, 2.0], [10.9, 3.3]) for i in range(12)]
+        heights = {}
+        for count in (1, 12):
+            svg = draw(Chart("loss", "Loss", STEPS, curves[:count], logarithmic=True), names_runs=True).svg
+            assert f"> run {count - 1}<" in svg
+            low, high = re.findall(r'id="patch_3".*?d="M [\d.]+ ([\d.]+) ?\s*L [\d.]+ ([\d.]+)', svg, re.DOTALL)[0]
+            heights[count] = float(low) - float(high)
+        assert heights[12] == pytest.approx(heights[1], rel=0.05)
+        assert "run 0" not in draw(Chart("loss", "Loss", STEPS, curves[:1])).svg, "the page shows only this run"
 
     def test_a_long_curve_keeps_its_spikes(self) -> None:
         points = [(float(i), math.sin(i / 1000)) for i in range(100_000)]
