@@ -58,7 +58,7 @@ def install_command(extra: str = "") -> str:
 def one_line_write_errors(path: Path) -> Iterator[None]:
     """Return a context manager that converts an ``OSError``, such as a full disk, to a DataError.
 
-    ``path`` is what the ``with`` block writes, for the message.
+    The message of the DataError says that ``path`` could not be written.
     """
     try:
         yield

@@ -98,7 +98,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of all commands that read a trained model."""
+    """Add the options for the checkpoint of a trained model, its weights and the device."""
     from pipeline.config.schema import Device
 
     parser.add_argument(

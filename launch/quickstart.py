@@ -91,7 +91,7 @@ def choose_settings(given: Sequence[str], config: Config, deadline: float) -> li
 
     Args:
         given: the user's values of ``--set``. The result begins with them.
-        deadline: the end of all stages, on the clock ``time.perf_counter()``.
+        deadline: the time of ``time.perf_counter()`` at which the quickstart should end.
     """
     begun = Path(config.run.out_dir) / CONFIG_FILE
     if begun.exists():
@@ -164,7 +164,10 @@ def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
 
 
 def write_report(config: Config) -> str:
-    """Write the HTML report of the run and return its path. Without matplotlib, return how to get the report."""
+    """Write the HTML report of the run and return its path.
+
+    If matplotlib is not installed, write nothing. Return a text that tells the user how to get the report.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return "install matplotlib, then: " + command("report", config.run.out_dir)
     run_stage("report", [sys.executable], "report.py", [config.run.out_dir])

@@ -42,7 +42,7 @@ def add_processes_option(parser: argparse.ArgumentParser) -> None:
 
 
 def tokenize(config: Config) -> None:
-    """Tokenize the corpus into ``data.path``, unless it is already complete."""
+    """Tokenize the corpus into the folder ``data.path``, unless this folder is already complete."""
     if config.data.path is None:
         print("\n== tokenize: nothing to do, data.mixture names finished datasets", flush=True)
         return

@@ -142,7 +142,10 @@ class SkippedRows:
 
 
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
-    """Divide a source into chunks. If the request has a limit, read the documents up to the limit."""
+    """Divide a source into chunks.
+
+    If the request limits the documents or the bytes, read the documents until the limit is reached.
+    """
     text_bytes = source.text_bytes()
     chunk_bytes = _chunk_bytes(text_bytes, request)
     slices = source.slices(chunk_bytes)

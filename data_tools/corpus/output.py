@@ -123,7 +123,7 @@ class OutputFolder:
         self.folder.remove_scratch()
 
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
-        """Write the manifest and return it. Remove the plan and the records.
+        """Write the manifest and return it. Remove the plan and the records of the chunks.
 
         Processes that share the folder all call this method. Only the last call writes the manifest. The earlier calls
         return None.
@@ -164,8 +164,8 @@ class OutputFolder:
     def abandon(self) -> None:
         """Remove the files of unfinished chunks, so that the same request can continue later.
 
-        If no chunk is finished, also remove the plan. If other processes use the folder or ``plan`` failed, remove
-        nothing.
+        If no chunk is finished, also remove the plan. If other processes use the folder, or if the method ``plan``
+        failed, remove nothing.
         """
         if not self._is_planned:  # the folder may belong to another request
             return

@@ -41,7 +41,7 @@ def assign_splits(
 ) -> Iterator[AssignedDocument]:
     """Choose a split for each document with ``draw_split``. No document may be empty.
 
-    If ``fill_both`` is True, call ``fill_both_splits``. Then ``documents`` must be the whole corpus.
+    If ``fill_both`` is True, ``fill_both_splits`` moves documents to an empty split. It needs the whole corpus.
     """
 
     def assign(document: Document) -> AssignedDocument:

@@ -59,7 +59,7 @@ def utf8_of(document: Document) -> bytes:
 
 
 def fingerprint_of(document: Document, utf8: bytes) -> bytes:
-    """Return the first 16 bytes of a SHA-256 of a document. Equal documents have equal fingerprints.
+    """Return the first 16 bytes of the SHA-256 hash of a document. Equal documents have equal fingerprints.
 
     ``utf8`` is the result of ``utf8_of``.
     """

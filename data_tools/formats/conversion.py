@@ -74,18 +74,19 @@ def adopt_in_place(
     workers: int | None = None,
     advance: Advance = no_progress,
 ) -> Manifest:
-    """Write a manifest into a folder with shards of llm.c or build-nanogpt, so that training can read it.
+    """Write a manifest into a folder with shards of llm.c or build-nanogpt, so that training can read the shards.
 
-    If the folder has a manifest that names exactly its shards, this manifest is returned.
+    If the folder already has a manifest, and this manifest names exactly the shards in the folder, return it.
 
     Args:
-        source_format, split_of: as ``format`` and ``split_of`` of ``open_collection``.
+        source_format: the argument ``format`` of ``open_collection``.
+        split_of: the argument ``split_of`` of ``open_collection``.
         workers: the number of threads. None means one per core.
         advance: receives the number of bytes read since its last call.
 
     Raises:
-        DataError: the folder has no such shards, or its manifest names other files. If there is a manifest,
-            ``split_of`` is an error, too.
+        DataError: the folder has no shards of these programs, or its manifest names other files, or the folder has a
+            manifest although ``split_of`` is given.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})

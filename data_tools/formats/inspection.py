@@ -159,9 +159,9 @@ class DocumentPreview:
 def first_documents(
     collection: TokenCollection, split: str, *, documents: int, characters: int
 ) -> Iterator[DocumentPreview]:
-    """Yield the text of the first documents of a split. ``END_OF_TEXT`` may be before or after each document.
+    """Yield the text of the first documents of a split. Cut each text after ``characters`` characters.
 
-    A text with more than ``characters`` characters is cut.
+    In the split, ``END_OF_TEXT`` may stand before or after each document.
 
     Raises:
         DataError: the split does not exist, or the tokenizer is not GPT-2's.

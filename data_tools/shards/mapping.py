@@ -27,7 +27,7 @@ Mapped = npt.NDArray[Any]
 def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
     """Memory-map a shard, and return its tokens as a list of arrays.
 
-    An Arrow stream can contain several arrays. Other formats contain one.
+    A shard in Arrow format can contain several arrays. A shard in another format contains one array.
     """
     path = folder / shard.file
     if path.suffix not in _PIECES_BY_SUFFIX:

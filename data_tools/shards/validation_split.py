@@ -33,7 +33,7 @@ def describe_small_validation(manifest: Manifest) -> str | None:
 
 
 def advise_larger_validation(manifest: Manifest) -> str:
-    """Return what to do so that the validation split is large enough for a stable loss."""
+    """Return a text that tells the user how to get a validation split that is large enough for a stable loss."""
     requested: object = manifest.settings.get("val_fraction")
     if not isinstance(requested, float):
         return "make a larger one with the program that wrote these tokens"

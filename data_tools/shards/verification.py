@@ -14,7 +14,7 @@ from data_tools.threads import Advance, map_threads, no_progress
 def verify(folder: Path | str, workers: int | None = None, advance: Advance = no_progress) -> Manifest:
     """Check the shards against the hashes and numbers in the manifest. Return the manifest.
 
-    The bytes of text are checked only for GPT-2's tokenizer and shards without a mask.
+    The number of bytes of text is not checked if a shard has a mask or if the tokenizer is not GPT-2's.
 
     Args:
         workers: the number of threads. None means one per core.

@@ -1,6 +1,6 @@
 """Write token shards in constant memory. A shard is written under a temporary name, and then renamed.
 
-The files are not fsynced. The caller moves and fsyncs them.
+This module does not fsync the files. The caller must fsync them when it moves them into the output folder.
 """
 
 from collections.abc import Callable, Iterator
@@ -127,7 +127,7 @@ class ShardWriter:
                 self._write_mask(scored.astype(np.bool_, copy=False).view(np.uint8))
 
     def close(self) -> ShardRecord:
-        """Complete the shard, and return its record. The mask file gets its final name first."""
+        """Complete the shard, and return its record. The mask file gets its final name before the token file."""
         if self._batch_size:
             self._write_batch()
         self._files.close()  # the mask's file first, because it was opened last

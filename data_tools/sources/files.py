@@ -218,7 +218,7 @@ def walk_files(
 ) -> Iterator[Path]:
     """Yield the files in a folder and its subfolders that have one of the suffixes. Hidden files are skipped.
 
-    No suffixes means all files. Links to folders are followed, but each folder is visited only once.
+    If ``suffixes`` is empty, yield all files. Links to folders are followed, but each folder is visited only once.
     """
     visited: set[str] = set()
 

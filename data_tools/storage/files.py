@@ -28,7 +28,7 @@ def is_writable(path: Path) -> bool:
 def require_writable(path: Path, option: str) -> None:
     """Raise DataError if no folder can be created or written at a path. Call this function before long work.
 
-    ``option`` is the command-line option with ``path``, for the message.
+    ``option`` is the command-line option that contains ``path``. The message begins with it.
     """
     if path.is_file():
         raise DataError(f"{option}: {path} is a file; name a folder")

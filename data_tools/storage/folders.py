@@ -89,7 +89,7 @@ class LocalFolder:
         return path
 
     def remove_scratch(self) -> None:
-        """Remove the temporary folders of ``scratch`` that killed processes have left."""
+        """Remove temporary folders that killed processes have created with ``scratch`` and left behind."""
         _remove_folders(self.path, _SCRATCH_PREFIX)
 
     def free_bytes(self) -> int | None:

@@ -164,8 +164,8 @@ class Backend(ABC):
     def averaged_weights(self) -> Iterator[None]:
         """Return a context manager in which the model computes with the averages of its weights.
 
-        Every rank must enter the block. It needs no memory for a copy of the weights. Do not save or train inside the
-        block. After an error in the block, the run cannot continue.
+        Every rank must enter the block. The block needs no memory for a copy of the weights. Do not save or train
+        inside the block. After an error in the block, the run cannot continue.
         """
         self._swap_average()
         yield

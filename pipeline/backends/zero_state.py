@@ -19,7 +19,7 @@ class PartitionedState(OptimizerState):
     DeepSpeed concatenates the parameters of each parameter group. Each rank has one range of the result.
 
     Args:
-        names: maps ``id(parameter)`` to the canonical name.
+        names: maps ``id(parameter)`` to the parameter's canonical name.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:
@@ -59,7 +59,7 @@ class FullyPartitionedState(OptimizerState):
     DeepSpeed divides each parameter into equal ranges, one per rank. The last range is padded.
 
     Args:
-        names: maps ``id(parameter)`` to the canonical name.
+        names: maps ``id(parameter)`` to the parameter's canonical name.
     """
 
     def __init__(self, engine: Any, names: dict[int, str], state_names: StateNames) -> None:

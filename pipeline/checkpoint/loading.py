@@ -125,7 +125,7 @@ def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) 
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: the checkpoint has no moving average, belongs to another model, or is damaged.
+        CheckpointError: the checkpoint is damaged, belongs to another model, or does not contain these weights.
     """
     index = index_for_model(folder, shapes)
     kind = KINDS_OF_WEIGHTS[weights]
@@ -217,7 +217,8 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: there is no undamaged checkpoint, or it has no moving average.
+        CheckpointError: there is no undamaged checkpoint, or ``weights`` is ``ema`` and the checkpoint has no moving
+            average.
         ConfigError: the config in the checkpoint is not valid.
     """
     folder = locate_weights_of(path)

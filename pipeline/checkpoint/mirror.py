@@ -111,7 +111,8 @@ class Mirror:
     def finish(self, wait: Callable[[], None]) -> list[UploadOutcome]:
         """Wait at most ``timeout_s`` seconds until the newest checkpoint is uploaded.
 
-        Every rank must call this method at the end of a run. It returns the outcomes that ``poll`` has not returned.
+        Every rank must call this method at the end of a run. Returns the outcomes of the uploads that ``poll`` has not
+        returned yet.
 
         Args:
             wait: called about twice per second during the wait.

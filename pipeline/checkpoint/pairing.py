@@ -1,6 +1,7 @@
 """Record in ``remote.json`` which URLs contain checkpoints of a run.
 
-If a run continues from an earlier step, its later checkpoints at the URLs are *abandoned*.
+If a run continues from an earlier step, the checkpoints of later steps at the URLs are *abandoned*. Later
+starts of the run avoid abandoned checkpoints.
 """
 
 from pathlib import Path

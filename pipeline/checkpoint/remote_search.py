@@ -11,7 +11,9 @@ log = logging.getLogger(__name__)
 
 
 def find_checkpoints(url: str) -> list[RemoteCheckpoint]:
-    """Return the undamaged checkpoints at the URL of a run or a checkpoint, newest first. Computes no hashes.
+    """Return the undamaged checkpoints at a URL, newest first. The URL names a run or one checkpoint.
+
+    The function does not compute hashes, so it does not find all damage.
 
     Raises:
         CheckpointError: the URL has no undamaged checkpoint.

@@ -73,7 +73,7 @@ def _unused_abandoned_path(folder: Path) -> Path:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint. After an interruption, the remaining files do not count as a checkpoint."""
+    """Delete a checkpoint. If the deletion is interrupted, the remaining files do not count as a checkpoint."""
     # Do not use hidden_partial_path(folder): it may contain a new checkpoint of this step.
     temporary = folder.with_name(f".{folder.name}.deleted.partial")
     if temporary.exists():
@@ -93,7 +93,7 @@ def _remove_folder(folder: Path) -> None:
 def surplus_steps(steps: Iterable[int], newest: int, keep_last: int, best: int | None) -> list[int]:
     """Return the steps up to ``newest`` whose checkpoints are not needed, in ascending order.
 
-    The caller must keep multiples of ``checkpoint.keep_every_steps``.
+    The result may contain milestones, which the caller must keep.
 
     Args:
         newest: the step of the newest verified checkpoint.

@@ -97,7 +97,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield all dotted keys of a section of the schema, including nested sections, after ``prefix``.
+    """Yield the dotted key of each setting of a section and of its nested sections. Each key begins with ``prefix``.
 
     In a key, ``*`` represents any index of a list.
     """

@@ -43,7 +43,10 @@ def matmul_dtype(precision: str) -> torch.dtype:
 
 
 def describe_fp32_products(precision: str, device: torch.device) -> str:
-    """Return a text for the log that says whether a GPU uses TF32. The text is empty unless a GPU computes in fp32."""
+    """Return a text for the log that says whether the GPU uses TF32 when it computes in fp32.
+
+    On a CPU, or with another precision, the text is empty.
+    """
     if device.type != "cuda" or precision != "fp32":
         return ""
     if torch.get_float32_matmul_precision() != "highest":

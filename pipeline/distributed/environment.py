@@ -44,7 +44,7 @@ def master_address() -> tuple[str, int]:
 
 
 def launcher_holds_store() -> bool:
-    """Return whether the launcher serves the key-value store of the ranks. Otherwise, rank 0 must serve it."""
+    """Return whether the launcher serves the key-value store of the ranks. If not, rank 0 must serve this store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

@@ -36,7 +36,7 @@ def choose_gloo_interface(store: Store, rank: int, size: int) -> None:
 
 
 def own_address_towards(host: str, port: int) -> str:
-    """Return the IP address from which this host sends to another host, or "" without a route."""
+    """Return the IP address from which this host sends to another host, or "" if there is no route."""
     with suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
             with suppress(OSError), socket.socket(family, kind, protocol) as probe:

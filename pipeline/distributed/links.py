@@ -63,7 +63,9 @@ def _turn_of(sender: int, size: int) -> int:
 
 
 def describe_links(links: Sequence[Link], hosts: Sequence[str]) -> str:
-    """Return a text that names the host whose link is slow, or else the slowest link.
+    """Return a text that names the host whose links are all slow.
+
+    If there is no such host, the text names the slowest link.
 
     Args:
         hosts: the host name of each rank, at least two different names.

@@ -52,14 +52,15 @@ class Progress:
 
         Args:
             is_patient: whether a healthy rank can spend minutes in this phase without recording progress.
-            repeats: whether the run repeats this phase, which then shows how much CPU time is usual.
+            repeats: whether the run repeats this phase. If so, ``Place.loops`` compares later CPU times with those in
+                this phase.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats
         self.position += 1
 
     def pass_mark(self) -> None:
-        """Record a mark, such as a collective. All ranks must make this call in the same order."""
+        """Record that this rank has passed a mark. All ranks must make this call in the same order."""
         self._restart_clock()
         self.position += 1
 

@@ -43,7 +43,7 @@ class PreparedCore:
         return self.measure_examples(scorer)[0]
 
     def measure_examples(self, scorer: Scorer) -> tuple[Figures, list[Figures]]:
-        """Return the result of ``measure``, and the answer to each example as JSON values.
+        """Return the result of ``measure``, and the model's answer to each example as JSON values.
 
         Every rank must call this method.
         """

@@ -72,7 +72,10 @@ class BundleTask:
         return (accuracy - self.baseline) / (1 - self.baseline)
 
     def prefix(self, number: int) -> str:
-        """Return the text of few-shot examples from the other items of the task. The seed depends on ``number``."""
+        """Return the text of few-shot examples for the item with the index ``number``.
+
+        The examples are drawn from the other items of the task. The seed of the draw depends on ``number``.
+        """
         others = [i for i in range(len(self.items)) if i != number]
         drawn = random.Random(_SHOTS_SEED + number).sample(others, self.shots)
         return "".join(self._join(*self.items[i].pairs[self.items[i].gold]) + _SHOT_SEPARATOR for i in drawn)
@@ -133,7 +136,7 @@ def read_bundle(folder: Path, limit: int | None) -> tuple[list[BundleTask], list
     """Read and check the tasks of a bundle. Return the tasks, and all files that were read.
 
     Args:
-        limit: the number of examples per task, taken from the start of nanochat's shuffled order.
+        limit: use only this number of examples per task, the first ones in nanochat's shuffled order. None means all.
 
     Raises:
         DataError: a file is missing or cannot be used.

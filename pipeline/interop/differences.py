@@ -26,7 +26,8 @@ SHORT_TEXT = (
 def rows_of_the_tokenizer(rows: int) -> int:
     """Return how many of the ``rows`` rows of an embedding belong to tokens of the tokenizer.
 
-    If there are a few more rows than GPT-2 has tokens, the further rows count as added tokens or padding.
+    If the embedding has a few more rows than GPT-2's tokenizer has tokens, the surplus rows are not counted. They are
+    padding or tokens that the other program added.
     """
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 
@@ -43,15 +44,15 @@ def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
 def describe_differences(
     config: ModelConfig, weights: Mapping[str, Tensor], kept_rows: int, *, exact_gelu: bool
 ) -> list[str]:
-    """Return one line per difference between the original and our imported model.
+    """Return one line per difference between the original model and our imported model.
 
     Each line contains the losses of both models on a short text.
 
     Args:
-        config: the config of the original, whose ``vocab_size`` counts all rows of the stored embedding.
-        weights: the original's parameters by canonical name, in our orientation. Biases may be missing.
+        config: the config of the original model, whose ``vocab_size`` counts all rows of the stored embedding.
+        weights: the original model's parameters by canonical name, in our orientation. Biases may be missing.
         kept_rows: the number of rows of the embedding that our model keeps.
-        exact_gelu: whether the original computes GELU with erf and not with the tanh approximation.
+        exact_gelu: whether the original model computes GELU with erf and not with the tanh approximation.
     """
     rows = config.vocab_size
     if not exact_gelu and kept_rows == rows:

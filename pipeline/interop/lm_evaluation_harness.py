@@ -1,4 +1,4 @@
-"""Let lm-evaluation-harness score the checkpoints of this project, as its model ``gpt2-pipeline``.
+"""Let lm-evaluation-harness score the checkpoints of this project, under the model name ``gpt2-pipeline``.
 
 The import of this module registers the model. The module needs the extra ``harness``.
 """
@@ -80,7 +80,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
         The arguments of each request are a context and a continuation.
 
         Raises:
-            DataError: a continuation has no token, or more tokens than the model's context.
+            DataError: a continuation has no token, or more tokens than the model's context length.
         """
         encoded = [self._encode(*request.args) for request in requests]
         # The choices of an example follow each other, so requests with the same context are neighbours.

@@ -138,7 +138,10 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden_states(tokens), method="logits")
 
     def score(self, batch: ScoringBatch) -> Tensor:
-        """Return fp32 (2, N): each target's log-probability in nats, and 1 if it is the most likely token, else 0."""
+        """Return each target's log-probability in nats, and whether the target is the most likely token.
+
+        The result is fp32 of shape (2, N). The second row contains 1 for True and 0 for False.
+        """
         hidden = self.hidden_states(
             batch.tokens,
             batch.positions,

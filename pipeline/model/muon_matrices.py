@@ -42,7 +42,7 @@ class Matrix:
 
     @property
     def update_scale(self) -> float:
-        """Return Muon's factor for the orthogonalized matrix (Liu et al. 2025).
+        """Return the factor by which Muon multiplies the orthogonalized matrix (Liu et al. 2025).
 
         With this factor, an update of Muon is about as large as an update of AdamW.
         """

@@ -113,7 +113,11 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def fastest_ways(model: GPT2, dtype: torch.dtype, rows: int) -> dict[tuple[int, int], Way]:
-    """Measure products. Return the fastest way for each shape (out, in) of a linear layer."""
+    """Measure each ``Way`` to compute the model's linear layers. Return the fastest for each weight shape (out, in).
+
+    Args:
+        rows: the number of rows of the measured inputs.
+    """
     ways = WAYS[dtype]
     layers = linear_layers(model.h[:MEASURED_BLOCKS])
     shapes = [_shape(layer) for layer in (*layers, model.lm_head)]

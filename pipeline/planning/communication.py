@@ -72,7 +72,7 @@ class Cluster:
     between_hosts: Link  # a rank's share of the network adapters of its host
 
     def hosts_of(self, group: Group) -> int:
-        """Return the number of hosts of a group."""
+        """Return how many hosts the ranks of a group use."""
         if self.per_host % (group.size * group.stride) == 0:
             return 1
         return max(2, -(-group.size // max(1, self.per_host // group.stride)))

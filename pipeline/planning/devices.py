@@ -17,7 +17,10 @@ _COPIED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
 
 @dataclass(frozen=True)
 class Device:
-    """The device of one rank, in a machine that has ``per_node`` such devices. All bandwidths are for one direction."""
+    """A kind of GPU or CPU. Each node has ``per_node`` of these devices, one per rank.
+
+    All bandwidths are for one direction.
+    """
 
     name: str
     memory_gib: float  # as torch reports it

@@ -4,7 +4,7 @@ Masters are fp32 weights that the optimizer updates. They exist in addition to t
 All results are for the rank that needs most.
 
 The formulas describe the backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives their sources.
-``make plan-check`` compares them with measured and allocated memory.
+``make plan-check`` compares the results with measurements.
 """
 
 import math
@@ -35,8 +35,8 @@ REPLICATED_BUCKET_ELEMENTS = 500_000_000
 class Layout:
     """The bytes of memory that one rank needs for each kind of state.
 
-    ``gradients`` and ``buffers`` change during the backward pass. Their argument is the number of parameter elements
-    whose gradients are finished.
+    The bytes for gradients and buffers change during the backward pass. Therefore, ``gradients`` and ``buffers`` are
+    functions of the number of parameter elements whose gradients are finished.
     """
 
     compute: Compute

@@ -16,7 +16,7 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of one rank in bytes at the peak, by use."""
+    """The bytes that each kind of tensor occupies when the memory use of a rank is highest."""
 
     parameters: int
     masters: int
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Return whether the config's micro-batch fits."""
+        """Return whether the config's micro-batch fits into the memory of a device."""
         return self.memory.total <= self.usable_bytes
 
     @property

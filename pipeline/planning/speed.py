@@ -42,7 +42,7 @@ class Speed:
 
     @property
     def exposed_communication_s(self) -> float:
-        """Return the seconds of a step in which a rank waits."""
+        """Return how many seconds of a step a rank waits and does not compute."""
         return self.waits.total_s
 
     @property
@@ -75,7 +75,10 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
 
 
 def cluster_of(device: Device, world_size: int) -> Cluster:
-    """Return a cluster of nodes with this device. Its bandwidths are those that collectives are assumed to reach."""
+    """Return a cluster of nodes with this device.
+
+    A link of the cluster has ``LINK_EFFICIENCY`` times the published bandwidth. We assume that collectives reach this.
+    """
     return Cluster(
         min(device.per_node, world_size),
         Link(LINK_EFFICIENCY * GB * device.node_gb_per_s, 1e-6 * device.node_latency_us),
@@ -136,11 +139,11 @@ def _exposed_seconds(collectives: StepCollectives, pass_s: float, cluster: Clust
 def micro_step_seconds(stages: Sequence[Stage], pass_s: float, cluster: Cluster, *, overlaps: bool) -> float:
     """Return the duration of a micro-step.
 
-    With overlap, one collective runs at a time. When a stage begins, the rank issues the gathers of the next stage.
-    When a stage ends, the rank issues its reductions. The micro-step ends with the last reduction.
-
     Args:
         pass_s: the computing time of one micro-step, without recomputation.
+        overlaps: whether the rank computes while a collective runs. If so, the rank issues the gathers of the next
+            stage when a stage begins, and the reductions of a stage when this stage ends. One collective runs at a
+            time. The micro-step ends with the last reduction.
     """
     gathers_s = [_seconds(stage.gathers, cluster) for stage in stages]
     reductions_s = [_seconds(stage.reductions, cluster) for stage in stages]

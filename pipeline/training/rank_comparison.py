@@ -44,7 +44,7 @@ class RankComparison:
         self._measured_wait_s = 0.0  # the shortest wait when the links were measured
 
     def start(self) -> None:
-        """Start to collect the times of all ranks for ``read``. Every rank must call this.
+        """Start to collect the times of all ranks. Every rank must call this before ``read``.
 
         The call does not wait for a GPU.
         """
@@ -77,7 +77,8 @@ class RankComparison:
     def finds_slow_network(self) -> bool:
         """Return whether all ranks on several hosts waited mostly in collectives before the last ``read``.
 
-        All ranks get the same result. After ``log_links``, it is False until the ranks wait notably longer.
+        All ranks get the same result. After a call of ``log_links``, the result is False until the ranks wait notably
+        longer than at that call.
         """
         if self._slow_ratio is None or len(set(self._hosts)) == 1:
             return False

@@ -148,9 +148,9 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 
 
 def describe_started_decay(start: Path, config: Config) -> str | None:
-    """Return a warning if a new run continues another run inside the decay of its own schedule.
+    """Return a warning if a new run starts from another run's checkpoint, at a step inside the new run's decay.
 
-    The learning rate then usually jumps. Returns None if both runs have the same schedule and peak rate.
+    The learning rate then usually jumps. Returns None if both runs have the same schedule and peak learning rate.
 
     Args:
         start: the checkpoint from which the new run continues.

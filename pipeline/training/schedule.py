@@ -14,9 +14,9 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
     The rate rises linearly for ``warmup_steps`` steps. Later, it falls from its peak to ``min_lr_ratio`` times the
     peak.
 
-    With ``wsd``, the first step of the decay is below the peak. The last step of the run is at the minimum. With
-    ``cosine`` and ``linear``, the first step of the decay is at the peak. The last step of the run is above the minimum
-    (Loshchilov and Hutter 2017).
+    With ``wsd``, the rate is below the peak at the first step of the decay, and at the minimum at the last step of the
+    run. With ``cosine`` and ``linear``, the rate is at the peak at the first step of the decay, and above the minimum at
+    the last step of the run (Loshchilov and Hutter 2017).
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
