@@ -92,7 +92,7 @@ class BackgroundSaver:
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:
-        """Wait for the last save. Return its outcome in a list, or an empty list if the outcome was already returned."""
+        """Wait for the last save. Return its outcome in a list, or an empty list if it was already returned."""
         if self._in_flight is None:
             return []
         step, pause_s, future = self._in_flight

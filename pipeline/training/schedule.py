@@ -15,8 +15,8 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
     peak.
 
     With ``wsd``, the rate is below the peak at the first step of the decay, and at the minimum at the last step of the
-    run. With ``cosine`` and ``linear``, the rate is at the peak at the first step of the decay, and above the minimum at
-    the last step of the run (Loshchilov and Hutter 2017).
+    run. With ``cosine`` and ``linear``, the rate is at the peak at the first step of the decay, and above the minimum
+    at the last step of the run (Loshchilov and Hutter 2017).
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:

@@ -112,7 +112,7 @@ class Trainer:
 
         Raises:
             TrainingError: too many steps were skipped or were spikes.
-            CheckpointError: the last checkpoint could not be written. If an earlier save failed, the error is only logged.
+            CheckpointError: the last checkpoint could not be written. The errors of earlier saves are only logged.
             Interrupted: a signal asked the run to stop. A checkpoint was saved.
         """
         ended = "failed"
