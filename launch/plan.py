@@ -214,7 +214,8 @@ def divide_equally(config: Config, world_size: int) -> Config:
 def with_backend(config: Config, name: str) -> Config:
     """Return the config with the backend of the shipped config ``name``, such as ``zero2_offload``.
 
-    A config that already uses this backend is returned unchanged. DeepSpeed backends differ in ZeRO stage and offload.
+    If ``config`` already uses this kind of backend, return it unchanged. Two DeepSpeed backends are of the same kind if
+    they have the same ZeRO stage and the same offload.
     """
     backend = load_config([shipped_configs()[name]]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":

@@ -159,7 +159,7 @@ def fit_steps(config: Config, step_s: float, left_s: float) -> int:
 
 
 def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
-    """Return parsed options of the command ``run`` that train the quickstart's model in one process."""
+    """Return the options with which the command ``run`` trains the quickstart's model in one process."""
     return argparse.Namespace(config=CONFIGS, set=list(settings), deepspeed=None, processes=1)
 
 

@@ -88,13 +88,13 @@ class OutputFolder:
 
     @property
     def progress(self) -> Contents:
-        """Return the contents of all finished chunks."""
+        """Return how many documents, tokens and bytes of text all finished chunks contain."""
         return sum((record.progress for record in self.finished.values()), Contents())
 
     def plan(self, make_plan: Callable[[], list[Chunk]]) -> None:
-        """Set ``chunks`` and ``finished``, before any chunk is encoded.
+        """Set ``chunks`` and ``finished``. Call this before any chunk is encoded.
 
-        If the folder has a plan, load it. Otherwise, write a plan with the chunks of ``make_plan``.
+        If the folder contains a plan, load it. Otherwise, write a plan with the chunks that ``make_plan`` returns.
 
         Raises:
             DataError: the folder belongs to another request.

@@ -1,6 +1,6 @@
 """Call a function for many items in worker processes. Workers that die are replaced.
 
-A worker writes each result in a thread. Meanwhile, it processes the next item.
+A worker can write a result to files in a second thread, while it already processes the next item.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class TokenizeRequest(SourceRequest):
         shard_tokens: the largest number of tokens per shard. A longer document gets its own shard.
         seed: determines which documents belong to which split.
         limit_documents: the largest number of documents to tokenize.
-        limit_bytes: stop after the document with which the text reaches this number of UTF-8 bytes.
+        limit_bytes: stop as soon as the documents contain at least this number of bytes of text in UTF-8.
         deduplicate: if ``exact``, leave out documents that equal an earlier document of the source.
         on_bad_rows: if ``skip``, leave out and report rows that cannot be read. If ``stop``, raise an error.
         workers: the number of worker processes on this machine. None means one per core.
@@ -35,7 +35,7 @@ class TokenizeRequest(SourceRequest):
         engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster).
         ray_address: the address of the Ray cluster. None means a new cluster on this machine.
 
-    The options from ``workers`` on do not change the shards.
+    The options ``workers``, ``encoder``, ``engine`` and ``ray_address`` do not change the shards.
 
     Raises:
         DataError: an option has an invalid value.

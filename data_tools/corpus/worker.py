@@ -54,7 +54,8 @@ class Job:
 def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkRecord]:
     """Encode a chunk, and write its shards into a temporary folder.
 
-    ``finish`` of the result moves the shards into the output folder, then writes and returns the chunk's record.
+    The result has a function ``finish``. It moves the shards into the output folder, then writes and returns the
+    chunk's record.
 
     Raises:
         DataError: ``finish`` found that the encoder and tiktoken return different tokens.

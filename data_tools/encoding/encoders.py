@@ -49,9 +49,9 @@ class Encoder(Protocol):
 
 
 class GigatokenEncoder:
-    """An encoder that uses gigatoken, or tiktoken for texts with very new characters.
+    """An encoder that uses gigatoken. For texts with very new characters, it uses tiktoken.
 
-    The two packages use different versions of Unicode.
+    The two packages use different versions of Unicode, so they may encode such characters differently.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class GigatokenEncoder:
 
 
 def has_new_characters(text: str) -> bool:
-    """Return whether a text has a character that this Python's Unicode does not assign, or that Unicode 17 added."""
+    """Return whether a text has a character that Unicode 17 added, or that the module ``unicodedata`` does not know."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     points = points[points >= 128]
     kinds = _kinds_of_characters()[points]

@@ -45,10 +45,10 @@ def is_index(path: Path) -> bool:
 
 
 def open_megatron_pair(index_path: Path, vocab_size: int) -> Tokens:
-    """Open a pair of files as one stream of tokens. The stream has ``END_OF_TEXT`` before each document.
+    """Open ``X.idx`` and ``X.bin`` as one stream of tokens. The stream has ``END_OF_TEXT`` before each document.
 
-    If a document in the file ends with ``END_OF_TEXT``, the stream leaves out this token. Opening reads the index and
-    the last token of each document.
+    If a document in ``X.bin`` ends with ``END_OF_TEXT``, the stream leaves out this token. This function reads only
+    the index and the last token of each document.
 
     All tokens must be below ``vocab_size``.
 

@@ -34,7 +34,11 @@ class TextSource(FileSource):
         super().__init__(inputs, suffixes=(), document_separator=document_separator)
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Divide the files into ranges of bytes if there is a separator, otherwise into groups of files."""
+        """Divide the input files into slices for the workers.
+
+        If the user sets ``--document-separator``, a slice is a range of bytes in a file. Otherwise, it is a group of
+        files.
+        """
         return group_files(self.files, slice_bytes) if self._separator is None else super().slices(slice_bytes)
 
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:

@@ -57,9 +57,10 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message about a file that is valid UTF-8 but not text, or None.
+    """Return the end of an error message if a file is not text, although it can be decoded as UTF-8.
 
-    Such a file is a tar archive, consists of zeros, or is ASCII text in UTF-16. ``content`` is its first bytes.
+    Such a file is a tar archive, begins with zeros, or is ASCII text in UTF-16. For any other file, return None.
+    ``content`` is the beginning of the file.
     """
     kind = _recognize(content[:_HEAD_BYTES])
     return _KINDS[kind][1] if kind in _DECODED_KINDS else None

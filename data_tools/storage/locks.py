@@ -35,7 +35,10 @@ class FileLock:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def acquire(self, content: bytes | None) -> bool:
-        """Lock the file like ``acquire_lock``. If another process has removed the file, return False."""
+        """Lock the file, and return True. If another process has removed the file, return False.
+
+        ``content`` and the errors are those of ``acquire_lock``.
+        """
         operation = fcntl.LOCK_SH if content is None else fcntl.LOCK_EX
         while not _try_flock(self._descriptor, operation):
             held_by = os.pread(self._descriptor, _LONGEST_CONTENT, 0)
@@ -125,7 +128,7 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
 
 @contextmanager
 def waiting_for_lock(path: Path) -> Iterator[None]:
-    """Return a context manager that holds an exclusive lock on a file. It waits for the locks of other processes."""
+    """Return a context manager that waits for an exclusive lock on a file, and holds the lock inside its block."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -153,7 +153,7 @@ class Backend(ABC):
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """Return a context manager that turns dropout off."""
+        """Return a context manager that turns dropout off inside its block."""
         self.compute.eval()
         try:
             yield

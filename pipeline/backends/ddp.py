@@ -1,6 +1,6 @@
 """Train with DDP. Every rank has all fp32 weights. The gradients are all-reduced once per step.
 
-A single process is not wrapped in DDP, and works on every device that torch supports.
+If a run has a single process, the model is not wrapped in DDP. Such a run works on every device that torch supports.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -60,7 +60,8 @@ def build_optimizer(
 
     Args:
         parameters: maps canonical names to all parameters of the model.
-        build_rest: builds the AdamW. If None, ``build_adamw`` is used.
+        build_rest: returns an AdamW for the given parameters, for example DeepSpeed's CPUAdam. If None,
+            ``build_adamw`` is used.
     """
     build = build_rest or partial(build_adamw, config=config.optimizer, device=world.device)
     if config.optimizer.name == "adamw":
@@ -160,8 +161,8 @@ def clip_and_step(
 class LossScaler:
     """The factor for the loss in the backward pass. It prevents small fp16 gradients from becoming zero.
 
-    A step is *good* if its gradient norm is finite. A step that is not good halves a dynamic scale. ``GROWTH_INTERVAL``
-    good steps in a row double it. A scale that is not dynamic is always 1.
+    A step is *good* if its gradient norm is finite. After a step that is not good, a dynamic scale is halved. After
+    ``GROWTH_INTERVAL`` good steps in a row, it is doubled. A scale that is not dynamic is always 1.
     """
 
     dynamic: bool

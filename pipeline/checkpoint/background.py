@@ -64,7 +64,7 @@ class BackgroundSaver:
     def start(self, state: TrainingState) -> list[SaveOutcome]:
         """Wait for the previous save. Then copy the state, and start a thread that writes the copy.
 
-        This call is collective: every rank must make it. It returns what ``wait`` returns for the previous save.
+        This call is collective: every rank must make it. It returns the outcome of the previous save, as ``wait`` does.
         """
         started = time.perf_counter()
         outcomes = self.wait()
@@ -85,9 +85,9 @@ class BackgroundSaver:
         return saved
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome of the last save, or an empty list while the save is running. Does not wait.
+        """Return a list with the outcome of the last save. While the save is running, the list is empty.
 
-        Each outcome is returned once. Ranks can finish a save at different times.
+        Each outcome is returned once, by ``poll`` or ``wait``. Ranks can finish a save at different times.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
@@ -104,7 +104,9 @@ class BackgroundSaver:
 
 
 class SnapshotTaker:
-    """Copies this rank's share of the weights and optimizer state to host memory. From a GPU, the copy is pinned.
+    """Copies this rank's share of the weights and optimizer state to host memory.
+
+    If the share is on a GPU, the copy is in pinned memory.
 
     All snapshots share their buffers, so a snapshot is valid until the next one. With AdamW, the buffers need 12 bytes
     per weight in the share.

@@ -88,7 +88,7 @@ def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
 
 
 def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Create a checkpoint's files with their final sizes, in an emptied folder.
+    """Delete the contents of a folder. Then create a checkpoint's files in it, with their final sizes.
 
     Raises OSError if the disk is too small.
     """

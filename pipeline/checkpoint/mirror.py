@@ -48,7 +48,7 @@ _ROUND, _PLAN, _END, _RESULT = "round", "plan_{round}", "end", "result_{round}_{
 
 @dataclass(frozen=True)
 class UploadOutcome:
-    """The result of uploading one checkpoint, or a failed request to the server of the URL."""
+    """The result of uploading one checkpoint, or the reason why another request to the server failed."""
 
     step: int
     seconds: float

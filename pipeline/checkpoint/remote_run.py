@@ -132,7 +132,7 @@ class RemoteRun:
         self.folder.remove_existing({name})
 
     def delete(self, step: int, sizes: Mapping[str, int]) -> None:
-        """Delete a checkpoint, its manifest first. ``sizes`` has the file sizes from ``list``."""
+        """Delete a checkpoint, its manifest first. ``sizes`` are the file sizes that ``list`` returned."""
         if MANIFEST_FILE in sizes:
             self.folder.remove_existing({_prefix(step) + MANIFEST_FILE})
         self.folder.remove_existing({_prefix(step) + name for name in sizes if name != MANIFEST_FILE})

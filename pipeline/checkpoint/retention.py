@@ -122,7 +122,7 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
 
 
 def is_milestone(folder: Path) -> bool:
-    """Return whether the step of a checkpoint is a multiple of its ``checkpoint.keep_every_steps``.
+    """Return whether a checkpoint's step is a multiple of ``checkpoint.keep_every_steps`` in the checkpoint's config.
 
     If ``state.json`` is damaged, the result is False.
     """

@@ -43,7 +43,7 @@ def write_tensors(
 ) -> dict[str, Any]:
     """Write and fsync a safetensors file, and read it back. Only one tensor is in memory at a time.
 
-    If all tensors have one dtype, the safetensors library would write the same bytes.
+    If all tensors have one dtype, the file has the same bytes as a file from the safetensors library.
 
     Returns:
         The size and the SHA-256 of the file, as in a checkpoint's manifest.

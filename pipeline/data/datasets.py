@@ -36,8 +36,8 @@ def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
 
     Raises:
         DataError: a dataset cannot be used.
-        ConfigError: a tokenizer differs from the model's or another dataset's, or a required validation split is
-            missing.
+        ConfigError: the vocabulary of a dataset differs from that of the model or of another dataset, or a required
+            validation split is missing.
     """
     datasets = tuple(_open_dataset(component, config) for component in config.data.components)
     if (keys := config.keys_that_need_validation) and not any(dataset.validation for dataset in datasets):

@@ -65,7 +65,7 @@ def measure_matmul_ceiling(
     Published speeds are not used, because they ignore power limits and the number of threads.
 
     Args:
-        shapes: more products to measure on a CPU, because the fastest size differs from CPU to CPU.
+        shapes: more shapes to measure on a CPU, because the fastest shape differs from CPU to CPU.
         seconds: about how long the measurement takes.
     """
     candidates = [(n, n, n) for n in _CEILING_SQUARES[device.type]]

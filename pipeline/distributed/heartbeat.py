@@ -53,8 +53,8 @@ class Heartbeat:
     """Sends the heartbeat of this rank to a key-value store every second, and reads those of other ranks.
 
     A heartbeat says what the main thread is doing (see ``Place``). Rank 0 watches all other ranks. The other ranks
-    watch only rank 0. A rank is lost if it is silent for ``timeout_s`` seconds or stuck (see ``find_stuck``). Each
-    other rank then prints which rank is lost, and exits.
+    watch only rank 0. A rank is lost if it is silent for ``timeout_s`` seconds or stuck (see ``find_stuck``). All
+    ranks then print which rank is lost, and exit.
 
     A thread does this work, because the main thread may wait in a collective. If the store does not answer, a second
     thread ends the process.

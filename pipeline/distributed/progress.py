@@ -65,13 +65,13 @@ class Progress:
         self.position += 1
 
     def move(self) -> None:
-        """Record that this rank has made progress. A single rank may call this method."""
+        """Record that this rank has made progress. Other ranks need not make the same call."""
         self._restart_clock()
         self.moves += 1
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Return a context manager for rare work that can take minutes. A single rank may call this method.
+        """Return a context manager for rare work that can take minutes. Other ranks need not make the same call.
 
         Inside the block, a rank without progress counts as stuck only after ``PATIENCE_S`` seconds.
         """

@@ -32,7 +32,7 @@ class Example:
 
     @property
     def shot(self) -> str:
-        """Return the context, the right answer and a separator, for a few-shot prompt."""
+        """Return the text of this example in a few-shot prompt: context, right answer and ``SHOT_SEPARATOR``."""
         return (self.solved or "".join(self.pairs[self.gold])) + SHOT_SEPARATOR
 
     def require_answers(self) -> None:

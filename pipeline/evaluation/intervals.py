@@ -1,4 +1,4 @@
-"""Compute 95% confidence intervals of results. The examples of a task count as a random sample."""
+"""Compute 95% confidence intervals of results. The examples of a task are treated as a random sample."""
 
 import math
 from collections.abc import Sequence

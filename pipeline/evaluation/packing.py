@@ -26,9 +26,10 @@ class Request:
     continuation: tuple[int, ...]  # at least one token
 
     def inputs(self, context_length: int) -> tuple[int, ...]:
-        """Return the tokens that the model must read to score the continuation, at most ``context_length``.
+        """Return the tokens that the model must read to score the continuation.
 
-        The last token is not needed. The first tokens of a longer request are left out.
+        These are the context, and the continuation without its last token. If they are more than ``context_length``
+        tokens, the first tokens are left out.
         """
         return (self.context + self.continuation)[:-1][-context_length:]
 

@@ -236,7 +236,7 @@ def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
 
 
 def measure_tasks(tasks: Mapping[str, Prepared], backend: Backend, config: Config, world: World) -> dict[str, float]:
-    """Measure all tasks during training. Return the results under the keys of ``metrics.jsonl``.
+    """Measure all tasks during training. Return the results by their keys in ``metrics.jsonl``.
 
     Every rank must call this function, within ``backend.evaluation_mode()``.
     """

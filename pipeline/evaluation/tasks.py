@@ -1,4 +1,4 @@
-"""Define the text tasks that have names, and prepare tasks for scoring."""
+"""Define the named text tasks, such as ``hellaswag``, and prepare tasks for scoring."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -31,13 +31,14 @@ def load_writer(
     """Load the model of a checkpoint into a ``Writer``.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder, whose newest good checkpoint is used. Also a URL.
+        checkpoint: the path or URL of a checkpoint folder or a run folder. From a run folder, the newest good
+            checkpoint is used.
         dtype: ``fp32`` or ``bf16``.
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
-        prompts: the usual number of prompts per call, for which generation is fastest.
+        prompts: the usual number of prompts per call. On a CPU, the model is optimized for this number.
 
     Raises:
-        CheckpointError: there is no good checkpoint, it lacks these weights, or its vocabulary is not GPT-2's.
+        CheckpointError: there is no good checkpoint, it lacks the chosen weights, or its vocabulary is not GPT-2's.
     """
     loaded = load_text_model(checkpoint, device, weights)
     model = loaded.model.to(DTYPES[dtype])

@@ -180,13 +180,13 @@ def require_finite_floats(what: str, value: Any) -> Tensor:
 
 
 def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str, int], keys: Mapping[str, str]) -> None:
-    """Raise CheckpointError if the sizes of a model in a file contradict its weights.
+    """Raise CheckpointError if a file contains model sizes that contradict the weights in the file.
 
     Call this function before you create a model with these sizes.
 
     Args:
-        sizes: the sizes in the file, by their names in ``ModelConfig``.
-        keys: the keys of the sizes in the file, by the same names.
+        sizes: maps names in ``ModelConfig``, such as ``n_embd``, to the sizes in the file.
+        keys: maps each name in ``sizes`` to the key under which the file stores this size.
     """
     width = sizes["n_embd"]
     for name, key in (("wte.weight", "vocab_size"), ("wpe.weight", "context_length")):

@@ -40,10 +40,11 @@ class CheckpointModel(LM):  # type: ignore[misc]
     """Lets lm-evaluation-harness evaluate a checkpoint, in one process and with the prompts of ``launch/evaluate.py``.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder for its newest good checkpoint.
+        checkpoint: a checkpoint folder or a run folder. From a run folder, the newest good checkpoint is used.
         weights: ``training``, or ``ema`` for the moving average of the weights.
         precision: None means the precision of the run.
-        batch_size: prompts or full-length sequences per batch. ``auto`` means the run's micro-batch size.
+        batch_size: the number of prompts (for generation) or full-length sequences (for scoring) per batch. ``auto``
+            means the run's micro-batch size.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         max_batch_size: not used. The harness always passes this argument.
 

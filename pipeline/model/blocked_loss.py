@@ -38,7 +38,7 @@ def block_columns(padded_vocab_size: int) -> int:
 
 
 def bytes_of_a_block(rows: int, padded_vocab_size: int, logit_bytes: int) -> int:
-    """Return the memory that the backward pass needs for a block, without torch.compile.
+    """Return how many bytes the backward pass needs for one block of the vocabulary, without torch.compile.
 
     Args:
         rows: the number of targets.

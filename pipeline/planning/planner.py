@@ -134,9 +134,9 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 
 
 def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
-    """Return the peak host memory of a rank in bytes, without libraries and data.
+    """Return the peak host memory of a rank in bytes. The memory of libraries and data does not count.
 
-    It consists of offloaded state, and of a copy of the training state for checkpoints.
+    The result is the size of the offloaded state, plus the size of a copy of the training state for checkpoints.
     """
     offloaded = layout_of(config, plan, pins_host_memory=device.is_gpu).host
     return offloaded - (-checkpoint_bytes(config) // plan.world_size)
@@ -145,7 +145,7 @@ def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
     """Return the largest micro-batch size that fits into the memory of the device, or 0 if none fits.
 
-    The size divides the sequences per rank and step, so the tokens per step do not change.
+    The number of sequences per rank and step is a multiple of this size, so the tokens per step do not change.
     """
     sequences = batch.micro_batch_size * batch.accumulation  # per rank and step
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]

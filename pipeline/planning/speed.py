@@ -59,7 +59,7 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
     """Estimate the duration of a step from the FLOP/s and the links of a device.
 
     Args:
-        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
+        mfu: the fraction of the device's FLOP/s that the computation reaches. Time for communication does not count.
     """
     rate = device.flops(config.run.precision) * mfu
     pass_s = plan.micro_batch_size * plan.seq_len * flops_per_token(config.model, plan.seq_len) / rate

@@ -105,7 +105,11 @@ def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, **lo
 
 
 def thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most ``MOST_POINTS`` points of a curve: the lowest and the highest point of each range."""
+    """Return at most ``MOST_POINTS`` points of a curve.
+
+    If the curve has more points, divide it into ranges with equal numbers of points. From each range, return the lowest
+    and the highest point.
+    """
     if len(points) <= MOST_POINTS:
         return points
     ranges = MOST_POINTS // 2

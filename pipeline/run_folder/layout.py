@@ -18,5 +18,5 @@ REMOTE_FILE = "remote.json"  # the URLs with copies of this run's checkpoints
 
 
 def run_folder_of(checkpoint: Path) -> Path:
-    """Return the run folder of a checkpoint. Outside a run folder, return the checkpoint folder."""
+    """Return the run folder of a checkpoint. If it is not in a run folder, return the checkpoint folder itself."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint

@@ -26,8 +26,8 @@ _TIMED_REPEATS = 3  # after one that warms up
 def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
     """Return the config with ``run.compile`` set to true or false, the same on every rank.
 
-    With ``auto``, a run on a CPU is compiled only if it will take long. A resumed run on a CPU keeps its earlier
-    choice, because compilation changes rounding. Every rank must call this.
+    Every rank must call this. The following holds if ``run.compile`` is ``auto``: On a CPU, a new run is compiled only
+    if it will take long. A resumed run on a CPU keeps its earlier choice, because compilation changes rounding.
 
     Args:
         start: the checkpoint from which the run resumes, or None.

@@ -74,10 +74,10 @@ def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
 
 
 def copy_positions(source: WeightSource, start: int, target: Tensor) -> None:
-    """Fill ``target`` with a range of a stored model's position embeddings. The context lengths may differ.
+    """Fill ``target``, a range of this run's position embeddings, from the position embeddings of a stored model.
 
-    A shorter context uses only the first rows. For a longer one, the r stored rows are repeated: row i is a copy of row
-    i mod r (Beltagy et al. 2020, section 5).
+    If this run has a shorter context than the stored model, only the first stored rows are used. If it has a longer
+    context, the r stored rows are repeated: row i is a copy of stored row i mod r (Beltagy et al. 2020, section 5).
 
     Args:
         start: the first index of the range in this run's flattened position embeddings.

@@ -56,13 +56,14 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
 
     The caller must hold the lock of the run folder. The function deletes the folders of interrupted saves.
 
-    The next start must not use checkpoints that are later than the chosen one. Therefore, the function renames them,
-    and makes a record about those at ``checkpoint.remote``.
+    The next start must not use checkpoints that are later than the chosen one. Therefore, the function renames such
+    checkpoints in the run folder. For those at ``checkpoint.remote``, it writes into the run folder that they are
+    abandoned.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, or the data, seed or model has changed. Or the run folder
             contains another run.
-        ConfigError: the checkpoint belongs to another run, and leaves nothing to train.
+        ConfigError: the checkpoint belongs to another run, and this run would end at once.
     """
     run_folder = Path(config.run.out_dir)
     try:

@@ -194,7 +194,10 @@ def _log_end(trainer: Trainer) -> None:
 
 
 def log_masks(trainer: Trainer) -> None:
-    """Log the share of scored targets of each split with a loss mask. Warn about samples without scored targets."""
+    """Log which share of the targets is scored, for each split that has a loss mask.
+
+    Warn about samples without a scored target.
+    """
     seq_len = trainer.config.seq_len
     for dataset, order in zip(trainer.loader.datasets, trainer.loader.orders, strict=True):
         for stream, windows in ((dataset.train, order.n), (dataset.validation, None)):

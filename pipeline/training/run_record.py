@@ -117,7 +117,7 @@ class RunRecord:
             sink.rewind(step)
 
     def close(self, step: int, ended: str, results: dict[str, float]) -> None:
-        """Write a row about the end of the run, and close all sinks with a summary. Later rows are not written.
+        """Write a row about the end of the run, send a summary to all sinks, and close them. Ignore later rows.
 
         Args:
             ended: ``finished``, ``interrupted`` (a checkpoint is saved) or ``failed``.

@@ -18,7 +18,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class View:
-    """What one rank sees: its run folder, and the hash of its data."""
+    """The run folder and the hash of the data, as one rank sees them."""
 
     host: str
     folder: str  # absolute

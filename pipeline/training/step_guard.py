@@ -137,7 +137,8 @@ class StepGuard:
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
         """Return the index of the first sample of the next step, in the order of training.
 
-        Usually, this is ``consumed``. If the step would contain samples of an earlier spike, it starts after them.
+        Usually, the result is ``consumed``. If the step would then contain samples of an earlier spike, the step starts
+        after these samples.
 
         Args:
             consumed: the index of the first sample after the previous step.
@@ -155,7 +156,7 @@ class StepGuard:
             log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
 
     def log_steps_without_targets(self) -> None:
-        """Log a warning with the number of steps in this process without a scored target, if any."""
+        """Log a warning if this process has trained steps that had no scored target. It says how many."""
         if count := self._steps_without_targets:
             log.warning("steps without a scored target since this start: %d; their loss is null", count)
 

@@ -19,7 +19,7 @@ _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
 
 
 class StepProfile:
-    """Profiles ``steps`` training steps on the CPU and on the device. With 0, it does nothing.
+    """Profiles ``steps`` training steps on the CPU and on the device. If ``steps`` is 0, it does nothing.
 
     It writes a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table to ``profile/`` in the run folder.
     """

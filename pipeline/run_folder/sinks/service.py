@@ -40,7 +40,7 @@ class Service(ABC):
 
     @abstractmethod
     def attach(self, files: Sequence[Path]) -> None:
-        """Upload files. A file with the same name is replaced."""
+        """Upload files. If the service already has a file with the same name, replace it."""
 
     @abstractmethod
     def end(self, summary: Row) -> None:

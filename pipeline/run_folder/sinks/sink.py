@@ -8,11 +8,14 @@ Row = dict[str, Any]
 class Sink:
     """Receives a run's rows of metrics. After ``start``, no method may raise, because an error stops the training.
 
-    The values of a row are numbers, texts (``sample``), objects (``started``), lists (``skipped_samples``) or null.
+    The values of a row are numbers, null, texts (for example under the key ``ended``), objects (``started``) or lists
+    (``skipped_samples``).
     """
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:
-        """Prepare to receive rows. Delete all rows of steps after ``resumed_step``, which the run will write again.
+        """Prepare to receive rows. Delete the rows of all steps after ``resumed_step``.
+
+        The run repeats these steps, and writes their rows again.
 
         Args:
             config: the resolved run config.
