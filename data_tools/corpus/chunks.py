@@ -37,7 +37,8 @@ class Chunk:
 
     Attributes:
         index: the position of the chunk in the source. The names of its shards contain this number.
-        limit_documents: encode only this number of documents. Empty documents do not count.
+        limit_documents: encode only the first documents, at most this number. Empty documents do not count. None means
+            all.
     """
 
     index: int

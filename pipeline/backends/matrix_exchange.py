@@ -39,7 +39,8 @@ class _Overlap:
 class MatrixExchange:
     """Transforms matrices in batches. Each matrix is transformed on one rank, its owner.
 
-    If the ranks hold several copies of all matrices, the owner receives one copy. It sends its result to all copies.
+    If the ranks hold several copies of all matrices, the owner receives one copy of its matrix. It sends the result to
+    the ranks of all copies.
 
     Args:
         spans: for each rank, the ranges of parameters that the rank holds.

@@ -78,8 +78,8 @@ class OptimizerState(ABC):
     def fragments(self) -> list[Fragment]:
         """Return views of the masters, of the optimizer state and of the averages of the weights.
 
-        Missing optimizer state and averages are created. A rank that holds no element of a parameter has no fragment of
-        it.
+        Missing optimizer state and averages are created. If this rank holds no element of a parameter, the result has
+        no fragment of this parameter.
         """
         self.create_states()
         return [

@@ -57,7 +57,7 @@ class UploadOutcome:
 
 
 class Mirror:
-    """Uploads a run's checkpoints to a URL, and deletes old checkpoints there by the same rules as on the disk.
+    """Uploads a run's checkpoints to a URL, and deletes old checkpoints there by the same rules as in the run folder.
 
     Call ``request`` after each save. The ranks then upload the checkpoints that the URL lacks, the newest first. A
     failed upload is tried again after the next save, if the checkpoint is still on the disk.

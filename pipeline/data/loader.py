@@ -46,7 +46,7 @@ class MicroBatch:
     def pinned(self) -> MicroBatch:
         """Return a copy in pinned memory, for asynchronous copies to a GPU.
 
-        The caller may free the result during such a copy, because PyTorch keeps the memory until the copy ends.
+        The caller may free the result during an asynchronous copy. PyTorch keeps the memory until the copy ends.
         """
         mask = self.target_mask
         return replace(self, tokens=self.tokens.pin_memory(), target_mask=None if mask is None else mask.pin_memory())

@@ -37,7 +37,7 @@ class SampleOrder:
         self._half_bits = max(1, -(-(n - 1).bit_length() // 2))
 
     def windows(self, samples: IndexArray) -> IndexArray:
-        """Return the window of each sample. Both arrays are int64 of shape (B,)."""
+        """Return the window of each sample. The argument and the result are int64 of shape (B,)."""
         epochs, positions = np.divmod(samples, self.n)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -85,9 +85,9 @@ class _Fork:
 class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
-    A dataset with the share s provides n s of the first n samples, with an error of less than two samples. The dataset
-    of a sample depends only on the weights and the sample's number. The datasets are the leaves of a Huffman tree
-    (Huffman 1952).
+    A dataset with the share s provides n * s of the first n samples, with an error of less than two samples. The
+    dataset of a sample depends only on the weights and the sample's number. The datasets are the leaves of a Huffman
+    tree (Huffman 1952).
 
     Attributes:
         shares: the exact fraction of the samples from each dataset.

@@ -204,8 +204,8 @@ def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> It
 
     Args:
         timeout_s: a rank is lost if it sends no heartbeat for this number of seconds.
-        records: the folder for torch's flight recorder, saved if a rank is lost or a collective times out. None: not
-            saved.
+        records: the folder in which torch's flight record is saved if a rank is lost or a collective times out. If
+            None, the flight record is not saved.
     """
     watch = Heartbeat(world, timeout_s, records)
     with watch.explaining_sigterm():

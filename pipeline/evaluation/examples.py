@@ -197,7 +197,7 @@ class Settings:
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:
-        """Return the name of the results: the task and all options that differ from their defaults."""
+        """Return the name for the results of a task: ``task`` and all options that differ from their defaults."""
         shots = f"_{self.shots}shot" if self.shots else ""
         limit = f"_first{self.limit}" if self.limit else ""
         stride = f"_stride{self.stride}" if self.stride else ""

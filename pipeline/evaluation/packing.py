@@ -58,7 +58,7 @@ class Tree:
         """Add the tokens of a request to the tree.
 
         Args:
-            context_length: the largest number of tokens. The first tokens of a longer request are left out.
+            context_length: the largest number of tokens per request. The first tokens of a longer request are left out.
             reset_at: a token id at which positions restart at 0.
         """
         node, path = -1, []
@@ -90,7 +90,8 @@ def build_trees(
 ) -> list[Tree]:
     """Build one tree per group of requests.
 
-    If a tree saves less than the fraction ``LEAST_SAVING`` of the group's tokens, each request gets its own tree.
+    If a tree saves less than the fraction ``LEAST_SAVING`` of the group's tokens, each request of the group gets its
+    own tree.
 
     Args:
         groups: the indices of each group's requests in ``requests``.

@@ -56,13 +56,13 @@ def generate_batch(
 
     Args:
         model: the model, in evaluation mode.
-        prompts: the token ids of each prompt, at least one id. If a text is too long, the model sees only the end.
-        sample: the options for sampling. ``prompt`` and ``stop`` are not used.
+        prompts: the token ids of each prompt, at least one id. If a text is too long, the model sees only its end.
+        sample: the options for sampling. Its ``prompt`` and ``stop`` are not used.
         ends: token ids that end a row. They are not yielded.
         stopped: rows that get no further tokens. The caller may add rows between two yields.
 
     Yields:
-        Row -> new token id, for each row that has not ended.
+        A dict from row to new token id, for each row that has not ended.
     """
     assert prompts and all(prompts), "a prompt is empty"
     generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", str(row))) for row in range(len(prompts))]

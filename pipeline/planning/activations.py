@@ -54,7 +54,7 @@ class Request:
 
 @lru_cache(maxsize=512)
 def trace_activations(request: Request) -> tuple[Peak, ...]:
-    """Return the peak memory in each interval of a forward and backward pass, in order.
+    """Return the peak memory in each interval (see ``Peak``) of a forward and backward pass, in order.
 
     To save time, the function extrapolates from two models with few blocks. The result for a deep model covers only its
     first and last blocks. The largest peak is there, because memory changes linearly from block to block.

@@ -63,7 +63,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
-    """Return a chart of the training and validation losses, also of the moving averages of weights (EMA)."""
+    """Return a chart of the training losses, the validation losses, and the validation losses of averages (EMA)."""
     curves = []
     for i, run in enumerate(runs):
         curves += _curve(i, f"{run.label}, training", run.rows, axis, "loss")

@@ -186,7 +186,10 @@ class StepGuard:
 
 
 def z_score(value: float, window: tuple[float, ...]) -> float:
-    """Return by how many standard deviations ``value`` is above the mean of ``window``. NaN gives NaN."""
+    """Return by how many standard deviations ``value`` is above the mean of ``window``.
+
+    If ``value`` is NaN, the result is NaN.
+    """
     mean = statistics.fmean(window)
     spread = max(statistics.pstdev(window, mean), abs(mean) * _LEAST_RELATIVE_SPREAD)
     return (value - mean) / spread if spread else math.inf if value > mean else 0.0

@@ -44,7 +44,7 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
     If the export fails, ``out`` does not change.
 
     Args:
-        checkpoint: a checkpoint folder, or a run folder for its newest good checkpoint. It may be a URL.
+        checkpoint: a checkpoint folder, or a run folder for its newest good checkpoint. Both may be URLs.
         out: a folder that does not exist or is empty.
         dtype: one of ``FORMATS[HUGGING_FACE]``.
         weights: ``training``, or ``ema`` for the moving average of the weights.

@@ -44,7 +44,7 @@ class Service(ABC):
 
     @abstractmethod
     def end(self, summary: Row) -> None:
-        """Send the summary, and end the run in the service. A later ``connect`` can continue this run."""
+        """Send the run's summary, and end the run in the service. A later ``connect`` can continue this run."""
 
 
 class ServiceSink(Sink):
