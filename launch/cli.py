@@ -64,7 +64,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("action", None, _StoreEveryValue)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parse a command line. Options of an earlier command line do not count as given."""
+        """Parse a command line. First, forget which options an earlier command line contained."""
         for action in self._actions:
             if isinstance(action, _StoreEveryValue):
                 action.was_given = False
@@ -202,7 +202,7 @@ def print_warning(text: str) -> None:
 
 
 def shows_colours(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal with colours, and the user has not switched colours off."""
+    """Return whether a stream is a terminal with colours and the user allows colours."""
     return stream.isatty() and wants_colours()
 
 

@@ -40,7 +40,7 @@ def build_parser() -> ArgumentParser:
 
 
 def completion_script(shell: str) -> str:
-    """Return a completion script for the given shell, with all commands, options and keys."""
+    """Return a completion script for the given shell, with all commands, options and config keys."""
     root = build_root_parser()
     for action in _actions(root):
         _propose_values(action)

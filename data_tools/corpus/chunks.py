@@ -62,7 +62,7 @@ class Chunk:
 
     @property
     def repeated_file(self) -> str:
-        """Return the name of a file with the positions of repeated documents, int64 of shape (repeated,).
+        """Return the name of the file with the repeated documents' positions in the chunk, int64 of shape (repeated,).
 
         A repeated document equals an earlier document of the source.
         """
@@ -103,7 +103,7 @@ class ChunkRecord:
 
     @property
     def progress(self) -> Contents:
-        """Return the contents of all shards of the chunk."""
+        """Return the numbers of documents, tokens and bytes of text in all shards of the chunk."""
         return sum((Contents(shard.documents, shard.tokens, shard.utf8_bytes) for shard in self.shards), Contents())
 
     def to_bytes(self) -> bytes:

@@ -4,7 +4,7 @@
 2. After each chunk, its shards and its record ``tasks/<chunk>.json`` are written.
 3. At the end, the manifest is written. Then the plan and the records are removed.
 
-An interrupted request can continue. A request with another identity is refused.
+An interrupted request can continue. A request whose identity differs from that in the plan is refused.
 """
 
 import json

@@ -51,12 +51,12 @@ def unordered_map(
 ) -> Generator[Result, None, None]:
     """Call ``work(item, report)`` for each item in worker processes. Yield each result as soon as it is available.
 
-    One worker means this process. With more workers, ``work``, the items and the results must be picklable, and the
-    calling script needs ``if __name__ == "__main__"``. Closing the generator kills the workers.
+    If ``workers`` is 1, this process does the work. Otherwise, ``work``, the items and the results must be picklable,
+    and the calling script needs ``if __name__ == "__main__"``. Closing the generator kills the workers.
 
     Args:
         on_report: receives the arguments of each call of ``report``, in this process.
-        preload: modules that the workers import only once, if possible.
+        preload: modules that are imported once for all workers, on systems with the start method ``forkserver``.
 
     Raises:
         DataError: several workers died at the same item, or a worker cannot be started.

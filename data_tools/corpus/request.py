@@ -1,4 +1,4 @@
-"""Define the options of stage 1, their defaults and their limits."""
+"""Define the options of stage 1 and their defaults, and check the values of the options."""
 
 from dataclasses import dataclass
 from pathlib import Path

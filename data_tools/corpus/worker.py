@@ -1,4 +1,4 @@
-"""Process one chunk: read its documents, choose their splits, and encode, check and write them."""
+"""Process one chunk: read its documents, choose a split for each document, then encode, check and write them."""
 
 import functools
 import io

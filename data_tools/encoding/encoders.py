@@ -105,7 +105,7 @@ def choose_encoder(name: str) -> str:
     """Return the name of the encoder to use. ``auto`` means gigatoken if it is installed, otherwise tiktoken.
 
     Raises:
-        DataError: ``name`` is ``gigatoken``, which is not installed.
+        DataError: ``name`` is ``gigatoken``, but gigatoken is not installed.
     """
     if name == "tiktoken":
         return name

@@ -129,8 +129,8 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
     """Return the path and the size in bytes of each input file. The files of each input are sorted by path.
 
     Args:
-        inputs: files, folders and glob patterns. A folder stands for all files in it and its subfolders that are not
-            hidden.
+        inputs: files, folders and glob patterns. A folder stands for all files in it and in its subfolders, except
+            hidden files and hidden subfolders.
         suffixes: in folders, only files with these suffixes are found. An empty tuple allows all suffixes.
 
     Raises:

@@ -82,7 +82,10 @@ class HuggingFaceSource:
         return [describe_skipped_files(others)] if others else []
 
     def slices(self, slice_bytes: int) -> list[Slice]:
-        """Divide the dataset into slices: ranges of rows for ``save_to_disk``, otherwise one slice per data file."""
+        """Divide the dataset into slices.
+
+        If ``save_to_disk`` has written the dataset, a slice is a range of rows. Otherwise, a slice is one data file.
+        """
         with self._one_line_errors():
             self._require_fetched_files()
             rows = self._open()

@@ -30,7 +30,7 @@ class Source(Protocol):
         ...
 
     def text_bytes(self) -> int | None:
-        """Return the approximate bytes of text, or None if all documents would have to be read."""
+        """Return the approximate size of the text in bytes, or None if this would require reading all documents."""
         ...
 
     def notices(self) -> list[str]:

@@ -45,7 +45,7 @@ class TextSource(FileSource):
         return parse_rows(self._read_bytes(piece), lambda row: _decode_text(*row), on_bad_row)
 
     def notices(self) -> list[str]:
-        """Return at most one message: how many of the first local files are HTML pages."""
+        """Return at most one message: how many of the first ``_MAX_HEADS`` local files are HTML pages."""
         local = [path for path, _ in self.files if not is_remote(path)][:_MAX_HEADS]
         pages = [path for path in local if begins_as(path, "html")]
         if not pages:

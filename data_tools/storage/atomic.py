@@ -45,7 +45,7 @@ def fsync_folder(path: Path) -> None:
 
 
 def publish(aside: Path, target: Path) -> None:
-    """Rename ``aside`` to ``target`` atomically, and fsync the parent folder. ``aside`` must be fsynced.
+    """Rename ``aside`` to ``target`` atomically, and fsync the parent folder. Fsync ``aside`` before this call.
 
     A file may replace a file. A folder may replace only an empty folder.
     """

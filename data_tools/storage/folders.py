@@ -33,7 +33,7 @@ class LocalFolder:
         self.path = path
 
     def names(self) -> set[str]:
-        """Return the names of all files, including those in subfolders. The folder may be missing."""
+        """Return the names of all files, including those in subfolders. A missing folder has no files."""
         return {
             Path(parent, name).relative_to(self.path).as_posix()
             for parent, _, names in os.walk(self.path)

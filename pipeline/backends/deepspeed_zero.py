@@ -214,7 +214,7 @@ def create_deepspeed_backend(model: GPT2, config: Config, world: World, plan: Ba
 
 
 def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[str, Any]:
-    """Return the config for DeepSpeed's engine as JSON values: ``backend.deepspeed`` and keys from the run config.
+    """Return the config for DeepSpeed's engine: ``backend.deepspeed`` and the keys that the run config determines.
 
     Args:
         cpu_adam: whether DeepSpeed's CPUAdam, and not torch's AdamW, updates offloaded optimizer state.
@@ -284,7 +284,7 @@ def _forget_bias_correction(adam: Any, *_: object) -> None:
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's CPUAdam if necessary. Return the error message of the build, or None if it works."""
+    """Build DeepSpeed's CPUAdam if it is not built yet. Return the error message if this fails, otherwise None."""
     wait_for_build_elsewhere(CPUAdamBuilder.NAME)
     try:
         DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])

@@ -33,7 +33,7 @@ class ShardedState(ParameterState):
         self.compute = compute
 
     def publish_masters(self) -> None:
-        """Free the gathered weights, after the masters have changed. The next forward pass gathers the new weights."""
+        """Free the gathered weights, because the masters have changed. The next forward pass gathers them again."""
         for module in self.compute.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

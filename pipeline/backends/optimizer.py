@@ -178,10 +178,10 @@ class LossScaler:
 
     @property
     def factor(self) -> float:
-        """Return the factor for the loss on each rank. Divide the averaged gradients by this factor.
+        """Return the factor for the loss on each rank. The caller must divide the averaged gradients by this factor.
 
-        The trainer multiplies the loss by the world size, so a dynamic scale is divided by the world size. fp16
-        gradients then overflow in the same steps at every world size.
+        The trainer multiplies the loss by the world size. Therefore, this factor is a dynamic scale divided by the
+        world size. fp16 gradients then overflow in the same steps at every world size.
         """
         return self.scale / self.world_size if self.dynamic else 1.0
 
@@ -198,7 +198,7 @@ class LossScaler:
             self.good_steps = 0
 
     def restore(self, scale: float | None, good_steps: int) -> None:
-        """Set the values of ``state``. Nothing changes if ``scale`` is None or if this loss scaler is not dynamic."""
+        """Restore the values that ``state`` returned. If ``scale`` is None or the scale is not dynamic, do nothing."""
         if self.dynamic and scale is not None:
             self.scale, self.good_steps = scale, good_steps
 

@@ -11,7 +11,7 @@ class Range:
     """A range of one flattened parameter, and its place in a *master* (an fp32 tensor that the optimizer updates).
 
     Under FSDP2, a range consists of whole rows. Under ZeRO-1 to ZeRO-3, a range can begin and end at any element.
-    Otherwise, a range is a whole parameter. Padding for alignment belongs to no range.
+    Under the other backends, a range is a whole parameter. Padding for alignment belongs to no range.
     """
 
     name: str  # the canonical name of the parameter, as in GPT2.named_parameters()

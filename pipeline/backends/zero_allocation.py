@@ -19,9 +19,9 @@ def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
 
 
 class AllocatedOnRead(nn.Module):
-    """The module for ``deepspeed.zero.Init``. It allocates each parameter when ``Init`` reads it.
+    """A module whose parameters ``deepspeed.zero.Init`` shards. It allocates each parameter when ``Init`` reads it.
 
-    ``Init`` shards each parameter before it reads the next. Call ``use_placeholders`` on the model first.
+    ``Init`` shards each parameter before it reads the next one. Call ``use_placeholders`` on the model first.
     """
 
     def __init__(self, model: GPT2, device: torch.device) -> None:

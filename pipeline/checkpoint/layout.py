@@ -28,7 +28,7 @@ _STATE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Return the complete checkpoint folders of a run, oldest first. Does not verify their files."""
+    """Return the complete checkpoint folders of a run, oldest first. Their files are not verified."""
     parent = run_folder / CHECKPOINTS_FOLDER
     if not parent.is_dir():
         return []

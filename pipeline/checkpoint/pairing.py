@@ -44,7 +44,7 @@ def is_abandoned(run_folder: Path, url: str, step: int) -> bool:
 
 
 def forget_abandoned(run_folder: Path, url: str) -> None:
-    """Delete the record of ``abandon`` for a URL. Call this after the checkpoints there were renamed."""
+    """Forget that checkpoints at a URL are abandoned. Call this after their manifests were renamed."""
     record = _read(run_folder)
     if record["abandoned_from"].pop(url, None) is not None:
         _write(run_folder, record)

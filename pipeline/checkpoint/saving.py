@@ -1,4 +1,4 @@
-"""Write a checkpoint: each rank writes into a temporary folder, and the main rank renames the folder."""
+"""Write a checkpoint: all ranks write into one temporary folder. The main rank then renames the complete folder."""
 
 import logging
 import shutil
@@ -83,7 +83,8 @@ def write_checkpoint(
 
     Args:
         config: the resolved config to store in the checkpoint.
-        pinned: returns a context manager for the deletion, which gives the steps whose checkpoints must be kept.
+        pinned: returns a context manager that gives the steps whose checkpoints must be kept. In its block, old
+            checkpoints are deleted.
 
     Raises:
         CheckpointError: a rank could not write a file, or read back different bytes. The incomplete folder is removed,

@@ -40,8 +40,8 @@ _LOCK_FILE = "copy.lock"
 def locate_weights_of(place: Path | str) -> Path:
     """Return a folder on this machine with an undamaged checkpoint, for commands that only read the weights.
 
-    From a URL, the weights are copied without the optimizer's state, unless this machine has a copy. Only the newest
-    copy per URL is kept.
+    If ``place`` is a URL, this call downloads the weights, unless this machine already has them. Only the newest copy
+    per URL is kept.
 
     Args:
         place: the path or URL of a checkpoint folder or a run folder.

@@ -102,7 +102,7 @@ def data_sha256(datasets: Sequence[TokenDataset]) -> str:
 def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
     """Raise DataError if the hash of a shard differs from the hash in the manifest.
 
-    Every rank must call this function, and checks some of the shards.
+    Every rank must call this function, because each rank checks some of the shards.
     """
     started, problem = time.perf_counter(), None
     shards = [(Path(dataset.path), shard) for dataset in datasets for shard in dataset.train.manifest.shards]

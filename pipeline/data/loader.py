@@ -161,7 +161,7 @@ class Prefetcher:
     def micro_batches(self, consumed: int) -> list[MicroBatch]:
         """Return the micro-batches of this rank in the step after ``consumed`` samples.
 
-        If the thread failed, this call raises its error.
+        If the prefetch thread failed to read this step, this call raises the thread's error.
         """
         ahead, self._ahead = self._ahead, None
         batches = ahead[1].result() if ahead and ahead[0] == consumed else self._read(consumed)

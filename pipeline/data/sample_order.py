@@ -1,7 +1,7 @@
 """Compute which window of which dataset a sample is.
 
-The number of the sample suffices, so a run can resume at any sample. A mixture assigns samples to datasets, in
-proportion to the weights of the datasets. Within a dataset, each epoch has a different random order of the windows.
+The result does not depend on earlier samples, so a run can resume at any sample. A mixture assigns samples to datasets,
+in proportion to the weights of the datasets. Within a dataset, each epoch has a different random order of the windows.
 """
 
 from __future__ import annotations

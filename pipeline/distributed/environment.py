@@ -103,7 +103,7 @@ def launcher_name() -> str | None:
 def requested_threads() -> int | None:
     """Return the number of threads per process that the user has set with ``OMP_NUM_THREADS``, or None.
 
-    torchrun's default of 1 for several processes does not count.
+    If torchrun has set the variable to 1, its default for several processes, return None.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
@@ -136,7 +136,7 @@ def let_gloo_connect_late() -> None:
 def set_openmp_threads(threads: int) -> None:
     """Set the number of threads for libraries with their own copy of OpenMP, such as DeepSpeed's CPUAdam.
 
-    Call this function before such a library is loaded. ``torch.set_num_threads`` has no effect on it.
+    Call this function before such a library is loaded. ``torch.set_num_threads`` has no effect on such libraries.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
 

@@ -1,7 +1,7 @@
 """Allocate buffers in host memory, into which tensors are copied. Buffers for tensors on a GPU are pinned.
 
 torch rounds each pinned allocation up to a power of two. With one allocation per tensor, GPT-2 would need up to 1.7
-times the memory. Therefore, several buffers share an allocation whose size is a power of two, a *slab*.
+times the memory. Therefore, several buffers share one allocation (a *slab*), whose size is a power of two.
 """
 
 from collections.abc import Mapping, Sequence

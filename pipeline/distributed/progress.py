@@ -123,7 +123,7 @@ class Place:
         """Return whether the rank computes without progress, for example in an infinite loop.
 
         The CPU time since the rank's last progress must exceed ``timeout_s``. It must also exceed ``LOOP_FACTOR`` times
-        the longest CPU time before. If none is known, the result is False.
+        ``longest_s``. If ``longest_s`` is not known yet, the result is False.
         """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 

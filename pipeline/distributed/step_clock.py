@@ -111,7 +111,7 @@ class StepClock:
 
     Args:
         is_active: if False, nothing is measured.
-        clock: if None, the device determines the clock.
+        clock: reads the time. If None, a clock for the device is created.
     """
 
     def __init__(self, device: torch.device, *, is_active: bool, clock: HostClock | StreamClock | None = None) -> None:

@@ -165,7 +165,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
     Args:
         wanted: the value of ``run.device``.
-        local_rank: the number of this rank on its node, and of its GPU.
+        local_rank: the number of this rank on its node. This is also the number of the rank's GPU.
 
     Raises:
         ConfigError: this machine does not have the device, or has fewer GPUs than ranks.

@@ -29,7 +29,7 @@ def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
 
     Args:
         folder: the folder for runs and data. It need not exist yet.
-        thorough: whether to also compile code and start two ranks. The first time, this takes one or two minutes.
+        thorough: whether to also compile code and start two ranks. On a new machine, this takes one or two minutes.
     """
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("device", check_devices),

@@ -68,7 +68,7 @@ def _check_extras(project: Distribution) -> Iterator[Finding]:
 def requirements(project: Distribution, extra: str) -> list[Requirement]:
     """Return the requirements that an extra (a set of optional dependencies) adds to a project.
 
-    For the extra "", return the requirements without extras.
+    If ``extra`` is "", return the requirements that belong to no extra.
     """
     found = [Requirement(line) for line in project.requires or ()]
     return [r for r in found if _applies(r, extra) and (not extra or not _applies(r, ""))]

@@ -52,7 +52,7 @@ def _choose(context: str, choices: list[str], gold: int) -> Example:
 def any_choices(row: Row) -> Example:
     """Read ``query``, ``choices``, ``gold``: the context, its continuations, and the index of the right continuation.
 
-    Returns one pair per choice.
+    Each continuation gets a space at its beginning.
     """
     choices = texts_field(row, "choices")
     return _choose(text_field(row, "query"), choices, index_field(row, "gold", len(choices)))
@@ -193,7 +193,7 @@ class Settings:
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the options for one task, with the task's limit as ``limit``."""
+        """Return the settings for one task. If ``limits`` contains the task, its value there becomes ``limit``."""
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:

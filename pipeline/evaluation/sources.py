@@ -100,8 +100,8 @@ def read_file(path: Path, *, by_line: bool = False) -> Rows:
     table. Any other file is UTF-8 text, and becomes one row with the column ``text``.
 
     Args:
-        by_line: whether each line of a text file becomes a row, without white space at its end. Empty lines are
-            ignored.
+        by_line: whether each line of a text file becomes a row. If so, empty lines and white space at the end of lines
+            are left out.
 
     Raises:
         DataError: the file cannot be read, is compressed or is empty.

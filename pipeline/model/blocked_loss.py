@@ -65,7 +65,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
 def compute_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, compiles: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the losses and the log of each row's sum of exponentials, both fp32 of shape (N,).
+    """Return each row's loss and the log-sum-exp of each row's logits, both fp32 of shape (N,).
 
     Args:
         targets: (N,) int64 ids, or -1 if a target is not scored.

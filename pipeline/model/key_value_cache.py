@@ -48,10 +48,10 @@ class KeyValueCache:
 
     @contextmanager
     def append(self, lengths: list[int]) -> Iterator[None]:
-        """Return a context manager that appends tokens. Inside it, every layer must call ``attend`` once with them.
+        """Return a context manager that appends tokens. In its block, every layer must call ``attend`` once.
 
         Args:
-            lengths: the number of new tokens per row, without padding. Only an empty cache takes more than 1.
+            lengths: the number of new tokens per row, without padding. If the cache is not empty, each must be 1.
         """
         assert lengths == [1] * len(self.lengths) or not any(self.lengths), "only an empty cache takes whole rows"
         self._new = lengths

@@ -1,7 +1,7 @@
 """Define linear layers for fast inference on a CPU. A measurement chooses how they store their weights.
 
-In generation, a product takes as long as reading the weight from memory. Whether torch or oneDNN reads weights faster
-depends on the CPU.
+In generation, a matrix product takes about as long as reading its weight from memory. Whether torch
+or oneDNN reads weights faster depends on the CPU.
 """
 
 import time
@@ -85,8 +85,9 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None)
     Nothing changes on a GPU, or if oneDNN does not support the dtype on this CPU.
 
     Args:
-        rows: the number of rows in most inputs. A measurement chooses the fastest way for this number. If None, the
-            usual way is chosen, so that the rounding is the same each time.
+        rows: the number of rows in most inputs. Each layer uses the ``Way`` that is the fastest for this number in a
+            measurement. If None, each layer uses the first ``Way`` in ``WAYS``, so that the rounding is the same each
+            time.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return

@@ -1,19 +1,19 @@
 """Estimate the time of collectives from the bandwidths and latencies of the links between ranks.
 
-As in NCCL 2.12 (``src/graph/tuning.cc``), the fastest algorithm for each collective is assumed. Gloo always uses a ring
-for an all-reduce.
+The estimate assumes that each collective uses its fastest algorithm, as NCCL 2.12 does (``src/graph/tuning.cc``). Gloo
+is different: it always uses a ring for an all-reduce.
 
 In the formulas, n is the number of bytes, p the number of ranks, and h the number of hosts. A host has g = p / h ranks.
-Each rank has a link within its host, with bandwidth B_host and latency a_host. It also has a link between hosts, with
-B_net and a_net. The bandwidth B is B_host on one host. On several hosts, NCCL's rings together use all network
-adapters, so B is min(B_host, g B_net).
+Each rank has a link within its host, with bandwidth B_host and latency a_host. Each rank also has a link to other
+hosts, with bandwidth B_net and latency a_net. On one host, B is B_host. On several hosts, NCCL's rings together use all
+network adapters, so B is min(B_host, g B_net).
 
 =============  ==================================================================================  ====================
 algorithm      time                                                                                used for
 =============  ==================================================================================  ====================
 ring           (p - 1) / p n / B + (p - h) a_host + (h - 1) a_net                                  all-gather,
                                                                                                    reduce-scatter
-ring           twice this time                                                                     all-reduce
+ring           twice the time of the row above                                                     all-reduce
 tree           2 n / B + 2 (g - 1) a_host + 2 ceil(log2 h) a_net                                   all-reduce
 hierarchical   reduce-scatter of n within each host, all-reduce of n / g between hosts, all-gather all-reduce
                of n within each host
@@ -42,7 +42,7 @@ class Link:
 class Group:
     """The ranks of a collective. The numbers of two consecutive ranks differ by ``stride``.
 
-    All other ranks are in groups of the same kind, which communicate at the same time.
+    The other ranks are in groups with the same ``size`` and ``stride``. All groups communicate at the same time.
     """
 
     size: int

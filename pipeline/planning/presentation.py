@@ -30,7 +30,7 @@ def format_plans(
     """Return a text about plans: the verdict, the assumptions, the speed of the fastest plan, and two tables.
 
     Args:
-        config: the planned config. The plans may have other backends.
+        config: the planned config. The plans may have other backends than this config.
         mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of training tokens in the whole run.
         price: the price per hour and device. If given, the text contains the cost.

@@ -98,7 +98,7 @@ def overlaps(config: Config, device: Device) -> bool:
 
 
 def compute_seconds(collectives: StepCollectives, pass_s: float) -> float:
-    """Return the computing time of the micro-steps of a step.
+    """Return the computing time of all micro-steps of one step, including recomputation.
 
     Args:
         pass_s: the computing time of one micro-step, without recomputation.
@@ -109,8 +109,9 @@ def compute_seconds(collectives: StepCollectives, pass_s: float) -> float:
 def communication_waits(collectives: StepCollectives, pass_s: float, cluster: Cluster, *, overlaps: bool) -> Waits:
     """Return how long a rank waits for collectives in a step, by cause.
 
-    The wait is estimated again without latency, and then also with infinite bandwidth between hosts. The differences
-    are the waits for these causes.
+    The wait is estimated three times: for the real links, for links without latency, and for links without latency and
+    with infinite bandwidth between hosts. The differences of the estimates are the waits for latency and for
+    links between hosts. The last estimate is the wait for links within hosts.
 
     Args:
         pass_s: the computing time of one micro-step, without recomputation.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class Colour:
     """A color with a light and a dark variant.
 
-    No two colors may have the same light variant, because the SVG's light variants are replaced by CSS variables.
+    In an SVG, the program replaces each light variant by a CSS variable. Therefore, all light variants must be
+    different.
     """
 
     name: str

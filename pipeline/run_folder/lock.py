@@ -36,7 +36,10 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return whether a process holds the lock of a run folder. Processes on other hosts count as alive."""
+    """Return whether a process holds the lock of a run folder.
+
+    A process on another host is assumed to be alive.
+    """
     try:
         holder = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))
         is_here, pid = holder["host"] == socket.gethostname(), int(holder["pid"])

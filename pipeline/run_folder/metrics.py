@@ -83,7 +83,7 @@ def format_row(row: dict[str, Any], max_steps: int) -> str:
 
 
 def describe_speed(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the median speed of the training rows and the highest peak memory as text, or "" without such rows."""
+    """Describe the median speed and the highest peak memory of the training rows. Without such rows, return ""."""
     trained = [row for row in rows if all(row.get(key) is not None for key in _SPEED_KEYS)]
     if not trained:
         return ""

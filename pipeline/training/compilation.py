@@ -63,7 +63,8 @@ def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: in
 
     Args:
         tokens: about how many tokens to run.
-        repeats: how often to repeat the first pass, which is slower. With 0, the result is too long.
+        repeats: how often to repeat the pass. The first pass is slower, so its time is ignored unless ``repeats`` is 0.
+            With 0, the result is too long.
     """
     sequences = min(plan.micro_batch_size, max(1, tokens // plan.seq_len))
     compute = replicated_compute(_timed_model(config), config.run.precision, torch.device("cpu"))

@@ -45,8 +45,8 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Return a context manager that records signals. Inside its block, only a second Ctrl-C ends the process.
 
-        If the block raises a ``RuntimeError``, signals do not end the process afterwards either. A lost rank may be the
-        cause. The launcher then sends SIGTERM, and this rank must first print which rank is lost.
+        If the block raises a ``RuntimeError``, signals are handled like this after the block, too. The cause may be a
+        lost rank. The launcher then sends SIGTERM to this process, which must first print which rank is lost.
         """
         thread = SignalThread(self._record)
         thread.start()

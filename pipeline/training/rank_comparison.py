@@ -58,7 +58,8 @@ class RankComparison:
     def read(self) -> dict[str, Any]:
         """Return metrics from the times that ``start`` has collected. If a rank is slow, log it.
 
-        Synchronize the device first. The result is empty for a single rank, or if a rank has measured no step yet.
+        Synchronize the device before this call. If the run has only one rank or a rank has measured no
+        step yet, the result is empty.
         """
         times = [] if self._times is None else self._times.tolist()
         if not times or not all(compute_s for compute_s, *_ in times):
@@ -86,7 +87,7 @@ class RankComparison:
         return self._shortest_wait_s > limit_s
 
     def log_links(self) -> None:
-        """Measure the links between the hosts, and log a slow one. Every rank must call this."""
+        """Measure the links between the hosts, and log the slow host or the slowest link. Every rank must call this."""
         self._measured_wait_s = self._shortest_wait_s
         links = measure_links(self._world, self._hosts)
         if self._world.is_main:

@@ -137,7 +137,7 @@ def _is_of_another_run(start: Path, config: Config) -> bool:
 
 
 def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
-    """Return why the run is complete, and how to train longer, or None."""
+    """Return why the run is complete and how to train longer. If the run is not complete, return None."""
     if state.step >= schedule.max_steps:
         return (
             f"at step {state.step} of schedule.max_steps {schedule.max_steps}, nothing to train; raise "

@@ -133,8 +133,8 @@ def open_run_folder(config: Config, resources: ExitStack) -> None:
     """Create and lock the run folder.
 
     Args:
-        resources: when this stack closes, it releases the lock. If the run could not start, it also removes new
-            folders.
+        resources: when this stack closes, it releases the lock. If the run could not start, the stack also removes the
+            folders that this call created.
     """
     folder = Path(config.run.out_dir)
     resources.enter_context(removed_if_unused(make_run_folder(folder)))

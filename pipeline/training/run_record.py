@@ -88,7 +88,8 @@ class RunRecord:
     def write_uploads(self, outcomes: list[UploadOutcome]) -> None:
         """Write one row per finished upload of a checkpoint.
 
-        A failed upload is counted, and logged only if its reason differs from the last one.
+        A failed upload is counted and logged. If the previous upload failed for the same reason, the failure is only
+        counted.
         """
         url = self.config.checkpoint.remote
         for outcome in outcomes:

@@ -42,7 +42,7 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
 
 
 def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
-    """Return the decay of the average of the weights in the next step, or None without an average.
+    """Return the decay of the weights' moving average in the next step. If ``averaging.ema`` is None, return None.
 
     The decay is smaller at the beginning, so that the average soon forgets the initial weights. The formula is that of
     TensorFlow's ``ExponentialMovingAverage``.

@@ -1,4 +1,4 @@
-"""Profile some training steps, and write a trace and a table of the slowest operators."""
+"""Profile some training steps. Write a trace of these steps, and a table of the slowest operators."""
 
 import logging
 from collections.abc import Iterator

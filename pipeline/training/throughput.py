@@ -87,7 +87,7 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Return a context manager that stops the clock."""
+        """Return a context manager that stops the clock during its block."""
         stopped = time.perf_counter()
         try:
             yield

@@ -73,7 +73,7 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def to_generation_json(config: ModelConfig) -> dict[str, Any]:
-    """Return the content of ``generation_config.json``. Without GPT-2's vocabulary, its token ids are null."""
+    """Return the content of ``generation_config.json``. If the vocabulary is not GPT-2's, the token ids are null."""
     token = END_OF_TEXT if config.vocab_size == GPT2_VOCAB_SIZE else None
     return dict.fromkeys(_SPECIAL_KEYS, token)
 
