@@ -68,7 +68,7 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def one_line_read_errors(path: Path) -> Iterator[None]:
-    """Return a context manager that converts an ``OSError`` of a read to a DataError.
+    """Return a context manager for reading a file. It converts an ``OSError`` to a DataError.
 
     If the ``OSError`` names no file, the message contains ``path``.
     """

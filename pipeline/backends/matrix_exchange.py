@@ -79,7 +79,8 @@ class MatrixExchange:
         Args:
             elements: for each span of this rank, the matrix elements in this range, shape (n,).
             targets: for each span, an fp32 tensor (n,) on any device, which is changed in place.
-            function: transforms matrices of one shape, (n, rows, columns), on ``world.device``.
+            function: transforms n matrices that have one shape. It takes and returns a tensor (n, rows, columns) on
+                ``world.device``.
         """
         for batch in self._batches:
             stacks = self._assemble(batch, elements)

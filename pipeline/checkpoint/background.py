@@ -108,8 +108,8 @@ class SnapshotTaker:
 
     If the share is on a GPU, the copy is in pinned memory.
 
-    All snapshots share their buffers, so a snapshot is valid until the next one. With AdamW, the buffers need 12 bytes
-    per weight in the share.
+    All snapshots share their buffers, so a snapshot is valid until the next one is taken. With AdamW, the buffers need
+    12 bytes per weight in the share.
     """
 
     def __init__(self, backend: Backend, world: World) -> None:

@@ -30,7 +30,7 @@ _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
-    """Copy a checkpoint into a new run folder, with the files that a single rank would have written.
+    """Copy a checkpoint into a new run folder. The copy has the files that a run with one rank would have written.
 
     In the new ``config.json``, ``run.out_dir`` is the new folder.
 
@@ -77,8 +77,8 @@ def write_new_run(
 
     Args:
         shapes: the shapes of all parameters, by canonical name.
-        read: returns the tensor for (kind, canonical name), just before the tensor is written. The kind is ``weight``
-            or the name of an optimizer tensor, such as ``exp_avg``.
+        read: takes (kind, canonical name), and returns the tensor to write. The kind is ``weight`` or the name of an
+            optimizer tensor, such as ``exp_avg``.
         stored_config: the config to store in the checkpoint. If None, ``config`` is stored.
         state_names: the names of each parameter's optimizer tensors. If None, ``config.optimizer`` decides.
         averaged_steps: if the weights are an average, the steps of the averaged checkpoints.

@@ -22,8 +22,8 @@ _DUMP_TIMEOUT_S = 10.0  # the recorder asks the driver of a GPU, which may hang
 def report_collectives(folder: Path | None, rank: int) -> None:
     """Save the flight recorder of this rank, and print one line about it on standard error.
 
-    If ``folder`` is None, or if its parent (the run folder) does not exist, do nothing. With many ranks, only some
-    print.
+    If ``folder`` is None, or if its parent (the run folder) does not exist, do nothing. In a run with
+    many ranks, only some ranks print this line.
     """
     if folder and folder.parent.is_dir():
         summary = save_flight_recorder(folder, rank)

@@ -10,7 +10,7 @@ which is compute plus data wait.
 On a CPU, the clock measures the main thread. On a GPU, CUDA events measure the stream on which the model computes.
 
 During a step, the clock replaces torch's functions that wait for a collective, to measure the wait. DDP waits in C++
-code, so its backend must call ``StepClock.backward_pass``.
+code, so the DDP backend must call ``StepClock.backward_pass``.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Choose the sizes of shard groups that are worth planning for FSDP2."""
+"""Choose the sizes of FSDP2's shard groups that the command ``plan`` compares."""
 
 from pipeline.config.schema import Config
 

@@ -29,7 +29,7 @@ _LEFT_COLUMNS = (0, 1, 8)
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The facts about one run folder. A number that the run has not written yet is None."""
+    """The state and the progress of one run. A number that the run has not written yet is None."""
 
     folder: str
     state: str
