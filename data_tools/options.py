@@ -19,10 +19,11 @@ class SourceRequest:
     """The options that select a source and its documents.
 
     Attributes:
-        inputs: files, folders or glob patterns. For ``hf``, the name of one dataset, or one local folder.
+        inputs: files, folders or glob patterns. For the source ``hf``, the name of one dataset, or one local folder.
         text_field: the field or column with the text of a document.
-        document_separator: for ``text``, the text between two documents of a file. If None, each file is one document.
-        dataset_config, dataset_split: for ``hf`` and ``fineweb-edu``, the configuration and the split of the dataset.
+        document_separator: for the source ``text``, the text between two documents of a file. If None, each file is
+            one document.
+        dataset_config, dataset_split: the configuration and the split of the dataset, for ``hf`` and ``fineweb-edu``.
     """
 
     source: SourceKind

@@ -59,7 +59,7 @@ def train(
 
     Args:
         arguments: the parsed options of the command ``run``.
-        overrides: added to those of ``--set``.
+        overrides: texts ``section.key=value``, which are added to those of ``--set``.
         start: options of the train command that say where the run starts.
     """
     launcher = [sys.executable]

@@ -39,7 +39,7 @@ class ProgressDisplay(Observer):
         tqdm.write(str(estimate), file=sys.stderr)
 
     def progressed(self, progress: Contents) -> None:
-        """Show the progress. The first call has only the chunks of an earlier, interrupted command."""
+        """Show the progress. In the first call, ``progress`` is that of an earlier, interrupted command."""
         self._now = progress
         if self._at_start is None:
             self._at_start = progress

@@ -30,7 +30,7 @@ class Observer:
         """Receive a message about the input for the user. All messages come before ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
-        """Receive the estimate before the first chunk is processed. ``tokenize_share`` makes no estimate."""
+        """Receive the estimate before the first chunk is processed. ``tokenize_share`` does not call this method."""
 
     def progressed(self, progress: Contents) -> None:
         """Receive the progress of the whole request, including work before an interruption."""

@@ -28,7 +28,7 @@ class ConvertRequest:
     """A request to convert tokens into a new folder.
 
     Attributes:
-        source, source_format, split_of: as ``path``, ``format`` and ``split_of`` of ``open_collection``.
+        source, source_format, split_of: the arguments ``path``, ``format`` and ``split_of`` of ``open_collection``.
         out: a new or empty folder.
         to: one of ``OUTPUT_FORMATS``.
         shard_tokens: the number of tokens per shard. None keeps the shards if the source has a manifest and ``to`` is

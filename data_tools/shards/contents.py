@@ -33,7 +33,7 @@ class Contents:
 
 
 class Vocabulary:
-    """Counts documents, tokens and bytes of text in tokens of a given tokenizer.
+    """Counts the documents, tokens and bytes of text in token arrays of one tokenizer.
 
     Attributes:
         end_of_text: the id of the token that separates documents. It counts as 0 bytes of text.

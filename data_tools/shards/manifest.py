@@ -136,7 +136,7 @@ class Manifest:
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     def shards_of(self, split: str) -> tuple[ShardRecord, ...]:
-        """Return the records of a split's shards, in the order of their tokens. The split may be missing."""
+        """Return the records of a split's shards, in the order of their tokens. A missing split has no records."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def tokens_of(self, split: str) -> int:

@@ -1,4 +1,4 @@
-"""Write token shards in constant memory. A shard is written under a temporary name, and then renamed.
+"""Write token shards in constant memory. A shard gets its final name only when it is complete.
 
 This module does not fsync the files. The caller must fsync them when it moves them into the output folder.
 """

@@ -63,7 +63,7 @@ class HuggingFaceSource:
         }
 
     def text_bytes(self) -> int | None:
-        """Return the bytes of text, or None if the dataset was not written by ``save_to_disk``."""
+        """Return the number of bytes of text, or None if the dataset was not written by ``save_to_disk``."""
         with self._one_line_errors():
             rows = self._open() if self._is_saved() else None
             return None if rows is None else _text_bytes_of(rows, self._text_field)
@@ -71,8 +71,8 @@ class HuggingFaceSource:
     def notices(self) -> list[str]:
         """Return at most one message about skipped files.
 
-        In a local folder, ``datasets`` reads only one kind of file. Skipped files are known only if this kind is JSON,
-        Parquet, CSV, text or Arrow.
+        In a local folder, the library ``datasets`` reads only one kind of file. Skipped files are known only if this
+        kind is JSON, Parquet, CSV, text or Arrow.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []

@@ -101,8 +101,8 @@ def write_json_durably(path: Path, value: Any) -> None:
 def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
     """Return a context manager for writing a folder. Its ``with`` block gets an empty folder with a temporary name.
 
-    Then the folder is renamed to ``target``. If the block raises an error, the folder is deleted. During the block, the
-    folder is locked.
+    After the block, the folder is renamed to ``target``. If the block raises an error, the folder is deleted. During
+    the block, the folder is locked.
 
     Args:
         target: the final name. It must be an empty folder or not exist.

@@ -51,7 +51,7 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
 
 
 def sha256_of_json(value: dict[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object as 64 hexadecimal digits. The order of the keys matters."""
+    """Return the SHA-256 of a JSON object as 64 hexadecimal digits. Another order of the keys gives another hash."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

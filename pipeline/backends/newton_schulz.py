@@ -12,15 +12,15 @@ _EPS = 1e-7
 
 
 def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
-    """Return approximations of the orthogonal matrices that are nearest to some matrices.
+    """Return an approximation of the nearest orthogonal matrix for each given matrix.
 
     A result has the singular vectors of its matrix, and singular values close to 1. A matrix of zeros gives zeros.
 
-    Each iteration replaces X by P X with P = a I + b G + c G^2. Here, G = X X^T is the Gram matrix. For tall matrices,
-    X P with the smaller G = X^T X gives the same result.
+    Each iteration replaces X by P X with P = a I + b G + c G^2. Here, G = X X^T is the Gram matrix, and a, b and c
+    are constants. For tall matrices, X P with the smaller G = X^T X gives the same result.
 
     If X is far from square, two iterations share one Gram matrix to save FLOPs: the second iteration uses P G P, the
-    Gram matrix of P X. More than two would not be stable in bf16.
+    Gram matrix of P X. More than two iterations per Gram matrix would not be stable in bf16.
 
     Args:
         matrices: shape (n, rows, columns), in the dtype of the computation and of the result.

@@ -204,5 +204,5 @@ class LossScaler:
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale and the number of good steps since its last change. A scale that is not dynamic is None."""
+        """Return the scale (None if it is not dynamic) and the number of good steps since its last change."""
         return (self.scale if self.dynamic else None), self.good_steps

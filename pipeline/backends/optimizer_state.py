@@ -102,7 +102,7 @@ class OptimizerState(ABC):
                 state["step"] = count
 
     def adam_states(self) -> list[dict[str, Any]]:
-        """Return AdamW's state of each master that AdamW updates. Missing state is created."""
+        """Return AdamW's state of each tensor that AdamW updates. Missing state is created."""
         self.create_states()
         states = (self.optimizer.state[master] for master in self.masters)
         return [state for state in states if "step" in state]

@@ -22,7 +22,7 @@ class WeightAverage:
         self._averages: dict[int, Tensor] = {}  # id(master) -> average
 
     def of(self, master: Tensor) -> Tensor:
-        """Return the moving average of a master, with the shape and sharding of the master."""
+        """Return the moving average of one of this rank's masters. Both have the same shape and sharding."""
         if id(master) not in self._averages:
             self._averages[id(master)] = master.detach().clone()
         return self._averages[id(master)]
@@ -34,7 +34,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, decay: float, grad_norm: Tensor | float) -> None:
-        """Replace each average a by decay * a + (1 - decay) * w. Here, w is the value of the master.
+        """Replace each average a by decay * a + (1 - decay) * w. Here, w is the current value of the weight.
 
         If the gradient norm is not finite, nothing changes. On a GPU, this does not wait for the norm.
         """

@@ -32,12 +32,12 @@ def load_training_state(folder: Path, backend: Backend, rank: int | None = None)
     If another optimizer wrote the checkpoint, only the weights are loaded. The optimizer then starts at step count 0,
     and ``optimizer_start`` in the result is the number of updates so far.
 
-    If the checkpoint lacks an average of the weights that the backend keeps, the average starts as a copy of the
+    If the backend keeps an average of the weights and the checkpoint has none, the average starts as a copy of the
     weights.
 
     Args:
-        rank: the rank whose files are tried first. If they contain all that the rank needs, no other file is read. If
-            None, the headers of all files are checked.
+        rank: the rank whose files are tried first. If these files contain all elements that this process needs, no
+            other file is read. If None, the headers of all files are checked.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model. If a file could not be read, the backend

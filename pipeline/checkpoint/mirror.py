@@ -89,11 +89,11 @@ class Mirror:
         self._thread.start()
 
     def request(self) -> None:
-        """Upload the checkpoints that the URL lacks. Do not wait for the upload."""
+        """Begin to upload the checkpoints that the URL lacks. Do not wait for the end of the upload."""
         self._due.set()
 
     def poll(self) -> list[UploadOutcome]:
-        """Return the outcomes of the uploads that ended after the last call. Ranks other than 0 get an empty list."""
+        """Return the outcomes of the uploads that ended since the last call. Ranks other than 0 get an empty list."""
         outcomes = []
         while self._outcomes:
             outcomes.append(self._outcomes.popleft())
@@ -101,9 +101,9 @@ class Mirror:
 
     @contextmanager
     def pinned(self) -> Iterator[Set[int]]:
-        """Return a context manager. Delete checkpoints from the disk only in its ``with`` block.
+        """Return a context manager. The caller may delete local checkpoints only in its ``with`` block.
 
-        The block gets the steps of the checkpoints that are being uploaded. Do not delete these checkpoints.
+        The block gets the steps of the checkpoints that are being uploaded. The caller must not delete them.
         """
         with self._lock:
             yield frozenset(self._uploading)

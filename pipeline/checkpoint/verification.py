@@ -114,7 +114,9 @@ def locate_checkpoint(path: Path) -> Path:
 
 
 def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
-    """Verify a checkpoint, or all checkpoints of a run, oldest first. Print one line per checkpoint and the speed.
+    """Verify a checkpoint, or all checkpoints of a run, oldest first.
+
+    Prints one line per checkpoint, then the read speed.
 
     Raises:
         CheckpointError: the path contains no checkpoint, or a checkpoint is damaged.

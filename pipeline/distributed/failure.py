@@ -29,9 +29,9 @@ def report(error: BaseException) -> int:
     A ``UserError`` is printed as one line, any other error with a traceback.
 
     A user error, such as a wrong config, usually occurs on all ranks. Rank 0 prints it at once. The other ranks wait
-    for two seconds. During this time, the launcher ends them.
+    for two seconds, so that the launcher can end them before they print.
 
-    Every rank prints a ``LostRankError`` at once. With more than 64 ranks, only two ranks per node print it.
+    With up to 64 ranks, every rank prints a ``LostRankError`` at once. With more, two ranks per node print it.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):

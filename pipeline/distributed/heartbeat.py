@@ -126,7 +126,7 @@ class Heartbeat:
                 self._exit(verdict)
 
     def take_turn(self, number: int, elapsed_s: float) -> Verdict | None:
-        """Send a heartbeat and read those of the watched ranks. Return why the run ends, or None.
+        """Send a heartbeat and read those of the watched ranks. Return why the run must end, or None if it continues.
 
         Args:
             number: the number of this turn, which makes every heartbeat different.
@@ -265,8 +265,8 @@ def find_lost(world: World) -> str | None:
     """Return a text that names the lost ranks, or None if no rank is lost.
 
     A rank is lost if it has failed or sends no heartbeat during this call. The call takes a few seconds. Only the first
-    rank that calls reads the heartbeats, and the others wait for its result. If the first rank is lost, too, another
-    one reads them.
+    rank that makes this call reads the heartbeats. The other ranks wait for its result. If the first rank is lost, too,
+    another one reads them.
     """
     otherwise: str | None = _LOST_STORE
     return _within_store_timeout(lambda: _find_lost(world), otherwise)

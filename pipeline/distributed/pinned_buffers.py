@@ -45,7 +45,8 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
     """Divide buffers among slabs (allocations whose size is a power of two), so that little memory is lost.
 
-    The remaining buffers fill each slab. If the largest of them does not fit, the slab is larger.
+    The size of a slab is the largest power of two that the remaining buffers can fill. If the largest buffer does not
+    fit, the slab has the size that this buffer needs.
 
     Args:
         sizes: the size of each buffer in bytes.

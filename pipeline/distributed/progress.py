@@ -109,12 +109,13 @@ class Place:
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank seems to be stuck: it loops, or has been still for too long.
+        """Return whether the rank seems to be stuck: it loops (see ``loops``), or has been still for too long.
 
         A rank is still while it records no progress and uses no CPU time.
 
         Args:
-            timeout_s: the seconds that a rank may be still. A patient phase allows at least ``PATIENCE_S`` seconds.
+            timeout_s: the seconds that a rank may be still. If ``is_patient`` is True, it may be still for at least
+                ``PATIENCE_S`` seconds.
         """
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
         return self.still_s > allowed_s or self.loops(timeout_s)
@@ -208,8 +209,8 @@ def _describe_frame(frame: FrameType) -> str:
 def find_stuck(places: Mapping[int, Place], timeout_s: float) -> list[int]:
     """Return the ranks that are stuck.
 
-    An overdue rank (see ``Place.is_overdue``) is stuck if another rank has passed more marks. If all ranks are overdue,
-    those that have passed the fewest marks are stuck.
+    An overdue rank (see ``Place.is_overdue``) is stuck if another rank has passed more marks, such as micro-batches
+    or collectives. If all ranks are overdue, those that have passed the fewest marks are stuck.
 
     Args:
         places: what the main thread of each rank is doing.

@@ -84,7 +84,9 @@ class BundleTask:
         return f"{context}{self.delimiter}{continuation}"
 
     def requests(self, number: int, tokenizer: Tokenizer, context_length: int) -> list[Request]:
-        """Return one request per pair of an example. The kind of the task determines which tokens are scored.
+        """Return one request per pair (context and continuation) of an example.
+
+        The kind of the task determines which tokens are scored:
 
         - ``multiple_choice``: the tokens after the common beginning of all pairs.
         - ``schema``: the tokens of the common end of all pairs.
@@ -124,7 +126,7 @@ class BundleTask:
     def answer(self, requests: Sequence[Request], scores: Sequence[Score]) -> int:
         """Return the index of the pair with the highest mean log-likelihood per token.
 
-        If the item has only one pair, return 0 if greedy decoding generates the continuation, and 1 (wrong) otherwise.
+        If there is only one pair, return 0 if greedy decoding generates the continuation, and 1 (wrong) otherwise.
         """
         if len(scores) == 1:
             return int(not scores[0].is_greedy)

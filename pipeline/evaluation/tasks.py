@@ -177,7 +177,7 @@ def prepare_task(name: str, path: str | None, settings: Settings, model: ModelCo
         path: the file with the examples. None means the task's dataset on the hub.
 
     Raises:
-        ConfigError: the vocabulary is not GPT-2's, or the task does not support an option in ``settings``.
+        ConfigError: the model's vocabulary is not GPT-2's, or the task does not support an option in ``settings``.
         DataError: the examples cannot be read, or do not have the form that the task needs.
     """
     if model.vocab_size != GPT2_VOCAB_SIZE:

@@ -66,7 +66,7 @@ def validate_average(
     Every rank must call this function.
 
     Returns:
-        A dict with ``val_ema_loss``. Without ``averaging.ema`` or validation, the dict is empty.
+        A dict with ``val_ema_loss``. If ``averaging.ema`` is null or ``validate`` returns an empty dict, it is empty.
     """
     if config.averaging.ema is None or VALIDATION not in config.evaluation.tasks:
         return {}

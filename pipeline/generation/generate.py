@@ -127,8 +127,8 @@ class Decoder:
 def window_start(length: int, context_length: int) -> int:
     """Return the index of the first token that the model sees when it predicts the next token of a text.
 
-    In a text longer than the context, this is a multiple of half the context length. It changes rarely, which keeps the
-    key-value cache valid. ``length`` is the number of tokens in the text.
+    In a text longer than the context, the index is a multiple of half the context length. The index then changes
+    rarely, which keeps the key-value cache valid. ``length`` is the number of tokens in the text.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

@@ -1,4 +1,4 @@
-"""Define the allowed values of options of text generation, without imports from the project."""
+"""Define the allowed values of the options of text generation. This module imports no other module of the project."""
 
 from typing import Literal
 

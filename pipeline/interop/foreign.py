@@ -230,7 +230,7 @@ def preset_of(sizes: dict[str, int]) -> dict[str, str]:
 def read_padded(
     tensors: Mapping[str, Mapping[str, Tensor]], shapes: dict[str, list[int]], kind: str, name: str
 ) -> Tensor:
-    """Return a tensor in the shape that our model needs. Padding rows and missing tensors are zero.
+    """Return the tensor ``name`` with the shape ``shapes[name]``. Padding rows and missing tensors are zero.
 
     Args:
         tensors: ``weight``, ``exp_avg`` or ``exp_avg_sq`` -> canonical name -> tensor.

@@ -73,7 +73,7 @@ def import_nanogpt(path: Path, run_folder: Path) -> Conversion:
 
 
 def read_nanogpt_model(path: Path) -> ForeignModel:
-    """Read only the model in a file of nanoGPT.
+    """Read the model from a file of nanoGPT. The optimizer state is not read.
 
     Raises:
         CheckpointError: the file is not a valid ``ckpt.pt``.

@@ -88,7 +88,7 @@ def compute_gradients(
     vocab_size: int,
     compiles: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``hidden`` and ``weight``, in their dtype. The sum over blocks is in fp32.
+    """Return the gradients of ``hidden`` and ``weight``, in their dtype. Sums over vocabulary blocks are in fp32.
 
     Args:
         log_totals: the second result of ``compute_losses``.

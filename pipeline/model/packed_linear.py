@@ -102,7 +102,7 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Return whether torch and this CPU support oneDNN's products in a dtype."""
+    """Return whether torch and this CPU support oneDNN's matrix products in a dtype."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

@@ -42,7 +42,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Request:
-    """The model and the micro-batch to trace. ``precision`` only matters if ``compute`` is "autocast"."""
+    """The model and the micro-batch to trace. ``precision`` matters only if ``compute`` is "autocast"."""
 
     model: ModelConfig
     compute: Compute

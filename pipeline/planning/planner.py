@@ -53,7 +53,10 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        """Return the hours of all devices together until the token budget is used. A micro-batch must fit."""
+        """Return the hours of all devices together until the token budget is used.
+
+        Call this only if a micro-batch fits in memory.
+        """
         assert self.days is not None
         return 24 * self.days * self.batch.world_size
 
@@ -71,8 +74,9 @@ def plan_run(
     Args:
         mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of training tokens in the whole run.
-        grow_batch: whether to enlarge a batch that the ranks cannot divide equally. The micro-batch is then the largest
-            one up to the config's that divides the batch. If it fits, no larger one is tried.
+        grow_batch: whether to enlarge a batch that the ranks cannot divide equally. The micro-batch size is then the
+            largest divisor of the batch that does not exceed the config's size. If it fits in memory, larger sizes are
+            not tried.
 
     Raises:
         ConfigError: ``grow_batch`` is False, and the batch cannot be divided equally among the ranks.

@@ -15,11 +15,11 @@ BAR_WIDTH = 30
 def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, tokens: int) -> list[Plan]:
     """Return the fastest plan for each number of ranks. If no plan fits, return the one that needs the least memory.
 
-    The step grows if the ranks cannot divide it equally. The micro-batch shrinks if it does not fit or does not divide
-    the step.
+    If the ranks cannot divide the batch equally, a plan has a larger batch. If the micro-batch does not fit in memory
+    or does not divide the batch, a plan has a smaller micro-batch.
 
     Args:
-        configs: configs by the name of the backend, which differ only in the backend.
+        configs: backend name -> config. The configs differ only in the backend.
         mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of training tokens in the whole run.
     """

@@ -9,7 +9,7 @@ def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> 
     """Return copies of the FSDP2 config whose shard groups have the ranks of one, two, four, ... nodes.
 
     A shard group is a set of ranks that together hold one copy of the weights. Only sizes that divide the world size
-    are used. The keys are names for the plans.
+    are used. The keys of the result are the names of the plans.
 
     The result is empty if ``config`` is None or sets the size of the shard groups. It is also empty if the ranks do not
     fill at least two nodes.

@@ -61,7 +61,7 @@ class Picture:
 
 
 def draw(chart: Chart, *, names_runs: bool = False) -> Picture:
-    """Draw a chart in light colors. In the SVG, CSS variables replace these light colors.
+    """Draw a chart in light colors. In the SVG, CSS variables replace them, for readers with a dark theme.
 
     Args:
         names_runs: draw a legend even if there is only one curve, because the page shows several runs.

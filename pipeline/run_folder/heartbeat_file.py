@@ -24,7 +24,7 @@ class HeartbeatFile:
     """Writes the step, the state and the time to ``heartbeat.json`` in the run folder.
 
     Only the main thread writes, so the time becomes old if this thread is stuck. A new state is written at once, the
-    same state at most every ``INTERVAL_S`` seconds. There is no fsync, which can be slow.
+    same state at most every ``INTERVAL_S`` seconds. The file is not fsynced, because an fsync can be slow.
 
     Args:
         run_folder: the run folder on the main rank. If None, nothing is written.

@@ -23,8 +23,8 @@ _POSITIONS = "wpe.weight"
 def find_initial_weights(config: Config) -> Path | str | None:
     """Return the path or URL of a new run's weights, or None if ``checkpoint.init_from`` is null.
 
-    For the URL of a run, return the URL of its newest good checkpoint. Call this function only on the main rank,
-    because it verifies the hashes of all files.
+    If ``init_from`` is the URL of a run, return the URL of its newest good checkpoint. Call this function only on the
+    main rank, because it verifies the hashes of all files.
 
     Raises:
         CheckpointError: the weights are missing or damaged, or do not fit the model.
@@ -51,9 +51,9 @@ def write_initial_weights(place: Path | str | None, backend: Backend, seed: int)
 
 
 def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
-    """Copy weights into a backend, and log which settings of the two models differ. Every rank must call this.
+    """Copy stored weights into a backend. Log which settings of the stored model and the backend's model differ.
 
-    Returns the path and the step of the weights.
+    Every rank must call this. Returns the path and the step of the weights.
 
     Raises:
         CheckpointError: the weights cannot be read.

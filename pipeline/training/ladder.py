@@ -41,7 +41,7 @@ def has_step(run_folder: Path, step: int) -> bool:
 
 
 def check_long_run(run_folder: Path, config: Config) -> None:
-    """Raise ConfigError if the long run exists already with other settings than ``config``."""
+    """Raise ConfigError if the ladder's long run already exists, and its settings differ from ``config``."""
     changes = [change for key, change in _changes(run_folder, config).items() if key not in _OF_DECAY]
     if changes:
         raise ConfigError(
@@ -67,7 +67,7 @@ def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
 def choose_branch_folder(out: Path, milestone: int, config: Config) -> Path:
     """Return the run folder for a branch: a new folder, or one whose run has the settings of ``config``.
 
-    An example is ``decay-from-40-to-50``, or ``decay-from-40-to-50-2`` if another branch uses this name.
+    An example is ``decay-from-40-to-50``, or ``decay-from-40-to-50-2`` if another branch has the first name.
 
     Args:
         out: the parent folder of all branches.

@@ -49,7 +49,7 @@ _OPTIMIZER_NAMES = {"adamw": "AdamW", "muon": "Muon for the matrices of the bloc
 def model_card(checkpoint: Path, state: TrainingState, config: Config, weights: str) -> dict[str, bytes]:
     """Return the files of the model card by name: a Markdown file and a picture of the loss curve.
 
-    There is no picture without matplotlib or without metrics in the run folder.
+    The picture is left out if matplotlib is not installed or the run folder has no metrics.
     """
     from huggingface_hub import ModelCardData  # slow to import
 

@@ -21,8 +21,8 @@ def check_access(name: str) -> None:
     """Check that an upload can work. Call this function before the export, which can take long.
 
     Raises:
-        CheckpointError: the name is not ``MODEL`` or ``USER/MODEL``, there is no token, or the hub does not answer or
-            rejects the token.
+        CheckpointError: the name is not ``MODEL`` or ``USER/MODEL``, there is no access token, or the hub does not
+            answer or rejects the access token.
     """
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

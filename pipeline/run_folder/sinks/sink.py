@@ -34,7 +34,8 @@ class Sink:
     def settle(self, step: int) -> None:
         """Receive the step of a saved checkpoint.
 
-        Rows up to this step are not deleted if the run resumes from the checkpoint. A service can send these rows now.
+        If the run resumes from this checkpoint, it keeps the rows up to this step. The sink of a service can therefore
+        send these rows now.
         """
 
     def end(self, summary: Row) -> None:

@@ -150,7 +150,7 @@ class TensorBoardLog(Sink):
 def hyperparameters(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, bool | int | float | str]:
     """Return the names and values that TensorBoard's page HPARAMS shows for a run.
 
-    ``backends`` names all backends of the run, because a run can be resumed with another backend.
+    The value ``backends`` lists all backends of the run, because a run can be resumed with another backend.
     """
     starts = [row["started"] for row in rows if "started" in row]
     backends = dict.fromkeys(f"{start['backend']}, {start['world_size']} x {start['device']}" for start in starts)
