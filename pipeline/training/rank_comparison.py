@@ -76,7 +76,7 @@ class RankComparison:
         return {**row, "slowest_rank": rank, "slowest_host": self._hosts[rank], "slowest_ratio": ratio}
 
     def finds_slow_network(self) -> bool:
-        """Return whether all ranks on several hosts waited mostly in collectives before the last ``read``.
+        """Return whether the ranks are on several hosts, and all waited long in collectives before the last ``read``.
 
         All ranks get the same result. After a call of ``log_links``, the result is False until the ranks wait notably
         longer than at that call.
@@ -119,7 +119,7 @@ def find_slowest(own_s: list[float]) -> tuple[int, float]:
     """Return the slowest rank, and its time divided by the mean time of the other ranks.
 
     Args:
-        own_s: each rank's seconds per step without waits for other ranks. At least two ranks, all above 0.
+        own_s: each rank's seconds per step, without waits for other ranks. At least two values, all above 0.
     """
     rank = max(range(len(own_s)), key=own_s.__getitem__)
     others_s = (sum(own_s) - own_s[rank]) / (len(own_s) - 1)
