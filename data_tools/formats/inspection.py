@@ -51,7 +51,7 @@ class FolderReport:
 
     Attributes:
         problem: a message about the first file that is missing or has the wrong size, or None.
-        about: values of the manifest. Without a manifest, the assumed tokenizer and a description of the source.
+        about: values of the manifest. If there is no manifest: the assumed tokenizer and a description of the source.
     """
 
     path: Path

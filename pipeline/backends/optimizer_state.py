@@ -138,7 +138,7 @@ class ParameterState(OptimizerState):
         ]
 
     def publish_masters(self) -> None:
-        """Do nothing. The model computes with the masters."""
+        """Do nothing, because the model computes with the masters."""
 
 
 def _first_element(parameter: Tensor) -> int:

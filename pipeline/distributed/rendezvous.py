@@ -31,8 +31,8 @@ _MISSING = "missing"  # the key under which rank 0 writes which ranks are missin
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return an empty key-value store that all ranks share.
 
-    When torchrun restarts the ranks, its store still contains the old addresses. Therefore, the keys get a new prefix
-    at each start.
+    When torchrun restarts the ranks, its store still contains the addresses of the old processes. Therefore, the
+    keys get a new prefix at each start.
 
     Raises:
         TimeoutError: a rank has not connected within ``timeout``.

@@ -61,7 +61,7 @@ def split_pages(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NamedTask:
-    """A task with a name. Its dataset on the hub is used if the user gives no file."""
+    """A task with a name. If the user gives no file, the task reads its dataset from the hub."""
 
     protocol: TaskProtocol
     hub: HubData

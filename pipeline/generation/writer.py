@@ -50,7 +50,8 @@ def load_writer(
 class Writer:
     """Completes prompts with a model and GPT-2's tokenizer.
 
-    The attribute ``sample`` has default options for callers, from the config of the run. The methods do not use it.
+    The attribute ``sample`` has the options from the run's config. Callers can use them as defaults. The methods do not
+    use them.
     """
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:

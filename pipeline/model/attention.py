@@ -59,7 +59,7 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def fastest_kernel(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int], dropout: float
 ) -> Iterator[str]:
-    """Return a context manager in which attention uses the fastest kernel that works for the inputs.
+    """Return a context manager in which attention uses the fastest kernel that supports the arguments.
 
     The context manager returns torch's name for the kernel. If no fused kernel works, the name is ``MATH``. If torch
     does not report its choice, the name is ``UNKNOWN``.

@@ -79,7 +79,7 @@ class KeyValueCache:
         Each call stores the first slot of each row's last document for the next call.
 
         Args:
-            starts: like the result, but 0 for documents that started before the new tokens.
+            starts: like the result. If a token's document began before the new tokens, the value is 0.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

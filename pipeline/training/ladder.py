@@ -36,7 +36,7 @@ _OF_DECAY = ("schedule.max_steps", "schedule.decay_steps", "schedule.decay_shape
 
 
 def has_step(run_folder: Path, step: int) -> bool:
-    """Return whether a run has reached a step and saved a checkpoint there."""
+    """Return whether a run has a checkpoint of the given step or of a later step."""
     return any(step_of(folder) >= step for folder in list_checkpoints(run_folder))
 
 

@@ -30,11 +30,11 @@ def measure_ceiling(world: World, config: Config, tokens: int, seconds: float = 
 
 
 class ThroughputMeter:
-    """Measures the time per step since the last call of ``read``, without evaluations and checkpoints.
+    """Measures the time per step since the last call of ``read``. Evaluations and checkpoints do not count.
 
     Args:
-        tokens_per_step: of all ranks together.
-        flops_per_token: of a forward and backward pass.
+        tokens_per_step: the number of tokens of all ranks together.
+        flops_per_token: the FLOPs of a forward and backward pass.
         ceiling_flops: the measured FLOP/s of all ranks together in matrix products.
     """
 

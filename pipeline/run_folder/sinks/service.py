@@ -50,9 +50,9 @@ class Service(ABC):
 class ServiceSink(Sink):
     """Sends each row of ``metrics.jsonl`` to a service exactly once, also if the run resumes or the server is down.
 
-    A resumed run writes the rows after its checkpoint again, but a service cannot delete rows. With ``waits``, a row is
-    therefore sent only after a checkpoint of its step or of a later step. If rows that were already sent are deleted,
-    all remaining rows go to a new run of the service.
+    A resumed run writes the rows after its checkpoint again, but a service cannot delete rows. If ``waits`` is True, a
+    row is therefore sent only after a checkpoint of its step or of a later step. If rows that were already sent are
+    deleted, all remaining rows go to a new run of the service.
 
     ``NAME_run.json`` in the run folder stores how many rows were sent. The next start of the run sends the missing
     rows, even if the run is complete.
