@@ -72,7 +72,7 @@ def train(
 
 
 def evaluate(config: Config) -> None:
-    """Run the tasks in ``evaluation.tasks`` on the last checkpoint, unless the results exist."""
+    """Run the tasks in ``evaluation.tasks`` on the last checkpoint, unless their results exist."""
     run_folder = Path(config.run.out_dir)
     results = find_results(run_folder, config.evaluation.tasks, step_of(list_checkpoints(run_folder)[-1]))
     if results is not None:

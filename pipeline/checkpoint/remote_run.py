@@ -82,7 +82,7 @@ class RemoteRun:
         return found
 
     def open(self, step: int, sizes: Mapping[str, int]) -> RemoteCheckpoint:
-        """Read and check the manifest of a checkpoint. ``sizes`` has the file sizes from ``list``."""
+        """Read and check the manifest of a checkpoint. ``sizes`` are the file sizes that ``list`` returned."""
         content = self._read(step, MANIFEST_FILE)
         place = f"{self.checkpoint_url(step)}/{MANIFEST_FILE}"
         return RemoteCheckpoint(self, step, content, check_manifest(parse_json_object(content, place), place), sizes)

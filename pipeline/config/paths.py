@@ -19,7 +19,7 @@ def find_path(path: str, run: RunConfig) -> str:
     A relative path is searched in the current folder, then in the folder in which the run was started.
 
     Raises:
-        DataError: the two folders differ, and neither contains the path.
+        DataError: neither folder contains the path. If both are the same folder, the path is returned instead.
     """
     if run.working_dir is None or is_remote(path) or Path(path).exists():
         return path
