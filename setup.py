@@ -69,7 +69,7 @@ setup(
         "cluster": ["ray>=2.40"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings-python>=1.16"],
         "gguf": ["gguf>=0.17"],
-        "harness": ["lm-eval[hf]>=0.4.13,<0.5"],  # for comparison; not in test because it brings about 30 packages
+        "harness": ["lm-eval[hf]>=0.4.13,<0.5"],  # 31 packages, so not in test: CONTRIBUTING.md
         "mlflow": ["mlflow-skinny>=3"],
         "plots": ["matplotlib>=3.9"],
         "remote": ["fsspec[http]>=2024.2", "s3fs>=2024.2", "gcsfs>=2024.2"],
