@@ -2,8 +2,10 @@
 
 The hosts are Linux namespaces. A prediction uses these measured values, but never the measured step:
 
-- the time of the forward and backward pass and of the update, while all processes compute and none communicates.
+- the time of the backend's forward and backward pass, and of the update, while all processes compute but send nothing.
+  If there are more processes than cores, a process has only a share of a core in this time.
 - the bandwidth and the latency of gloo between as many processes of this machine, without a limited link.
+- how long a rank waits for the slowest rank in a collective. Small all-reduces between products of matrices measure it.
 
 python -m benchmarks.scaling                # what `make scaling` runs; run nothing else on the machine
 """
@@ -23,7 +25,7 @@ from typing import Any
 from pipeline.config.loading import load_config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.rendezvous import free_port
-from pipeline.planning.collectives import step_collectives
+from pipeline.planning.collectives import StepCollectives, step_collectives
 from pipeline.planning.communication import Cluster, Link
 from pipeline.planning.speed import communication_waits, compute_seconds
 from tests.support.hosts import Lab, NamespacesError
@@ -102,8 +104,8 @@ def predict(
     """Return the predicted seconds of a step, and the bytes that a rank sends."""
     run = load_config([config], [f"backend.name={backend}"])
     collectives = step_collectives(run, plan_batch(run, processes))
-    update_s = inputs["update_s"] / run.backend.ranks_per_copy(processes)
-    step_s = compute_seconds(collectives, inputs["pass_s"]) + update_s
+    pass_s = inputs[f"{backend}_pass_s"]
+    step_s = compute_seconds(collectives, pass_s) + inputs["update_s"] / run.backend.ranks_per_copy(processes)
     if processes == 1:
         return step_s, 0
     link = Link(inputs["link"]["bytes_per_s"], inputs["link"]["latency_s"])
@@ -112,14 +114,31 @@ def predict(
         cluster = Cluster(1, link, Link(min(link.bytes_per_s, PAYLOAD * limit_mbit * 1e6 / 8), link.latency_s))
     # Without a slow link, gloo needs the cores that compute. Only waiting for a link overlaps with DDP's computation.
     overlaps = backend == "ddp" and limit_mbit is not None
-    waits = communication_waits(collectives, inputs["pass_s"], cluster, overlaps=overlaps)
-    return step_s + waits.total_s, collectives.sent_bytes
+    waits = communication_waits(collectives, pass_s, cluster, overlaps=overlaps)
+    # FSDP2 waits for the slowest rank in each collective, and DDP at the end of the backward pass.
+    meetings = count_collectives(collectives) if backend == "fsdp" else 1
+    return step_s + waits.total_s + meetings * inputs["link"]["straggler_s"], collectives.sent_bytes
+
+
+def count_collectives(collectives: StepCollectives) -> int:
+    """Return the number of collectives of several ranks in a step."""
+    within = (
+        (count, collective)
+        for count, stages in collectives.micro_steps()
+        for stage in stages
+        for collective in (*stage.gathers, *stage.reductions)
+    )
+    after = ((1, collective) for collective in collectives.after)
+    return sum(count for count, collective in (*within, *after) if collective.group.size > 1)
 
 
 def print_inputs(processes: int, values: dict[str, Any]) -> None:
     link, name = values["link"], "process" if processes == 1 else "processes"
-    speed = f", gloo {link['bytes_per_s'] / 1e6:.0f} MB/s and {1e6 * link['latency_s']:.0f} us" if link else ""
-    times = f"pass {1e3 * values['pass_s']:.0f} ms, update {1e3 * values['update_s']:.0f} ms"
+    times = ", ".join(f"{name[:-2]} {1e3 * values[name]:.1f} ms" for name in ("ddp_pass_s", "fsdp_pass_s", "update_s"))
+    speed = ""
+    if link:
+        waits = (f"{name[:-2]} {1e3 * link[name]:.2f} ms" for name in ("latency_s", "straggler_s"))
+        speed = f", gloo {link['bytes_per_s'] / 1e6:.0f} MB/s, " + ", ".join(waits)
     print(f"{processes} {name} on {os.cpu_count()} cores: {times}{speed}", flush=True)
 
 

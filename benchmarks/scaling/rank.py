@@ -9,15 +9,17 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from unittest.mock import patch
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from launch.cli import run_command
-from pipeline.backends import Backend, create_backend
+from pipeline.backends import Backend, create_backend, fsdp
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
@@ -28,6 +30,8 @@ from pipeline.model.gpt2 import allocate_model
 WARM_UP = 2  # DDP rebuilds its buckets in the second step
 SMALL_BYTES, LARGE_BYTES = 64, 4 << 20
 LINK_ROUNDS = 15
+STRETCHES = 16  # about as many as the collectives of a step of FSDP2
+PRODUCTS, PRODUCT_SIZE = 4, 512  # of a stretch, which takes about as long as the computation of one block
 
 
 class Steps:
@@ -51,6 +55,19 @@ class Steps:
         self.update()
 
 
+@contextmanager
+def fsdp_sends_nothing() -> Iterator[None]:
+    """Replace the transfers between ranks. Each rank uses its own shard in place of the shards of other ranks."""
+
+    def copy(sent: Sequence[torch.Tensor], received: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+        for tensor in received:
+            if not tensor.is_set_to(sent[group.rank()]):
+                tensor.copy_(sent[group.rank()])
+
+    with patch.object(fsdp, "_exchange", copy):
+        yield
+
+
 def seconds(world: World, call: Callable[[], object]) -> float:
     """Return the time of a call from the common start of all ranks to the end of the last rank."""
     world.barrier()
@@ -60,17 +77,31 @@ def seconds(world: World, call: Callable[[], object]) -> float:
 
 
 def measure_link(world: World) -> dict[str, float]:
-    """Return the bandwidth and the latency of a ring, from all-reduces of a small and of a large tensor."""
-    times = {}
-    for size in (SMALL_BYTES, LARGE_BYTES):
-        values = torch.zeros(size // 4)
-        rounds = [seconds(world, partial(dist.all_reduce, values)) for _ in range(LINK_ROUNDS)]
-        times[size] = min(rounds)
+    """Return the bandwidth and the latency of a ring, and the seconds that a rank waits for the slowest one.
+
+    The bandwidth and the latency are from all-reduces of a small and of a large tensor. The wait is from small
+    all-reduces between stretches of computation.
+    """
+    small, large = (torch.zeros(size // 4) for size in (SMALL_BYTES, LARGE_BYTES))
+    matrix = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE)
+
+    def compute_in_stretches(*, waits: bool) -> None:
+        for _ in range(STRETCHES):
+            for _ in range(PRODUCTS):
+                torch.mm(matrix, matrix)
+            if waits:
+                dist.all_reduce(small)
+
+    def fastest(call: Callable[[], object]) -> float:
+        return min(seconds(world, call) for _ in range(LINK_ROUNDS))
+
+    small_s, large_s = (fastest(partial(dist.all_reduce, tensor)) for tensor in (small, large))
+    waiting_s, computing_s = (fastest(partial(compute_in_stretches, waits=waits)) for waits in (True, False))
     messages = 2 * (world.size - 1)
-    sent = messages / world.size * LARGE_BYTES
     return {
-        "latency_s": times[SMALL_BYTES] / messages,
-        "bytes_per_s": sent / max(times[LARGE_BYTES] - times[SMALL_BYTES], 1e-9),
+        "latency_s": small_s / messages,
+        "bytes_per_s": messages / world.size * LARGE_BYTES / max(large_s - small_s, 1e-9),
+        "straggler_s": max((waiting_s - computing_s) / STRETCHES - small_s, 0.0),
     }
 
 
@@ -99,7 +130,9 @@ def measure(world: World, arguments: argparse.Namespace) -> tuple[dict[str, obje
             before = sent_bytes(arguments.interface)
             add(name, seconds(world, steps.train))
             add(f"{name}_sent_bytes", sent_bytes(arguments.interface) - before)
-        add("pass_s", seconds(world, lambda: alone.compute(is_last=False)))
+        add("ddp_pass_s", seconds(world, lambda: alone.compute(is_last=False)))
+        with fsdp_sends_nothing():
+            add("fsdp_pass_s", seconds(world, lambda: every["fsdp"].compute(is_last=True)))
         alone.compute(is_last=True)
         add("update_s", seconds(world, alone.update))
     link = measure_link(world) if world.size > 1 else {}

@@ -100,33 +100,25 @@ def _create_mesh(world: World, shard_group_size: int) -> DeviceMesh:
 
 
 class _GlooCollective:
-    """A collective for CPUs that copies less than gloo's own, for ``FSDPModule.set_custom_all_gather``.
+    """A collective for CPUs, for ``FSDPModule.set_custom_all_gather``. It sends and receives at the same time.
 
     Gloo's all-gather copies its result from a buffer. Gloo's reduce-scatter is an all-reduce of the whole input.
     """
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a new tensor for the input or output of the collective. FSDP2 calls this method."""
+        """Return a new tensor for the input or output of the collective."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
 class AllGather(_GlooCollective):
-    """An all-gather for Gloo. Each rank broadcasts its shard directly into the output tensors of all ranks."""
+    """An all-gather for Gloo. Each rank sends its shard to all other ranks, and receives directly into the output."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
         """Gather the inputs (n,) of all ranks into the output (ranks * n,), in the order of the ranks."""
         assert not async_op, "FSDP2 asks for async_op only where streams do not order the work"
-        shards = output_tensor.chunk(group.size())
-        own = shards[group.rank()]
-        if not own.is_set_to(input_tensor):  # FSDP2 may have written the shard into the output already
-            own.copy_(input_tensor)
-        broadcasts = [
-            dist.broadcast(shard, group=group, group_src=rank, async_op=True) for rank, shard in enumerate(shards)
-        ]
-        for broadcast in broadcasts:
-            broadcast.wait()
+        _exchange([input_tensor] * group.size(), output_tensor.chunk(group.size()), group)
 
 
 class ReduceScatter(_GlooCollective):
@@ -143,8 +135,25 @@ class ReduceScatter(_GlooCollective):
         """Sum or average the inputs (ranks * n,) of all ranks. Write this rank's shard (n,) into ``output_tensor``."""
         assert not async_op
         assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
-        received = torch.empty_like(input_tensor)
-        dist.all_to_all_single(received, input_tensor, group=group)
-        torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor)
+        received = torch.empty_like(input_tensor).view(group.size(), -1)
+        _exchange(input_tensor.chunk(group.size()), received.unbind(), group)
+        torch.sum(received, dim=0, out=output_tensor)
         if op == dist.ReduceOp.AVG:
             output_tensor.div_(group.size())
+
+
+def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Send one tensor to each rank, and receive one from each rank, all at the same time.
+
+    Gloo's all-to-all often sends and receives one after the other.
+    """
+    own = group.rank()
+    if not received[own].is_set_to(sent[own]):  # FSDP2 may have written the shard into the output already
+        received[own].copy_(sent[own])
+    others = [rank for rank in range(group.size()) if rank != own]
+    if not others:
+        return
+    receive = [dist.P2POp(dist.irecv, received[rank], group=group, group_peer=rank) for rank in others]
+    send = [dist.P2POp(dist.isend, sent[rank], group=group, group_peer=rank) for rank in others]
+    for transfer in dist.batch_isend_irecv(receive + send):
+        transfer.wait()

@@ -136,9 +136,10 @@ class Host:
 
     def limit(self, megabits: int) -> None:
         """Limit the link to the switch, in both directions, to a number of Mbit/s."""
-        rate = ["root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "200ms"]
-        _run([*self.lab.in_switch, "tc", "qdisc", "add", "dev", self.port, *rate])
-        _run(self.command(["tc", "qdisc", "add", "dev", "eth0", *rate]))
+        rate = ["htb", "rate", f"{megabits}mbit", "burst", "64kb", "cburst", "64kb"]
+        for command, device in ((self.lab.in_switch, self.port), (self.command([]), "eth0")):
+            _run([*command, "tc", "qdisc", "add", "dev", device, "root", "handle", "1:", "htb", "default", "1"])
+            _run([*command, "tc", "class", "add", "dev", device, "parent", "1:", "classid", "1:1", *rate])
 
     def kill(self) -> None:
         """Kill all processes of this host. Its kernel closes their connections."""
