@@ -192,4 +192,4 @@ def z_score(value: float, window: tuple[float, ...]) -> float:
     """
     mean = statistics.fmean(window)
     spread = max(statistics.pstdev(window, mean), abs(mean) * _LEAST_RELATIVE_SPREAD)
-    return (value - mean) / spread if spread else math.inf if value > mean else 0.0
+    return (value - mean) / (spread or math.ulp(0.0))  # infinite if the window is all zeros
