@@ -83,12 +83,12 @@ class Heartbeat:
         self._guard = threading.Thread(target=self._watch_store, name="heartbeat-guard", daemon=True)
 
     def start(self) -> None:
-        """Start the threads. First, wait in a barrier until every rank has a ``Heartbeat``."""
+        """Start the threads. Call this after a barrier: every rank must have a ``Heartbeat``."""
         self._thread.start()
         self._guard.start()
 
     def stop(self) -> None:
-        """Stop the threads. First, wait in a barrier, because other ranks count a silent rank as lost."""
+        """Stop the threads. Call this after a barrier: a rank that stops earlier than others counts as lost."""
         self._stopped.set()
 
     @contextmanager

@@ -33,7 +33,7 @@ def rows_of_the_tokenizer(rows: int) -> int:
 
 
 def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return one line about the dtypes that are not fp32, in a list. If all are fp32, the list is empty."""
+    """Return a list with one line, which names the dtypes that are not fp32. If all are fp32, return an empty list."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
     if not dtypes:
         return []
