@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import get_args
 
 from pipeline.config.schema import OptimizerConfig
-from tests.support.runs import BACKENDS, TINY_BYTE_RUN, TINY_RUN, Sections, make_byte_corpus, make_corpus, merged
+from tests.support.runs import (
+    BACKENDS,
+    GROUPED,
+    TINY_BYTE_RUN,
+    TINY_RUN,
+    Sections,
+    make_byte_corpus,
+    make_corpus,
+    merged,
+)
 
 OPTIMIZERS = get_args(OptimizerConfig.model_fields["name"].annotation)
 OFFLOADS = ("zero2_offload", "zero3_offload")
@@ -39,7 +48,7 @@ def add_run_options(
         backends: the default backends.
         uses_bytes: whether the runs use one token per byte by default.
     """
-    every = (*BACKENDS, *OFFLOADS)
+    every = (*BACKENDS, *GROUPED, *OFFLOADS)
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
     parser.add_argument("--backends", nargs="+", default=list(backends), choices=every, metavar="BACKEND")
     parser.add_argument("--offload", action="store_true", help="also use the backends with offload")
