@@ -624,10 +624,10 @@ class LoggingConfig(Section):
     slow_rank_ratio: float | None = Field(
         1.2,
         gt=1,
-        description="Log a line when a rank needs this many times as long per step as the mean of the other ranks, and "
-        "at least 50 ms more. The time in which the rank waits for other ranks does not count. If all ranks wait for "
-        "more than half of the time and there are several hosts, the run also measures the links between the hosts and "
-        "logs the slowest one. `null` turns both off.",
+        description="Log a line when a rank needs this many times as long per step as the mean of the other ranks, in "
+        "three consecutive rows. The time in which the rank waits for other ranks does not count. If all ranks wait "
+        "for more than half of the time and there are several hosts, the run also measures the links between the hosts "
+        "and logs the slowest one. `null` turns both off.",
     )
     profile_steps: NonNegativeInt = Field(
         0,

@@ -15,9 +15,8 @@ from pipeline.distributed.world import World
 log = logging.getLogger(__name__)
 
 _KINDS = ("compute", "data_wait", "collective_wait")
-#: A rank is slow only if it needs this many seconds per step more than the others. In short steps, a smaller difference
-#: is noise.
-_NOTABLE_DIFFERENCE_S = 0.05
+#: A slow rank is logged if it is slow in this many consecutive rows. A single row may be noise.
+_SLOW_ROWS = 3
 #: The network is slow if every rank waits in collectives for more than this share of a step.
 _LONG_WAIT_SHARE = 0.5
 #: The links are measured again if all ranks wait this many times as long as at the last measurement.
@@ -38,7 +37,8 @@ class RankComparison:
         self._slow_ratio = slow_ratio
         self._hosts: list[str] = world.gather(socket.gethostname())
         self._times: Tensor | None = None  # (ranks, 3) seconds, the times of all ranks
-        self._logged_rank: int | None = None  # the rank that was slow in the previous row
+        self._slow_rank: int | None = None  # the rank that was slow in the previous row
+        self._slow_rows = 0  # the number of consecutive rows in which it was slow
         self._shortest_wait_s = 0.0  # the collective wait of the rank that waited least, in the previous row
         self._step_s = 0.0  # the time of a step in the previous row
         self._measured_wait_s = 0.0  # the shortest wait when the links were measured
@@ -98,11 +98,11 @@ class RankComparison:
             )
 
     def _log(self, rank: int, ratio: float, times: list[float]) -> None:
-        """Log one line when a rank becomes slow, but not again while it stays slow."""
-        own_s = times[0] + times[1]
-        is_notable = own_s - own_s / ratio > _NOTABLE_DIFFERENCE_S
-        is_slow = self._slow_ratio is not None and ratio > self._slow_ratio and is_notable
-        if is_slow and rank != self._logged_rank:
+        """Log one line when a rank has been slow for ``_SLOW_ROWS`` rows, but not again while it stays slow."""
+        slow_rank = rank if self._slow_ratio is not None and ratio > self._slow_ratio else None
+        self._slow_rows = self._slow_rows + 1 if slow_rank == self._slow_rank else 1
+        self._slow_rank = slow_rank
+        if slow_rank is not None and self._slow_rows == _SLOW_ROWS:
             log.warning(
                 "slow rank: rank %d on %s needs %.2f times as long as the other ranks (%.0f ms compute, %.0f ms data "
                 "wait per step)",
@@ -112,7 +112,6 @@ class RankComparison:
                 1e3 * times[0],
                 1e3 * times[1],
             )
-        self._logged_rank = rank if is_slow else None
 
 
 def find_slowest(own_s: list[float]) -> tuple[int, float]:

@@ -77,26 +77,32 @@ def test_a_slow_rank_is_logged_once_until_it_recovers(
     comparison: RankComparison, caplog: pytest.LogCaptureFixture
 ) -> None:
     slow: list[Times] = [(1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (1.6, 0.4, 0.0)]
-    for times in (EQUAL, slow, slow, EQUAL, slow):
-        compare(comparison, times)
-    assert len(caplog.messages) == 2
+    other: list[Times] = [(2.0, 0.0, 0.0), (1.0, 0.0, 1.0), (1.0, 0.0, 1.0)]
+    for times, messages in ((slow, 1), (EQUAL, 1), (slow, 2), (other, 3)):
+        for _ in range(4):
+            compare(comparison, times)
+        assert len(caplog.messages) == messages
     assert caplog.messages[0] == (
         "slow rank: rank 2 on node1 needs 2.00 times as long as the other ranks (1600 ms compute, 400 ms data wait "
         "per step)"
     )
 
 
-def test_a_small_difference_in_short_steps_is_noise(
+def test_a_rank_that_is_slow_in_two_rows_is_not_logged(
     comparison: RankComparison, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for slowest_s, messages in ((0.125, 0), (0.135, 1)):
-        compare(comparison, [(0.08, 0.0, 0.05), (0.08, 0.0, 0.05), (slowest_s, 0.0, 0.0)])
-        assert len(caplog.messages) == messages
+    slow: list[Times] = [(1.0, 0.0, 1.0), (2.0, 0.0, 0.0), (1.0, 0.0, 1.0)]
+    other: list[Times] = [(2.0, 0.0, 0.0), (1.0, 0.0, 1.0), (1.0, 0.0, 1.0)]
+    for times in (slow, slow, EQUAL, slow, slow, other, other):
+        compare(comparison, times)
+    assert not caplog.messages
 
 
 def test_no_ratio_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     world = ThreeRanks(0, 3, 0, torch.device("cpu"))
-    compare(RankComparison(Clock(), world, slow_ratio=None), [(1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (9.0, 0.0, 0.0)])  # type: ignore[arg-type]
+    comparison = RankComparison(Clock(), world, slow_ratio=None)  # type: ignore[arg-type]
+    for _ in range(3):
+        compare(comparison, [(1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (9.0, 0.0, 0.0)])
     assert not caplog.messages
 
 
@@ -157,6 +163,5 @@ def test_the_slowed_rank_is_named(config: str, byte_corpus: Path, tmp_path: Path
     for row in (slow_loader, slow_forward):
         assert row["collective_wait_ms_max"] > row["collective_wait_ms_min"] + 1e3 * SLEEP_S / 2, "the other rank waits"
         assert row["slowest_ratio"] > 1.2 and row["slowest_host"] == socket.gethostname()
-    assert "slow rank: rank 1 on" in result.stdout and "slow rank: rank 0 on" in result.stdout
     heartbeat = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
     assert (heartbeat["state"], heartbeat["step"]) == ("finished", 2 * SLOW_STEPS)
