@@ -70,7 +70,7 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
 def one_line_read_errors(path: Path) -> Iterator[None]:
     """Return a context manager for reading a file. It converts an ``OSError`` to a DataError.
 
-    If the ``OSError`` names no file, the message contains ``path``.
+    If the ``OSError`` names no file, the message of the DataError contains ``path``.
     """
     try:
         yield

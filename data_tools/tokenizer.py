@@ -98,8 +98,8 @@ def load_tokenizer() -> Tokenizer:
 def cut_long_spaces(text: str) -> list[str]:
     """Cut a text before the last character of each long sequence of white space. Return the pieces.
 
-    tiktoken's regular expression runs out of stack memory if text follows a very long sequence. The cuts do not change
-    the tokens.
+    If other text follows a very long sequence of white space, tiktoken's regular expression runs out of stack memory.
+    The cuts do not change the tokens.
     """
     ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]

@@ -83,7 +83,7 @@ def evaluate(config: Config) -> None:
 
 
 def sample(config: Config) -> str:
-    """Return a completion with the settings of the config section ``sample``."""
+    """Return a completion by the trained model, with the settings of the config section ``sample``."""
     options = ["--checkpoint", config.run.out_dir, "--seed", str(config.run.seed), "--device", config.run.device]
     options += _options(config.sample.model_dump(exclude={"stop"}, exclude_none=True))
     options += [f"--stop={text}" for text in config.sample.stop]

@@ -73,7 +73,7 @@ class ProgressDisplay(Observer):
 
 
 def print_shards(manifest: Manifest, request: TokenizeRequest) -> None:
-    """Print the contents of each split. Print a warning if the validation split is small or missing."""
+    """Print the size of each split. Print a warning if the validation split is small or missing."""
     print(f"{request.out}:")
     windows = f"windows of {_WINDOW_TOKENS:,}"
     rows: list[tuple[str, ...]] = [

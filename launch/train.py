@@ -13,7 +13,10 @@ from pipeline.errors import ConfigError
 
 
 def main() -> object:
-    """Train, and return the trainer, so that ``run_command`` keeps it alive until the process ends."""
+    """Train, and return the trainer.
+
+    ``run_command`` keeps the trainer alive until the process ends, because freeing it earlier could block the process.
+    """
     arguments = build_parser().parse_args()
     overrides = [*arguments.set, *_start_overrides(arguments)]
     if arguments.profile is not None:

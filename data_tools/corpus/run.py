@@ -27,7 +27,7 @@ class Observer:
     """Receives messages, the estimate and the progress of a request. This base class ignores them."""
 
     def noticed(self, line: str) -> None:
-        """Receive a message about the input for the user. All messages come before ``planned``."""
+        """Receive a message for the user, about the input. ``planned`` is called after all calls of this method."""
 
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk is processed. ``tokenize_share`` does not call this method."""

@@ -51,7 +51,8 @@ class FolderReport:
 
     Attributes:
         problem: a message about the first file that is missing or has the wrong size, or None.
-        about: values of the manifest. If there is no manifest: the assumed tokenizer and a description of the source.
+        about: what the manifest says, such as the tokenizer and the source. If there is no manifest: the assumed
+            tokenizer and a description of the source.
     """
 
     path: Path
@@ -161,7 +162,7 @@ def first_documents(
 ) -> Iterator[DocumentPreview]:
     """Yield the text of the first documents of a split. Cut each text after ``characters`` characters.
 
-    In the split, ``END_OF_TEXT`` may stand before or after each document.
+    The split may contain ``END_OF_TEXT`` before each document or after each document.
 
     Raises:
         DataError: the split does not exist, or the tokenizer is not GPT-2's.

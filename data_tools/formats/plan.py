@@ -114,7 +114,7 @@ def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Divide the tokens ``start`` to ``stop - 1`` into ranges that fit in memory. Yield (start, length) for each."""
+    """Divide the tokens ``start`` to ``stop - 1`` into ranges that fit in memory. Yield (start, length) per range."""
     return ((at, min(CHUNK_TOKENS, stop - at)) for at in range(start, stop, CHUNK_TOKENS))
 
 

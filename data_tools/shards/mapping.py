@@ -68,7 +68,7 @@ def map_bytes(path: Path) -> pa.Buffer:
     Raises:
         DataError: the file is a git-lfs pointer.
         OSError: the file is missing, empty or unreadable.
-        ValueError: the mapping is not one continuous range of memory.
+        ValueError: Arrow has mapped the file as several ranges of memory. Arrow 26 always maps a file as one range.
     """
     require_fetched(path)
     with pa.memory_map(str(path)) as file:

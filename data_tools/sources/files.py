@@ -169,7 +169,7 @@ def find_other_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[s
 
 
 def describe_skipped_files(paths: Sequence[str]) -> str:
-    """Return a message such as ``3 files with other endings skipped: .md (2), .py (1)``."""
+    """Return a message about skipped files, such as ``3 files with other endings skipped: .md (2), .py (1)``."""
     endings = Counter(os.path.splitext(path)[1] or "without an ending" for path in paths)
     most_common = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:_MAX_ENDINGS]
     named = [f"{ending} ({count:,})" for ending, count in most_common]

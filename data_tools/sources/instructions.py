@@ -50,7 +50,7 @@ def dialogue_of(record: Any, place: object) -> Dialogue:
     """Convert the JSON value of an instruction or a chat to a document. Each message or field gets a heading line.
 
     Raises:
-        BadRowError: the record is not valid, or no message is an answer. The message contains ``str(place)``.
+        BadRowError: the record is not valid, or no message is an answer. The error contains ``str(place)``.
     """
     if isinstance(record, list):
         return Dialogue(tuple(_segments_of_chat(record, place)))

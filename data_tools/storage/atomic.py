@@ -36,7 +36,7 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Fsync a folder. New, renamed and removed files in it then survive a power failure."""
+    """Fsync a folder, so that a power failure cannot undo that files in it were created, renamed or removed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -33,7 +33,7 @@ class LocalFolder:
         self.path = path
 
     def names(self) -> set[str]:
-        """Return the names of all files, including those in subfolders. A missing folder has no files."""
+        """Return the names of all files in the folder and its subfolders. A missing folder has no files."""
         return {
             Path(parent, name).relative_to(self.path).as_posix()
             for parent, _, names in os.walk(self.path)
@@ -123,7 +123,7 @@ class RemoteFolder:
         return set(self.sizes())
 
     def sizes(self) -> dict[str, int]:
-        """Return the size of each file in bytes, by name. The folder may be missing."""
+        """Return the size of each file in bytes, by name. If the folder is missing, the result is empty."""
         with self._one_line_errors():
             self._files.invalidate_cache()
             try:

@@ -58,7 +58,10 @@ class OptimizerState(ABC):
 
     @abstractmethod
     def ranges(self) -> list[Range]:
-        """Return this rank's ranges of parameters. All ranges of a master belong to one parameter group."""
+        """Return the ranges of parameters that this rank's masters contain.
+
+        All parameters in one master belong to the same parameter group.
+        """
 
     @abstractmethod
     def publish_masters(self) -> None:

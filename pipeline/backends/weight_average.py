@@ -22,7 +22,7 @@ class WeightAverage:
         self._averages: dict[int, Tensor] = {}  # id(master) -> average
 
     def of(self, master: Tensor) -> Tensor:
-        """Return the moving average of one of this rank's masters. Both have the same shape and sharding."""
+        """Return the moving average of a master. The average and the master have the same shape and sharding."""
         if id(master) not in self._averages:
             self._averages[id(master)] = master.detach().clone()
         return self._averages[id(master)]

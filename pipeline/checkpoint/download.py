@@ -44,8 +44,8 @@ class Block:
 def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: World) -> Path:
     """Download a checkpoint into a run folder that all ranks share, verify it, and return its folder there.
 
-    A damaged checkpoint of the same step is replaced. If the run folder has no metrics, they are downloaded too. This
-    call is collective: every rank must make it.
+    If the run folder already has a damaged checkpoint of this step, the download replaces it. If the run folder has no
+    metrics, they are downloaded too. This call is collective: every rank must make it.
 
     Raises:
         DamagedAtUrlError: the downloaded files differ from the manifest. The run folder has not changed.
@@ -81,7 +81,7 @@ def share_of_blocks(checkpoint: RemoteCheckpoint, rank: int, size: int) -> list[
 
 
 def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
-    """Divide files into blocks for the download. ``files`` has the manifest's entries by file name."""
+    """Divide files into blocks for the download. ``files`` maps each file name to its entry in the manifest."""
     for name, entry in files.items():
         for start in range(0, entry["bytes"], BLOCK_BYTES):
             yield Block(name, start, min(start + BLOCK_BYTES, entry["bytes"]))

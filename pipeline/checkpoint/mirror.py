@@ -48,7 +48,10 @@ _ROUND, _PLAN, _END, _RESULT = "round", "plan_{round}", "end", "result_{round}_{
 
 @dataclass(frozen=True)
 class UploadOutcome:
-    """The result of uploading one checkpoint, or the reason why another request to the server failed."""
+    """The result of uploading one checkpoint.
+
+    If the thread could not list or delete files at the URL, or could not upload the metrics, ``problem`` says why.
+    """
 
     step: int
     seconds: float

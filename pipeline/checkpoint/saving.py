@@ -49,7 +49,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A complete checkpoint, whose files were read back and compared."""
+    """A complete checkpoint. The ranks have read back its tensor files, and found the bytes that they wrote."""
 
     folder: Path
     bytes_of_rank: dict[int, int]

@@ -135,7 +135,7 @@ class BundleTask:
 
 
 def read_bundle(folder: Path, limit: int | None) -> tuple[list[BundleTask], list[Path]]:
-    """Read and check the tasks of a bundle. Return the tasks, and all files that were read.
+    """Read and check the tasks of a bundle. Return the tasks, and the paths of all files that were read.
 
     Args:
         limit: use only this number of examples per task, the first ones in nanochat's shuffled order. None means all.

@@ -144,7 +144,7 @@ def _without_markup(text: str) -> str:
 def hellaswag_completion(row: Row) -> Example:
     """Read ``ctx``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    The context is ``ctx``. Markup in brackets is not removed.
+    The context is ``ctx`` or ``query``. Markup in brackets is not removed.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)

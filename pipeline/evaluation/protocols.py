@@ -34,7 +34,7 @@ class PreparedTask:
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Return ``facts`` and results such as ``acc``, in one dict of JSON values.
+        """Score the examples. Return the results, such as ``acc``, and the ``facts``, in one dict of JSON values.
 
         Every rank must call this method.
         """

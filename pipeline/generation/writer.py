@@ -189,7 +189,8 @@ def complete_while_training(
     no key-value cache while a backend wraps the model.
 
     Args:
-        is_cancelled: called before each token. If it returns True on all ranks, the result is None.
+        is_cancelled: called before each token. It must return the same value on all ranks. After True, the function
+            returns None.
     """
     sample, tokenizer = config.sample, load_tokenizer()
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))

@@ -74,12 +74,14 @@ class KeyValueCache:
         return torch.tensor(self.lengths, device=self._memory.device)[:, None]
 
     def carry_text_starts(self, starts: Tensor) -> Tensor:
-        """Return the first slot of each new token's document, shape (B, T). Positions are counted from this slot.
+        """Return the slot where the document of each new token begins, shape (B, T).
 
-        Each call stores the first slot of each row's last document for the next call.
+        The position of a token is counted from this slot. The cache remembers where the last document of each row
+        begins, because later tokens can belong to the same document.
 
         Args:
-            starts: like the result. If a token's document began before the new tokens, the value is 0.
+            starts: the slot where the document of each new token begins, shape (B, T). The value is 0 if no new token
+                begins this document.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -50,7 +50,7 @@ class Matrix:
 
 
 def iterations_per_gram(rows: int, columns: int) -> int:
-    """Return how many Newton-Schulz iterations use one Gram matrix: 2 if this needs fewer FLOPs, otherwise 1.
+    """Return how many Newton-Schulz iterations share one Gram matrix: 2 if this needs fewer FLOPs, otherwise 1.
 
     Sharing a Gram matrix saves two products with the whole matrix. It adds three products of Gram matrices.
     """

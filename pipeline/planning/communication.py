@@ -81,7 +81,7 @@ class Cluster:
         return min(self.seconds_by_algorithm(collective).values(), default=0.0)
 
     def seconds_by_algorithm(self, collective: Collective) -> dict[str, float]:
-        """Return the time of a collective with each algorithm. The result is empty for a single rank."""
+        """Return the seconds that a collective takes, by algorithm. If its group has one rank, the result is empty."""
         size, group = collective.size, collective.group
         hosts = self.hosts_of(group)
         if group.size == 1:

@@ -117,7 +117,7 @@ class _Case:
 
 @cache
 def sizes_of(model: ModelConfig) -> Sizes:
-    """Return the sizes of a model's parameters, without allocating them."""
+    """Return how many elements a model's parameters have, without allocating them."""
     with torch.device("meta"):
         built = GPT2(model)
     block = sum(parameter.numel() for parameter in built.h[0].parameters())

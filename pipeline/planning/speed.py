@@ -47,7 +47,7 @@ class Speed:
 
     @property
     def efficiency(self) -> float:
-        """Return the fraction of a step in which a rank computes."""
+        """Return the fraction of a step's time in which a rank computes."""
         return self.compute_s / (self.compute_s + self.waits.total_s)
 
     def to_json(self) -> dict[str, Any]:
@@ -77,7 +77,8 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
 def cluster_of(device: Device, world_size: int) -> Cluster:
     """Return a cluster of nodes with this device.
 
-    A link of the cluster has ``LINK_EFFICIENCY`` times the published bandwidth. We assume that collectives reach this.
+    A link of the cluster has ``LINK_EFFICIENCY`` times the bandwidth that the vendor publishes. We assume that
+    collectives reach this bandwidth.
     """
     return Cluster(
         min(device.per_node, world_size),

@@ -55,10 +55,11 @@ class HeartbeatFile:
             raise
 
     def enter(self, state: str, step: int) -> None:
-        """Write a new state, after ``step`` finished steps.
+        """Write a new state.
 
         Args:
             state: ``starting``, ``training``, ``evaluating``, ``saving``, ``finished``, ``interrupted`` or ``failed``.
+            step: the number of finished steps.
         """
         has_changed = state != self._state or not self._next_write
         self._state = state

@@ -26,8 +26,9 @@ _TIMED_REPEATS = 3  # after one that warms up
 def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
     """Return the config with ``run.compile`` set to true or false, the same on every rank.
 
-    Every rank must call this. The following holds if ``run.compile`` is ``auto``: On a CPU, a new run is compiled only
-    if it will take long. A resumed run on a CPU keeps its earlier choice, because compilation changes rounding.
+    Every rank must call this. If ``run.compile`` is ``auto``, a new run on a CPU is compiled only if it will take long.
+    If ``run.compile`` is ``auto``, a resumed run on a CPU keeps its earlier choice, because compilation changes
+    rounding.
 
     Args:
         start: the checkpoint from which the run resumes, or None.
@@ -63,8 +64,8 @@ def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: in
 
     Args:
         tokens: about how many tokens to run.
-        repeats: how often to repeat the pass. The first pass is slower, so its time is ignored unless ``repeats`` is 0.
-            With 0, the result is too long.
+        repeats: how often to repeat the pass. The result is the shortest time of the repeats, because the first pass
+            is slower. If ``repeats`` is 0, the result is the time of the first pass.
     """
     sequences = min(plan.micro_batch_size, max(1, tokens // plan.seq_len))
     compute = replicated_compute(_timed_model(config), config.run.precision, torch.device("cpu"))

@@ -76,10 +76,10 @@ class RankComparison:
         return {**row, "slowest_rank": rank, "slowest_host": self._hosts[rank], "slowest_ratio": ratio}
 
     def finds_slow_network(self) -> bool:
-        """Return whether the ranks are on several hosts, and all waited long in collectives before the last ``read``.
+        """Return whether the ranks are on several hosts, and all ranks waited long in collectives.
 
-        All ranks get the same result. After a call of ``log_links``, the result is False until the ranks wait notably
-        longer than at that call.
+        The function uses the waits from the last call of ``read``. All ranks get the same result. After a call of
+        ``log_links``, the result is False until the ranks wait notably longer than at that call.
         """
         if self._slow_ratio is None or len(set(self._hosts)) == 1:
             return False

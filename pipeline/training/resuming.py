@@ -63,7 +63,7 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     Raises:
         CheckpointError: the checkpoint cannot be used, or the data, seed or model has changed. Or the run folder
             contains another run.
-        ConfigError: the checkpoint belongs to another run, and this run would end at once.
+        ConfigError: the checkpoint belongs to another run, and this run would not train any step after the checkpoint.
     """
     run_folder = Path(config.run.out_dir)
     try:

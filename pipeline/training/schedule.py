@@ -56,7 +56,8 @@ def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
 def format_schedule(config: Config) -> str:
     """Return a description of the schedule and a bar chart of the learning rate, as text.
 
-    The chart has one line per step, for equally spaced steps, the end of the warm-up and the start of the decay.
+    The chart has one line for each of several equally spaced steps. It also has lines for the step at the end of the
+    warm-up and the step at the start of the decay.
     """
     schedule = config.schedule
     spread = {schedule.max_steps * row // CHART_ROWS for row in range(CHART_ROWS + 1)}

@@ -73,7 +73,7 @@ class StepGuard:
         self._steps_without_targets = 0  # since this start of the run
 
     def enqueue(self, trained: TrainedStep) -> None:
-        """Add a step to the queue of steps to judge."""
+        """Add a step to the queue of steps that the guard will judge."""
         self._queue.append(trained)
 
     def judge_queued(self, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
@@ -121,11 +121,11 @@ class StepGuard:
         return Verdict.GOOD
 
     def after_rollback(self, stored: GuardState, spike: FinishedStep) -> None:
-        """Restore the state of the guard, after a spike has made the run go back.
+        """Restore the state of the guard, after a spike has made the run go back to a checkpoint.
 
         Args:
-            stored: the state of the guard in the checkpoint.
-            spike: the step that was a spike. Its samples are left out from now on.
+            stored: the state of the guard in this checkpoint.
+            spike: the step that was a spike. The run will not train on the samples of this step again.
         """
         self._queue.clear()
         self.state = replace(

@@ -60,8 +60,8 @@ def _printer() -> Callable[[bytes], str]:
 def describe_other_tokenizer(folder: Path) -> str | None:
     """Return a line for the user if the tokenizer in a folder is not GPT-2's, and None otherwise.
 
-    A tokenizer that adds tokens to GPT-2's is accepted. If the folder has no tokenizer, or GPT-2's cannot be loaded,
-    the result is None.
+    If the tokenizer has all of GPT-2's tokens and additional tokens, the result is None. If the folder has no
+    tokenizer, or if GPT-2's vocabulary cannot be loaded, the result is also None.
 
     Raises:
         CheckpointError: a file of the tokenizer is malformed.
