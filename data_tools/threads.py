@@ -1,4 +1,7 @@
-"""Process items in several threads. Hashing, numpy, Arrow and file access release the GIL."""
+"""Process items in several threads.
+
+The threads run in parallel while they hash, read files, or call numpy or Arrow, because these calls release the GIL.
+"""
 
 import os
 import threading
@@ -43,7 +46,8 @@ def map_threads(
         advance: receives 0 at the start, and then each reported number. Calls never overlap.
 
     Raises:
-        BaseException: the error of the first item in ``items`` that failed. Unfinished items are abandoned.
+        BaseException: the error of the item that failed. If several items failed, it is the error of the item that
+            comes first in ``items``. Unfinished items are abandoned.
     """
     advance(0)
     abandoned = threading.Event()

@@ -75,7 +75,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of all commands that need a run config."""
+    """Add the options with which a command receives its run config."""
     parser.add_argument(
         "--config",
         nargs="+",

@@ -135,7 +135,10 @@ def choose_precision(device: str) -> str:
 
 
 def measure_step(settings: Sequence[str]) -> tuple[float, float]:
-    """Train a few steps in a temporary run folder. Return the seconds per step, and the seconds of everything else."""
+    """Train a few steps in a temporary run folder.
+
+    Return the seconds per step, and the seconds that the command needs for everything except steps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         short = {"run.out_dir": folder, "schedule.max_steps": PROBE_STEPS, "evaluation.sample": "false"}
         short |= {

@@ -7,7 +7,8 @@ documents begin. All values in the index are little-endian:
 2. the number of sequences and the number of document boundaries (uint64 each);
 3. the length of each sequence in tokens (int32);
 4. the offset of each sequence in ``X.bin`` in bytes (int64);
-5. the document boundaries (int64): the number of sequences before each boundary. The first is 0, the last counts all.
+5. the document boundaries (int64): the number of sequences before each boundary. The first number is 0, and the last
+   is the number of all sequences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Count the documents and the bytes of text in tokens, and check that all tokens are valid."""
+"""Count the documents and the bytes of text in token arrays, and check that all tokens are valid."""
 
 from __future__ import annotations
 

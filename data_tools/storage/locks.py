@@ -87,10 +87,10 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
     """Acquire a lock on a lock file. The caller must release the lock.
 
     If ``content`` is None, the lock is shared. Otherwise, it is exclusive, and ``content`` is written into the file. A
-    call for a shared lock waits while another process has a lock from ``make_exclusive``.
+    call for a shared lock waits while another process has a lock from ``FileLock.make_exclusive``.
 
     Raises:
-        LockHeldError: the lock of another process does not allow this lock.
+        LockHeldError: another process holds a lock that excludes this one.
         OSError: the file cannot be created or written.
     """
     while True:
@@ -112,7 +112,7 @@ def lock_folder(folder: Path, *, shared: bool) -> Iterator[FileLock]:
     """Return a context manager that holds a shared or an exclusive lock on a folder during its ``with`` block.
 
     Raises:
-        DataError: the lock of another process does not allow this lock.
+        DataError: another process holds a lock that excludes this one.
     """
     path = folder / LOCK_NAME
     with one_line_write_errors(path):

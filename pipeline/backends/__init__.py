@@ -37,7 +37,7 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
 
 
 def cpu_adam_problem() -> str | None:
-    """Build DeepSpeed's CPUAdam if necessary. Return the error message of the build, or None if it works."""
+    """Build DeepSpeed's CPUAdam if it is not built yet. Return the error message if this fails, otherwise None."""
     from pipeline.backends.deepspeed_zero import cpu_adam_problem
 
     return cpu_adam_problem()

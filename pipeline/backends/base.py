@@ -102,7 +102,7 @@ class Backend(ABC):
 
     @torch.no_grad()
     def write_weights(self, write: WriteElements) -> None:
-        """Call ``write`` to fill each range of a parameter that this rank holds.
+        """Set all weights: call ``write`` to fill each range of a parameter on this rank.
 
         Every rank must call this, before the first step.
         """

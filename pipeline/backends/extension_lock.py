@@ -29,8 +29,8 @@ def wait_for_build_elsewhere(extension: str) -> None:
 def clear_dead_lock(lock: Path) -> None:
     """Remove a lock file if its build was killed. Wait if its build may still run on another host.
 
-    If a process on this host has the file open, return at once. Otherwise, wait until the file
-    disappears. If the file becomes older than ``LONGEST_BUILD_S``, remove it.
+    If a process on this host has the file open, return at once, because torch itself waits for this build. Otherwise,
+    wait until the file disappears. When the file is older than ``LONGEST_BUILD_S`` seconds, remove it.
     """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:

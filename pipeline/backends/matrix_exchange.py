@@ -19,7 +19,7 @@ from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batc
 
 @dataclass(frozen=True)
 class Span:
-    """A range of a flattened parameter. One rank holds all its elements."""
+    """A range of a flattened parameter that is completely on one rank."""
 
     name: str  # the canonical name of the parameter
     start: int

@@ -204,5 +204,8 @@ class LossScaler:
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale (None if it is not dynamic) and the number of good steps since its last change."""
+        """Return the scale, and the number of good steps since the last change of the scale.
+
+        If the scale is not dynamic, return None in place of the scale.
+        """
         return (self.scale if self.dynamic else None), self.good_steps

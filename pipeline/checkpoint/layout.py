@@ -36,12 +36,12 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
-    """Return the path of the checkpoint folder of ``step``, which need not exist."""
+    """Return the path of the checkpoint folder of ``step``. The folder need not exist."""
     return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
 
 
 def checkpoint_url(run_url: str, step: int) -> str:
-    """Return the URL of the checkpoint of ``step``, which need not exist."""
+    """Return the URL of the checkpoint of ``step``. The checkpoint need not exist."""
     return f"{run_url.rstrip('/')}/{CHECKPOINTS_FOLDER}/step_{step:08d}"
 
 

@@ -29,8 +29,8 @@ _POSITIONS = "wpe.weight"
 def load_training_state(folder: Path, backend: Backend, rank: int | None = None) -> TrainingState:
     """Load a checkpoint into the backend, and return its training state.
 
-    If another optimizer wrote the checkpoint, only the weights are loaded. The optimizer then starts at step count 0,
-    and ``optimizer_start`` in the result is the number of updates so far.
+    If the checkpoint has the state of another optimizer, only the weights are loaded. In this case, the optimizer
+    starts at step count 0, and ``optimizer_start`` in the result is the number of updates before this start.
 
     If the backend keeps an average of the weights and the checkpoint has none, the average starts as a copy of the
     weights.
@@ -125,7 +125,8 @@ def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) 
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, belongs to another model, or does not contain these weights.
+        CheckpointError: the checkpoint is damaged, belongs to another model, or has no moving average
+            although ``weights`` is ``ema``.
     """
     index = index_for_model(folder, shapes)
     kind = KINDS_OF_WEIGHTS[weights]
@@ -170,7 +171,7 @@ def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> dict[s
 
 
 def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Fill ``target`` with a range of a flattened parameter. Read only the stored rows that contain this range.
+    """Fill ``target`` with a range of a flattened parameter. Read only rows with elements of the range.
 
     Args:
         target: shape (n,), on any device.

@@ -67,7 +67,7 @@ class RemoteRun:
         self.url = self.folder.url
 
     def checkpoint_url(self, step: int) -> str:
-        """Return the URL of the checkpoint of a step, which need not exist."""
+        """Return the URL of the checkpoint of a step. The checkpoint need not exist."""
         return checkpoint_url(self.url, step)
 
     def list(self) -> dict[int, dict[str, int]]:
@@ -113,7 +113,7 @@ class RemoteRun:
     ) -> dict[int, dict[str, int]]:
         """Complete a checkpoint: check the sizes of all uploaded files, and write the manifest.
 
-        ``files`` has the manifest's entries by file name. Returns what ``list`` would return after this call.
+        ``files`` has the manifest's entries by file name. Returns the file sizes of all checkpoints, like ``list``.
         """
         found = self.list()
         sizes = found.setdefault(step, {})

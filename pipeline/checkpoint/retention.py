@@ -132,14 +132,15 @@ def is_milestone(folder: Path) -> bool:
 
 
 def is_state_of_milestone(state: StateFile) -> bool:
-    """Return whether the step is a multiple of ``checkpoint.keep_every_steps``."""
+    """Return whether the step in the state is a multiple of ``checkpoint.keep_every_steps`` in its config."""
     every_steps = config_section(state.config, "checkpoint").get("keep_every_steps")
     return isinstance(every_steps, int) and every_steps > 0 and state.step % every_steps == 0
 
 
 def best_step(newest: Path) -> int | None:
-    """Return the step with the run's lowest validation loss, or None if ``checkpoint.keep_best`` is not true.
+    """Return the step with the run's lowest validation loss.
 
+    Returns None if ``checkpoint.keep_best`` is not true, or if the run has not measured a validation loss yet.
     Raises CheckpointError if the ``state.json`` of ``newest``, the newest checkpoint, cannot be read.
     """
     state = read_state_file(newest)

@@ -60,12 +60,12 @@ class Progress:
         self.position += 1
 
     def pass_mark(self) -> None:
-        """Record that this rank has passed a mark. All ranks must make this call in the same order."""
+        """Record that this rank has passed a mark, such as a collective. Every rank passes the same marks in order."""
         self._restart_clock()
         self.position += 1
 
     def move(self) -> None:
-        """Record that this rank has made progress. Other ranks need not make the same call."""
+        """Record progress of this rank that is not a mark, so that the rank does not count as stuck."""
         self._restart_clock()
         self.moves += 1
 

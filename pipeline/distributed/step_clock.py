@@ -97,7 +97,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """How one rank spends the time of a step, as means over several steps. The sum is the time of a step."""
+    """How one rank spends the time of a step, as means over several steps. The values add up to the time of a step."""
 
     compute_s: float = 0.0
     data_wait_s: float = 0.0

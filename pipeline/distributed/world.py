@@ -137,7 +137,8 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
         process_group: whether to create torch's process group even for a single rank. FSDP and DeepSpeed need it.
 
     Raises:
-        ConfigError: the device, or the launcher's environment variables, or its port, cannot be used.
+        ConfigError: this machine does not have the device, or the launcher's environment variables or its port cannot
+            be used.
     """
     check_launcher()
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()

@@ -1,6 +1,6 @@
 """Check whether ranks can communicate.
 
-To test two ranks, the program starts this module: ``torchrun -m pipeline.doctor.communication cpu``.
+To test two ranks on the CPU, ``check_ranks`` starts ``torchrun -m pipeline.doctor.communication cpu``.
 """
 
 import ipaddress

@@ -125,7 +125,8 @@ def _question(row: Row, counts: range) -> Example:
 def hellaswag(row: Row) -> Example:
     """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    The context consists of the first three columns. Markup in brackets, such as ``[title]``, is removed.
+    In the first form, the context consists of the first three columns, and markup in brackets, such as ``[title]``, is
+    removed from the context and the endings.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)

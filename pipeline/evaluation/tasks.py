@@ -61,7 +61,7 @@ def split_pages(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NamedTask:
-    """A task with a name. If the user gives no file, the task reads its dataset from the hub."""
+    """A task with a name. If the user gives no file, the task reads its dataset from the Hugging Face Hub."""
 
     protocol: TaskProtocol
     hub: HubData

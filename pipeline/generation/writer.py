@@ -50,8 +50,8 @@ def load_writer(
 class Writer:
     """Completes prompts with a model and GPT-2's tokenizer.
 
-    The attribute ``sample`` has the options from the run's config. Callers can use them as defaults. The methods do not
-    use them.
+    The attribute ``sample`` has the sampling options from the run's config. Callers can pass them to the methods, which
+    do not read this attribute.
     """
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:

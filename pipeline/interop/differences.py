@@ -50,7 +50,8 @@ def describe_differences(
 
     Args:
         config: the config of the original model, whose ``vocab_size`` counts all rows of the stored embedding.
-        weights: the original model's parameters by canonical name, in our orientation. Biases may be missing.
+        weights: the original model's parameters by canonical name. Weights of linear layers have shape (out, in).
+            Biases may be missing.
         kept_rows: the number of rows of the embedding that our model keeps.
         exact_gelu: whether the original model computes GELU with erf and not with the tanh approximation.
     """

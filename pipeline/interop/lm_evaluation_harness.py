@@ -1,6 +1,6 @@
 """Let lm-evaluation-harness score the checkpoints of this project, under the model name ``gpt2-pipeline``.
 
-The import of this module registers the model. The module needs the extra ``harness``.
+Importing this module registers the model. The module needs the extra ``harness``.
 """
 
 import itertools

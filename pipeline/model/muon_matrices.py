@@ -26,7 +26,7 @@ class Matrix:
 
     @property
     def stop(self) -> int:
-        """Return the index after the last element, in the flattened parameter."""
+        """Return the index after the matrix's last element in the flattened parameter."""
         return self.start + self.numel
 
     @property

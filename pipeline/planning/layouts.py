@@ -1,7 +1,8 @@
 """Compute how many bytes of memory a rank needs for weights, masters, optimizer state, gradients and buffers.
 
-Masters are fp32 weights that the optimizer updates. They exist in addition to the weights that the model computes with.
-All results are for the rank that needs most.
+Masters are fp32 weights that a backend keeps in addition to the weights that the model computes with. If there are
+masters, the optimizer updates them. If ranks need different amounts of memory, the results are for the rank that needs
+the most.
 
 The formulas describe the backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives their sources.
 ``make plan-check`` compares the results with measurements.

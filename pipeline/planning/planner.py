@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        """Return the hours of all devices together until the token budget is used.
+        """Return the hours that the run takes, multiplied by the number of devices.
 
         Call this only if a micro-batch fits in memory.
         """
@@ -140,7 +140,8 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
     """Return the peak host memory of a rank in bytes. The memory of libraries and data does not count.
 
-    The result is the size of the offloaded state, plus the size of a copy of the training state for checkpoints.
+    The result is the size of the offloaded state, plus the size of the rank's share of a checkpoint. The rank copies
+    this share to host memory before it writes it.
     """
     offloaded = layout_of(config, plan, pins_host_memory=device.is_gpu).host
     return offloaded - (-checkpoint_bytes(config) // plan.world_size)

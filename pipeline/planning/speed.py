@@ -42,7 +42,7 @@ class Speed:
 
     @property
     def exposed_communication_s(self) -> float:
-        """Return how many seconds of a step a rank waits and does not compute."""
+        """Return how many seconds per step a rank waits for communication and does not compute."""
         return self.waits.total_s
 
     @property

@@ -61,7 +61,9 @@ class Picture:
 
 
 def draw(chart: Chart, *, names_runs: bool = False) -> Picture:
-    """Draw a chart in light colors. In the SVG, CSS variables replace them, for readers with a dark theme.
+    """Draw a chart as PNG in light colors, and as SVG with the colors of the reader's theme, light or dark.
+
+    The SVG names its colors with CSS variables, which the page defines.
 
     Args:
         names_runs: draw a legend even if there is only one curve, because the page shows several runs.

@@ -32,13 +32,13 @@ def layer_group(name: str) -> str:
 
 
 class GroupNorms:
-    """Measures the norms of layer groups for one step.
+    """Measures the gradient norm, the weight norm and the update ratio of each layer group for one step.
 
     Create an object just before the step, because it copies this rank's weights and first moments. Call ``measure``
     after the step.
 
-    Backends keep gradients in different places. Therefore, this class computes them from AdamW's first moment or Muon's
-    momentum: ``new = beta * old + (1 - beta) * gradient``.
+    Backends keep gradients in different places. Therefore, this class computes the gradients from AdamW's first moment
+    or Muon's momentum: ``new = beta * old + (1 - beta) * gradient``.
     """
 
     def __init__(self, backend: Backend, config: OptimizerConfig, world: World) -> None:

@@ -1,4 +1,4 @@
-"""Find the runs of a ladder that exist already, and compare their settings with those of the command.
+"""Find the existing runs of a ladder, and compare their settings with those of the command.
 
 A ladder is one long run at a constant learning rate, and several branches. In a branch, the rate decays. Each branch
 starts from a step of the long run, a *milestone*.

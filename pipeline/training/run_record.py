@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
-    Rows of steps after ``resumed_step`` are deleted. Each row lists those keys of ``backend.deepspeed`` that change the
-    results compared with other backends.
+    The constructor deletes the rows of steps after ``resumed_step``. Each row lists those keys of ``backend.deepspeed``
+    that change the results compared with other backends.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:

@@ -47,7 +47,7 @@ class ThroughputMeter:
     def raise_ceiling(self, flops: float) -> None:
         """Use a new measurement of ``ceiling_flops`` if it is the highest so far.
 
-        Other programs can only lower a measurement.
+        Other programs on the machine can make a measurement too low, but never too high.
         """
         if flops > _NOTABLE_INCREASE * self.ceiling_flops:
             log.info("ceiling   %.3g FLOP/s, measured again (%.3g before)", flops, self.ceiling_flops)

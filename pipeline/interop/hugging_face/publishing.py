@@ -18,7 +18,9 @@ _LONGEST_REASON = 160
 
 
 def check_access(name: str) -> None:
-    """Check that an upload can work. Call this function before the export, which can take long.
+    """Check the name and the access token for an upload to the Hugging Face Hub.
+
+    Call this function before the export, which can take long.
 
     Raises:
         CheckpointError: the name is not ``MODEL`` or ``USER/MODEL``, there is no access token, or the hub does not

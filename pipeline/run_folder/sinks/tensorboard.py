@@ -92,7 +92,7 @@ TENSORBOARD_LAYOUT = {
 
 
 class TensorBoardLog(Sink):
-    """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, it logs a warning.
+    """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, some events are lost.
 
     TensorBoard hides the events of deleted rows, although they stay in the files.
     """
