@@ -39,7 +39,11 @@ class ProgressDisplay(Observer):
         tqdm.write(str(estimate), file=sys.stderr)
 
     def progressed(self, progress: Contents) -> None:
-        """Show the progress. In the first call, ``progress`` is that of an earlier, interrupted command."""
+        """Show the progress.
+
+        The first call comes before this command encodes text. ``progress`` is then the work that an interrupted command
+        has finished.
+        """
         self._now = progress
         if self._at_start is None:
             self._at_start = progress

@@ -10,7 +10,10 @@ from data_tools.sources import Source
 
 
 def identity_of(request: TokenizeRequest, source: Source) -> dict[str, Any]:
-    """Return the identity of a request as JSON values. The manifest contains all these values."""
+    """Return the identity of a request: all values on which the bytes of the shards depend, as JSON values.
+
+    The manifest contains all these values.
+    """
     limits: dict[str, Any] = {"limit_documents": request.limit_documents, "limit_bytes": request.limit_bytes}
     if request.on_bad_rows != "stop":  # absent by default, as in the manifests of earlier versions
         limits["on_bad_rows"] = request.on_bad_rows

@@ -41,7 +41,8 @@ def assign_splits(
 ) -> Iterator[AssignedDocument]:
     """Choose a split for each document with ``draw_split``. No document may be empty.
 
-    If ``fill_both`` is True, ``fill_both_splits`` moves documents to an empty split. It needs the whole corpus.
+    If ``fill_both`` is True, ``documents`` must be the whole corpus: if one split is empty, ``fill_both_splits`` moves
+    documents to this split.
     """
 
     def assign(document: Document) -> AssignedDocument:

@@ -42,7 +42,8 @@ class Job:
     Attributes:
         encoder: ``gigatoken`` or ``tiktoken``.
         is_one_chunk: whether the whole corpus is one chunk.
-        identity_sha256: the hash of ``identity_of``. If a worker computes another hash, the source has changed.
+        identity_sha256: the hash of the request's identity (see ``identity_of``). If a worker computes another hash,
+            the source has changed.
     """
 
     request: TokenizeRequest
@@ -118,7 +119,7 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkReco
 
 
 def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
-    """Write the hashes of a chunk's documents to ``chunk.fingerprints_file``."""
+    """Write the fingerprints (hashes) of a chunk's documents to ``chunk.fingerprints_file``."""
     documents = documents_of(chunk, _open_source(job), job.request)
     fingerprints = b"".join(fingerprint_of(document, utf8_of(document)) for document in documents)
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Convert token files, or write a manifest for existing shards of llm.c or build-nanogpt."""
+"""Convert token files between formats, or write a manifest for existing shards of llm.c or build-nanogpt."""
 
 import os
 import shutil

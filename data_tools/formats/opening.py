@@ -51,7 +51,8 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
     Args:
         path: the folder or the file. For a pair of files, the path without ``.bin`` and ``.idx``.
         format: one of ``INPUT_FORMATS``, or ``auto`` (see ``recognize``).
-        split_of: maps files of other programs to splits. Required if a file name does not contain its split.
+        split_of: maps the names of files to splits. Files of other programs need an entry if their names do not contain
+            the split.
 
     Raises:
         DataError: the format is not recognized, or the split of a file is unknown.

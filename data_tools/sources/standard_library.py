@@ -1,4 +1,4 @@
-"""Read documents from Python's standard library, without a download."""
+"""Read documents from the Python installation: the standard library's source code and Python's help topics."""
 
 import platform
 import sysconfig

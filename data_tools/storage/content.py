@@ -96,9 +96,9 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 
 
 def begins_as(path: Path | str, kind: str) -> bool:
-    """Return whether a file begins like a file of this kind, a key of ``_KINDS``.
+    """Return whether a file begins like a file of the type ``kind``, for example ``gzip``.
 
-    For a URL or an unreadable file, return True.
+    ``_KINDS`` contains all types. For a URL or an unreadable file, return True.
     """
     head = _read_head(path)
     return head is None or _begins(head, kind)

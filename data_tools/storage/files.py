@@ -18,7 +18,7 @@ def is_remote(path: str) -> bool:
 
 
 def is_writable(path: Path) -> bool:
-    """Return whether a file or a folder can be created at a path. Its parents may be missing. Create nothing."""
+    """Return whether a file or a folder can be created at a path. Its parents may be missing. Nothing is created."""
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent

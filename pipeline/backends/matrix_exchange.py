@@ -37,9 +37,10 @@ class _Overlap:
 
 
 class MatrixExchange:
-    """Transforms matrices in batches. Each matrix is transformed on one rank, its owner.
+    """Applies functions to matrices whose elements are divided among the ranks.
 
-    If the ranks hold several copies of all matrices, the owner receives one copy of its matrix. It sends the result to
+    Each matrix has an owner: a rank that receives all elements of the matrix, applies the function, and returns the
+    results. If the ranks hold several copies of all matrices, the owner receives one copy, and sends the results to
     the ranks of all copies.
 
     Args:
@@ -77,9 +78,9 @@ class MatrixExchange:
         Every rank must call this.
 
         Args:
-            elements: for each span of this rank, the matrix elements in this range, shape (n,).
+            elements: for each span of this rank, the matrix elements in the span, shape (n,).
             targets: for each span, an fp32 tensor (n,) on any device, which is changed in place.
-            function: transforms n matrices that have one shape. It takes and returns a tensor (n, rows, columns) on
+            function: transforms n matrices of equal shape. It takes and returns a tensor (n, rows, columns) on
                 ``world.device``.
         """
         for batch in self._batches:

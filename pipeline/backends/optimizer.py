@@ -60,8 +60,8 @@ def build_optimizer(
 
     Args:
         parameters: maps canonical names to all parameters of the model.
-        build_rest: returns an AdamW for the given parameters, for example DeepSpeed's CPUAdam. If None,
-            ``build_adamw`` is used.
+        build_rest: takes the parameters that Muon does not update, and returns their AdamW, for example DeepSpeed's
+            CPUAdam. If None, ``build_adamw`` is used.
     """
     build = build_rest or partial(build_adamw, config=config.optimizer, device=world.device)
     if config.optimizer.name == "adamw":
@@ -138,7 +138,7 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """If the gradient norm is finite, update the weights. Otherwise, weights, moments and step count do not change.
 
-    On a GPU, this does not wait for the norm: the fused AdamW reads a flag on the GPU.
+    With the fused AdamW on a GPU, the host does not wait for the norm: AdamW reads a flag on the GPU.
     """
     if norm.is_cuda and optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]

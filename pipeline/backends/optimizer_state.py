@@ -65,7 +65,10 @@ class OptimizerState(ABC):
 
     @abstractmethod
     def publish_masters(self) -> None:
-        """Copy the masters to the weights that the model computes with. Call this after you have changed fragments."""
+        """Copy the master weights to the weights that the model computes with.
+
+        Call this method after you have changed values in ``fragments``.
+        """
 
     def connect_optimizer(self, ranks_per_copy: int) -> None:
         """Tell Muon which ranges of parameters the masters contain. If the optimizer is AdamW, do nothing.
@@ -141,7 +144,7 @@ class ParameterState(OptimizerState):
         ]
 
     def publish_masters(self) -> None:
-        """Do nothing, because the model computes with the masters."""
+        """Do nothing, because the masters are the parameters of the model."""
 
 
 def _first_element(parameter: Tensor) -> int:

@@ -36,7 +36,7 @@ class WeightAverage:
     def update(self, decay: float, grad_norm: Tensor | float) -> None:
         """Replace each average a by decay * a + (1 - decay) * w. Here, w is the current value of the weight.
 
-        If the gradient norm is not finite, nothing changes. On a GPU, this does not wait for the norm.
+        If the gradient norm is not finite, nothing changes. On a GPU, the host does not wait for the norm.
         """
         if isinstance(grad_norm, Tensor) and grad_norm.is_cuda:
             weight = torch.where(torch.isfinite(grad_norm), 1.0 - decay, 0.0).float()

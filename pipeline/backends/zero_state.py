@@ -78,7 +78,7 @@ class FullyPartitionedState(OptimizerState):
         return ranges
 
     def publish_masters(self) -> None:
-        """Copy the masters to this rank's shards of the weights that the model computes with.
+        """Copy the master weights to this rank's shards of the weights that the model computes with.
 
         All gathered weights are freed. The small parameters that DeepSpeed always keeps gathered are gathered again.
         With ZeRO++ hpZ, the outdated secondary shards are deleted. The next forward pass creates new ones.

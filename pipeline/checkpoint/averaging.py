@@ -38,10 +38,12 @@ def average_checkpoints(
     come from the newest averaged checkpoint.
 
     Args:
-        last: average this number of the newest checkpoints, at least 2. Give either ``last`` or ``steps``.
+        last: the number of newest checkpoints to average, at least 2. Give either ``last`` or ``steps``.
+        steps: the steps of the checkpoints to average.
 
     Raises:
-        CheckpointError: a checkpoint is missing, damaged or of another shape, or the new run cannot be written.
+        CheckpointError: a checkpoint is missing or damaged, the checkpoints have different parameters, or the new run
+            cannot be written.
         ConfigError: the newest checkpoint's config is not valid, or another process uses ``run_folder``.
     """
     require_new_run_folder(run_folder)

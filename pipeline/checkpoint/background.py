@@ -87,7 +87,8 @@ class BackgroundSaver:
     def poll(self) -> list[SaveOutcome]:
         """Return a list with the outcome of the last save. While the save is running, the list is empty.
 
-        Each outcome is returned once, by ``poll`` or ``wait``. Ranks can finish a save at different times.
+        Each outcome is returned once, by ``poll`` or ``wait``. The result can differ between ranks, because ranks can
+        finish a save at different times.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 

@@ -18,7 +18,7 @@ def is_paired(run_folder: Path, url: str) -> bool:
 
 
 def pair(run_folder: Path, url: str) -> None:
-    """Record that the checkpoints at a URL belong to the run."""
+    """Record in the run folder that the checkpoints at a URL belong to the run."""
     if not is_paired(run_folder, url):
         record = _read(run_folder)
         _write(run_folder, {**record, "urls": [*record["urls"], url.rstrip("/")]})
@@ -44,7 +44,10 @@ def is_abandoned(run_folder: Path, url: str, step: int) -> bool:
 
 
 def forget_abandoned(run_folder: Path, url: str) -> None:
-    """Forget that checkpoints at a URL are abandoned. Call this after their manifests were renamed."""
+    """Delete the record of the abandoned checkpoints at a URL.
+
+    Call this function after the manifests of these checkpoints were renamed at the URL.
+    """
     record = _read(run_folder)
     if record["abandoned_from"].pop(url, None) is not None:
         _write(run_folder, record)

@@ -55,8 +55,8 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
     """Rename the checkpoints of all steps after ``step``, so that no run resumes from them.
 
     Args:
-        origin: the checkpoint from which the run continues. If ``origin`` is in another run folder, a checkpoint of
-            ``step`` in ``run_folder`` belongs to another history, and is renamed too.
+        origin: the checkpoint from which the run continues. If ``origin`` is in another run folder, the checkpoint of
+            ``step`` in ``run_folder`` is renamed too, because the run does not continue from it.
     """
     for folder in list_checkpoints(run_folder):
         other_branch = origin is not None and step_of(folder) == step and folder.resolve() != origin.resolve()

@@ -74,7 +74,7 @@ MODEL_SIZES = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
 
 
 def describe_model(model: Mapping[str, Any]) -> str:
-    """Return a model's preset and the sizes that differ from it.
+    """Return a text: a model's preset, and the sizes that differ from this preset.
 
     Args:
         model: the section ``model`` of a resolved config. Keys may be missing if another version wrote the config.

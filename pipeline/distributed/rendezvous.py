@@ -53,7 +53,7 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
 
 
 def connect(rank: int, size: int, timeout: timedelta) -> Store:
-    """Connect to the key-value store at the launcher's address. Rank 0 serves it if the launcher does not."""
+    """Connect to the key-value store at the launcher's address. If the launcher does not run the store, rank 0 does."""
     host, port = master_address()
     is_server = rank == 0 and not launcher_holds_store()
     try:

@@ -1,4 +1,4 @@
-"""Define the results of the checks, and format them as text or as JSON."""
+"""Define the results of the doctor command's checks, and format them as text or as JSON."""
 
 import json
 from collections.abc import Sequence

@@ -29,7 +29,7 @@ _ITEMS_AT_ONCE = 256  # the requests of more examples would need gigabytes: some
 
 @dataclass(frozen=True)
 class PreparedCore:
-    """The tasks of nanochat's bundle. Texts are encoded only when they are scored, to save memory."""
+    """The tasks of nanochat's folder ``eval_bundle``. To save memory, a text is not encoded before it is scored."""
 
     name: str
     facts: Figures

@@ -130,14 +130,14 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
     """Build the input of one forward pass.
 
-    The model returns one score per pair of a node and a target (next token). The score of a request is the sum of its
-    pairs' scores. Requests can share pairs.
+    The model returns one score per pair of a node (a token in a tree) and a target (a next token to score). The score
+    of a request is the sum of the scores of its pairs. Requests can share pairs.
 
     Returns:
         The input, in host memory, with one row per tree, padded on the right.
 
-        The links, int64 of shape (2, links). Each column contains the number of a request and the index of one of its
-        scores.
+        The links between requests and pairs, int64 of shape (2, links). Each column contains the number of a request
+        and the index of the score of one of its pairs.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

@@ -56,10 +56,11 @@ def generate_batch(
 
     Args:
         model: the model, in evaluation mode.
-        prompts: the token ids of each prompt, at least one id. If a text is too long, the model sees only its end.
+        prompts: the token ids of each prompt, at least one id. If a text is longer than the model's context,
+            the model sees only the end of the text.
         sample: the options for sampling. Its ``prompt`` and ``stop`` are not used.
         ends: token ids that end a row. They are not yielded.
-        stopped: rows that get no further tokens. The caller may add rows between two yields.
+        stopped: rows that get no further tokens. The caller may add rows to this set between two yields.
 
     Yields:
         A dict from row to new token id, for each row that has not ended.

@@ -26,8 +26,8 @@ SHORT_TEXT = (
 def rows_of_the_tokenizer(rows: int) -> int:
     """Return how many of the ``rows`` rows of an embedding belong to tokens of the tokenizer.
 
-    If the embedding has a few more rows than GPT-2's tokenizer has tokens, the surplus rows are not counted. They are
-    padding or tokens that the other program added.
+    If the embedding has more rows than GPT-2's tokenizer has tokens, but at most ``LARGEST_PADDED_VOCABULARY``, the
+    surplus rows are not counted. They are padding, or tokens that the other program added.
     """
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 

@@ -73,7 +73,7 @@ class SettingsObject:
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
     """Load a dict from a file of ``torch.save``. The tensors are memory-mapped. No code in the file is executed.
 
-    A ``SettingsObject`` replaces each ``GPTConfig`` of nanoGPT.
+    In the result, each ``GPTConfig`` of nanoGPT is a ``SettingsObject``.
 
     Raises:
         CheckpointError: the file is damaged, or is not a dict of tensors and plain values.
@@ -218,7 +218,7 @@ def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expec
 
 
 def model_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Return the shapes of our parameters by canonical name, including the padding rows."""
+    """Return the shapes of our model's parameters by canonical name. The embedding includes its padding rows."""
     return {name: list(p.shape) for name, p in allocate_model(config, "meta").named_parameters()}
 
 

@@ -38,7 +38,7 @@ def block_columns(padded_vocab_size: int) -> int:
 
 
 def bytes_of_a_block(rows: int, padded_vocab_size: int, logit_bytes: int) -> int:
-    """Return how many bytes the backward pass needs for one block of the vocabulary, without torch.compile.
+    """Return how many bytes a backward pass without torch.compile needs for one block of the vocabulary.
 
     Args:
         rows: the number of targets.

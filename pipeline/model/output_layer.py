@@ -42,7 +42,7 @@ class OutputLayer(nn.Linear):
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
         """Call the method ``loss``, ``logits`` or ``score`` with ``inputs``, and return its result.
 
-        Do not call these methods directly. FSDP2, DeepSpeed and torch.compile work only in ``forward``.
+        Do not call these methods directly: FSDP2, DeepSpeed and torch.compile would have no effect.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result

@@ -108,7 +108,7 @@ def plan_run(
 
 
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:
-    """Return the peak memory of a rank on its device during a step, by use.
+    """Return the peak memory of a rank on its device during a step: one number per use, such as gradients.
 
     The first step may differ, because it creates the optimizer state and the buckets for gradients.
     """

@@ -111,8 +111,8 @@ def communication_waits(collectives: StepCollectives, pass_s: float, cluster: Cl
     """Return how long a rank waits for collectives in a step, by cause.
 
     The wait is estimated three times: for the real links, for links without latency, and for links without latency and
-    with infinite bandwidth between hosts. The differences of the estimates are the waits for latency and for
-    links between hosts. The last estimate is the wait for links within hosts.
+    with infinite bandwidth between hosts. The first estimate minus the second is the wait for latency. The
+    second minus the third is the wait for links between hosts. The third is the wait for links within hosts.
 
     Args:
         pass_s: the computing time of one micro-step, without recomputation.

@@ -63,7 +63,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def loss_chart(runs: Sequence[Run], name: str, axis: Axis) -> Chart:
-    """Return a chart of the training losses, the validation losses, and the validation losses of averages (EMA)."""
+    """Return a chart of training losses, validation losses, and validation losses of the averaged weights (EMA)."""
     curves = []
     for i, run in enumerate(runs):
         curves += _curve(i, f"{run.label}, training", run.rows, axis, "loss")

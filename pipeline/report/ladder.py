@@ -41,10 +41,12 @@ class Rung:
 
 
 def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[str, list[Path]]:
-    """Write a table of the branches as Markdown and JSON, and a chart of validation loss against tokens.
+    """Compare the branches of a long run: write a table as Markdown and JSON, and a chart of the validation losses.
 
-    Returns the table as Markdown, and the paths of the written files. Without matplotlib, there is no chart. ``stable``
-    is the run folder of the long run.
+    Returns the table as Markdown, and the paths of the written files. Without matplotlib, there is no chart.
+
+    Args:
+        stable: the run folder of the long run.
     """
     before = _validation_losses(stable)
     rungs = []

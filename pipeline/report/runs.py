@@ -27,7 +27,7 @@ class Run:
         return [row[key] for row in self.rows if row.get(key) is not None]
 
     def last(self, key: str) -> Any:
-        """Return the last value of a key in the metrics, or None."""
+        """Return the last value of a key in the metrics, or None if there is no value."""
         return next(reversed(self.values(key)), None)
 
 

@@ -23,11 +23,12 @@ STALE_AFTER_S = 600.0
 class HeartbeatFile:
     """Writes the step, the state and the time to ``heartbeat.json`` in the run folder.
 
-    Only the main thread writes, so the time becomes old if this thread is stuck. A new state is written at once, the
-    same state at most every ``INTERVAL_S`` seconds. The file is not fsynced, because an fsync can be slow.
+    Only the main thread writes, so the time becomes old if this thread is stuck. A new state is written at once. While
+    the state does not change, the file is written at most every ``INTERVAL_S`` seconds. The file is not
+    fsynced, because an fsync can be slow.
 
     Args:
-        run_folder: the run folder on the main rank. If None, nothing is written.
+        run_folder: on the main rank, the run folder. On all other ranks, None: nothing is written.
     """
 
     def __init__(self, run_folder: Path | None, now: Callable[[], float] = time.monotonic) -> None:

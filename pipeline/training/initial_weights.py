@@ -103,9 +103,13 @@ def _require_same_sizes(source: WeightSource, model: ModelConfig) -> None:
 
 
 def compare_sizes(keys: Sequence[str], stored: Mapping[str, Any], model: ModelConfig) -> tuple[str, str, str]:
-    """Return three texts for an error message: the stored sizes, this run's sizes, and options for the stored sizes.
+    """Return three texts for an error message about model sizes that differ.
 
-    The third text is for ``--set``. An example is ``n_layer 4``, ``n_layer 2`` and ``model.n_layer=4``.
+    The texts are the sizes of the stored model, the sizes of this run's model, and the values of ``--set`` that give
+    this run the stored sizes. An example is ``n_layer 4``, ``n_layer 2`` and ``model.n_layer=4``.
+
+    Args:
+        keys: the names of the sizes that differ.
     """
     there = ", ".join(f"{key} {stored[key]}" for key in keys)
     here = ", ".join(f"{key} {getattr(model, key)}" for key in keys)

@@ -31,7 +31,7 @@ _LAUNCHER_NOTES = {
 class StopRequest:
     """Records signals that ask a run to stop, and tells all ranks.
 
-    A thread answers a signal at once, even while the main thread compiles the model.
+    A thread prints an answer to the first signal at once, even while the main thread compiles the model.
     """
 
     def __init__(self, world: World) -> None:

@@ -27,8 +27,8 @@ class RankComparison:
     """Compares the step times of the ranks since the previous row of metrics. Every rank must create one.
 
     Args:
-        slow_ratio: a rank that takes this many times as long as the others is logged. None: nothing is logged, and no
-            links are measured.
+        slow_ratio: a rank is logged as slow if its time is more than ``slow_ratio`` times the mean time of the other
+            ranks. If None, neither slow ranks nor slow networks are logged.
     """
 
     def __init__(self, clock: StepClock, world: World, slow_ratio: float | None) -> None:

@@ -21,11 +21,12 @@ log = logging.getLogger(__name__)
 
 
 def fetch_remote_start(config: Config, world: World) -> None:
-    """If the run starts from a checkpoint at a URL, download the checkpoint into the run folder.
+    """If the run starts from a checkpoint at a URL, download this checkpoint into the run folder.
 
-    - If ``checkpoint.resume`` is ``auto``, this is the newest checkpoint at ``checkpoint.remote``. It must be newer
-      than those in the run folder.
-    - If ``checkpoint.resume`` is a URL, this is the checkpoint there, unless the run folder has an undamaged one.
+    - If ``checkpoint.resume`` is ``auto``, download the newest checkpoint at ``checkpoint.remote``, but only if it is
+      newer than all undamaged checkpoints in the run folder.
+    - If ``checkpoint.resume`` is a URL, download the checkpoint at this URL, but only if the run folder has no
+      undamaged checkpoint.
 
     Damaged checkpoints are skipped with a warning. Every rank must call this.
 

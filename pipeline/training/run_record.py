@@ -118,7 +118,9 @@ class RunRecord:
             sink.rewind(step)
 
     def close(self, step: int, ended: str, results: dict[str, float]) -> None:
-        """Write a row about the end of the run, send a summary to all sinks, and close them. Ignore later rows.
+        """Write a row about the end of the run, send a summary to all sinks, and close them.
+
+        After this call, ``write`` does nothing.
 
         Args:
             ended: ``finished``, ``interrupted`` (a checkpoint is saved) or ``failed``.

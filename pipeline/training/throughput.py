@@ -62,7 +62,7 @@ class ThroughputMeter:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return metrics such as ``tokens_per_s`` since the last call. Synchronize the device first."""
+        """Return metrics such as ``tokens_per_s`` since the last call. The caller must first synchronize the device."""
         now = time.perf_counter()
         seconds = (now - self._started) / self._steps
         tokens_per_s = self.tokens_per_step / seconds
