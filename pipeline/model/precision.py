@@ -21,7 +21,10 @@ AUTOCAST_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 class ComputeModel(nn.Module):
-    """A model that computes in one precision. Its ``forward`` has the arguments of ``GPT2.forward``."""
+    """A wrapper that runs a GPT-2 in one of the precisions above.
+
+    Its ``forward`` has the arguments of ``GPT2.forward``.
+    """
 
     __call__: Callable[..., Tensor]
 

@@ -99,10 +99,12 @@ def overlaps(config: Config, device: Device) -> bool:
 
 
 def compute_seconds(collectives: StepCollectives, pass_s: float) -> float:
-    """Return the computing time of all micro-steps of one step, including recomputation.
+    """Return the computing time of all micro-steps of one step.
+
+    The result includes the time for recomputing blocks in the backward pass.
 
     Args:
-        pass_s: the computing time of one micro-step, without recomputation.
+        pass_s: the computing time of one micro-step that recomputes no block.
     """
     return pass_s * sum(count * sum(stage.share for stage in stages) for count, stages in collectives.micro_steps())
 

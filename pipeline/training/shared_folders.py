@@ -45,7 +45,7 @@ def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> No
 
 
 def find_difference(views: Sequence[View]) -> str | None:
-    """Return a message about the first rank that sees another run folder or other data than rank 0.
+    """Return a message about the first rank whose run folder or data differ from those of rank 0.
 
     If there is no such rank, return None.
     """

@@ -57,7 +57,7 @@ class Trainer:
     Args:
         state: the progress of the run. It must belong to the weights and the optimizer state in the backend.
         tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
-        heartbeat_file: writes ``heartbeat.json``. None: no file.
+        heartbeat_file: writes ``heartbeat.json``. If None, the trainer does not write this file.
     """
 
     def __init__(
