@@ -62,7 +62,7 @@ def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) 
 def tokenize_share(
     request: TokenizeRequest, share: int, shares: int, observer: Observer | None = None
 ) -> Manifest | None:
-    """Encode the chunks of a request whose index modulo ``shares`` is ``share``.
+    """Encode one share of a request: the chunks whose index modulo ``shares`` is ``share``.
 
     Each process that shares the output folder calls this function with its own ``share``, from 0 to ``shares - 1``. The
     last call writes the manifest and returns it. The earlier calls return None.

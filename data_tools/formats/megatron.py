@@ -3,7 +3,7 @@
 ``X.bin`` contains the tokens. The index ``X.idx``, written by ``MMapIndexedDataset``, says where sequences and
 documents begin. All values in the index are little-endian:
 
-1. the magic number, the version (uint64) and the type of the tokens (uint8);
+1. the magic number, the version (uint64) and a code for the dtype of the tokens (uint8);
 2. the number of sequences and the number of document boundaries (uint64 each);
 3. the length of each sequence in tokens (int32);
 4. the offset of each sequence in ``X.bin`` in bytes (int64);

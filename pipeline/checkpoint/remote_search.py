@@ -35,7 +35,7 @@ def complete_steps(found: Mapping[int, Mapping[str, int]]) -> list[int]:
 def open_undamaged(
     run: RemoteRun, found: Mapping[int, Mapping[str, int]], steps: Iterable[int]
 ) -> list[RemoteCheckpoint]:
-    """Open the checkpoints of ``steps``. Log and leave out those with a bad manifest or wrong file sizes.
+    """Open the checkpoints of ``steps``. Log and leave out checkpoints with a bad manifest or wrong file sizes.
 
     ``found`` is the result of ``RemoteRun.list``.
     """

@@ -7,7 +7,7 @@ _IN_WHEEL = Path(__file__).resolve().parent / "shipped"  # setup.py copies the c
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return name -> path for the configs in ``ds_configs``, in alphabetical order."""
+    """Return the paths of the configs in ``ds_configs`` by name, in alphabetical order."""
     folder = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CHECKOUT
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 

@@ -101,7 +101,7 @@ def check_memory() -> Finding:
 
 
 def check_disk(folder: Path) -> Finding:
-    """Check that a folder is writable and that its disk has enough space."""
+    """Check that a folder is writable and that its disk has enough space for checkpoints."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not os.access(existing, os.W_OK):
         return Finding("disk", "problem", f"{existing} is not writable", "use another folder: run.out_dir, --out")

@@ -43,7 +43,7 @@ class StepCollectives:
     after: list[Collective]  # after the last backward pass, one by one
 
     def micro_steps(self) -> Iterator[tuple[int, list[Stage]]]:
-        """Yield each kind of micro-step: how often it occurs in the step, and its stages."""
+        """Yield, for each kind of micro-step, how many of them the step has, and their stages."""
         if self.accumulation > 1:
             yield 1, self.first
             yield self.accumulation - 2, self.middle

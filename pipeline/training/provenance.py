@@ -34,7 +34,7 @@ def describe_process() -> dict[str, Any]:
 def describe_commit(folder: Path) -> dict[str, Any] | None:
     """Return the git commit of a folder, and whether tracked files differ from it (``dirty``).
 
-    Returns None without a repository, a commit, or git.
+    Returns None if the folder is not in a git repository, if the repository has no commit, or if git fails.
     """
     commit = _run_git(folder, "rev-parse", "HEAD")
     changes = _run_git(folder, "status", "--porcelain", "--untracked-files=no")
