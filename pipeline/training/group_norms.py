@@ -34,8 +34,8 @@ def layer_group(name: str) -> str:
 class GroupNorms:
     """Measures the gradient norm, the weight norm and the update ratio of each layer group for one step.
 
-    Create an object just before the step, because the constructor copies this rank's weights and first moments. Call ``measure``
-    after the step.
+    Create an object just before the step, because the constructor copies this rank's weights and first moments. Call
+    ``measure`` after the step.
 
     Backends keep gradients in different places. Therefore, this class computes the gradients from AdamW's first moment
     or Muon's momentum: ``new = beta * old + (1 - beta) * gradient``.
