@@ -44,7 +44,8 @@ def list_names(names: Iterable[object]) -> str:
 def install_command(extra: str = "") -> str:
     """Return the shell command that installs this project, for an error message about a missing package.
 
-    It installs the checkout if there is one, otherwise the published package. ``extra`` names optional dependencies.
+    The command installs the checkout if there is one, otherwise the published package. ``extra`` is the name of a set
+    of optional dependencies, or "".
     """
     name = f"[{extra}]" if extra else ""
     root = Path(__file__).resolve().parents[1]

@@ -155,7 +155,10 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
 
 
 def fit_steps(config: Config, step_s: float, left_s: float) -> int:
-    """Return how many steps fit into the remaining time, but at most one pass over the data."""
+    """Return how many steps fit into the remaining time.
+
+    If one pass over the data has fewer steps, return their number. The result is at least ``FEWEST_STEPS``.
+    """
     assert config.data.path is not None
     one_pass = load_manifest(config.data.path).tokens_of("train") // config.batch.tokens_per_step
     return max(FEWEST_STEPS, min(one_pass, int(left_s / step_s)))

@@ -62,9 +62,10 @@ class Chunk:
 
     @property
     def repeated_file(self) -> str:
-        """Return the name of the file with the repeated documents' positions in the chunk, int64 of shape (repeated,).
+        """Return the name of the file that lists which documents of the chunk are repeated documents.
 
-        A repeated document equals an earlier document of the source.
+        A repeated document equals an earlier document of the source. The file contains the positions of repeated
+        documents in the chunk: int64 of shape (repeated,).
         """
         return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 

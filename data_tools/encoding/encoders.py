@@ -49,9 +49,9 @@ class Encoder(Protocol):
 
 
 class GigatokenEncoder:
-    """An encoder that uses gigatoken. For texts with very new characters, it uses tiktoken.
+    """An encoder that uses gigatoken. If a text has new characters (see ``has_new_characters``), it uses tiktoken.
 
-    The two packages use different versions of Unicode, so they may encode such characters differently.
+    The two packages use different versions of Unicode, so they may encode new characters differently.
     """
 
     def __init__(self) -> None:

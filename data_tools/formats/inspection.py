@@ -75,7 +75,7 @@ class FolderReport:
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
     """Return a report on token files of any format, without reading the tokens.
 
-    The arguments are those of ``open_collection``. If there is a manifest, damaged shards raise no error (see
+    The arguments are those of ``open_collection``. If the folder has a manifest, damaged shards raise no error (see
     ``FolderReport.problem``).
 
     Raises:

@@ -102,7 +102,7 @@ class ShardWriter:
         Args:
             tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
             scored: the mask, bool of shape (tokens,), True for tokens that count in the loss. None means all tokens.
-                Give a mask in every call for a shard, or in none.
+                Pass a mask in all calls for a shard, or in none of them.
         """
         self._append_mask(tokens, scored)
         self.tokens += tokens.size

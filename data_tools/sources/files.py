@@ -337,7 +337,7 @@ def describe_error(error: Exception) -> str:
 def decode_utf8(content: bytes, path: str, offset: int) -> str:
     """Decode a document or a line of a file. Raise BadRowError if it is not valid UTF-8.
 
-    ``offset`` is the position of ``content`` in the decompressed file in bytes.
+    ``offset`` is the number of bytes before ``content`` in the decompressed file.
     """
     try:
         return content.decode("utf-8")

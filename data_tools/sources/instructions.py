@@ -5,7 +5,7 @@ A file contains one record per line, or one JSON array of records. A record is a
 - An instruction is ``{"instruction": ..., "input": ..., "output": ...}``. ``input`` may be missing or empty.
 - A chat is a list of messages ``{"role": "user", "content": ...}``, or an object that contains this list.
 
-The key names of ShareGPT are accepted, too.
+Chats may also use the key names of ShareGPT.
 """
 
 import json

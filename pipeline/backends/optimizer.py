@@ -180,8 +180,9 @@ class LossScaler:
     def factor(self) -> float:
         """Return the factor for the loss on each rank. The caller must divide the averaged gradients by this factor.
 
-        The trainer multiplies the loss by the world size. Therefore, this factor is a dynamic scale divided by the
-        world size. fp16 gradients then overflow in the same steps at every world size.
+        If the scale is dynamic, this factor is the scale divided by the world size, because the trainer multiplies the
+        loss by the world size. fp16 gradients then overflow in the same steps at every world size. If the scale is not
+        dynamic, this factor is 1.
         """
         return self.scale / self.world_size if self.dynamic else 1.0
 

@@ -21,7 +21,8 @@ def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
 class AllocatedOnRead(nn.Module):
     """A module whose parameters ``deepspeed.zero.Init`` shards. It allocates each parameter when ``Init`` reads it.
 
-    ``Init`` shards each parameter before it reads the next one. Call ``use_placeholders`` on the model first.
+    ``Init`` shards each parameter before it reads the next one, so at most one whole parameter is in memory at a time.
+    Call ``use_placeholders`` on the model first.
     """
 
     def __init__(self, model: GPT2, device: torch.device) -> None:

@@ -129,7 +129,7 @@ def parse_step(name: str) -> int | None:
 
 
 def parse_tensor_file(name: str) -> tuple[int, str] | None:
-    """Return (rank, group) for the name of a tensor file, or None for any other name."""
+    """Return (rank, ``weights`` or ``moments``) for the name of a tensor file, or None for any other name."""
     match = _TENSOR_FILE.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
 

@@ -26,7 +26,7 @@ class GuardState:
 
 @dataclass(frozen=True)
 class ValidationHistory:
-    """The best validation of a run so far, for early stopping and ``checkpoint.keep_best``."""
+    """The best validation loss of a run so far, for early stopping and ``checkpoint.keep_best``."""
 
     best_loss: float | None = None  # None before the first validation
     best_step: NonNegativeInt | None = None

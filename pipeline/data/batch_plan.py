@@ -8,7 +8,10 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The sizes of micro-batches. In each micro-step, every rank computes one micro-batch."""
+    """How the batch of an optimizer step is divided into micro-batches.
+
+    In each micro-step, every rank computes one micro-batch.
+    """
 
     micro_batch_size: int  # sequences per rank and micro-step
     seq_len: int  # tokens per sequence

@@ -189,7 +189,8 @@ def validation_batches(
     All ranks together get each target once. Every rank gets the same number of batches, because forward passes are
     collective under FSDP and ZeRO-3. The last batches may contain padding, which is not scored.
 
-    If the split has more than ``max_batches`` batches over all ranks, only some of its windows are used, spread evenly.
+    If the split has more than ``max_batches`` batches for all ranks together, the ranks read only as many windows as
+    fit into ``max_batches`` batches. These windows are evenly spread over the split.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

@@ -77,8 +77,8 @@ def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
 def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
-    By default, the kernel clears each new block of more than 32 MiB, such as logits and gradients. This would take a
-    fifth of each step.
+    By default, malloc gets each block of more than 32 MiB, such as logits and gradients, from the operating system,
+    which fills it with zeros. This would take a fifth of each training step.
 
     All threads then use the main arena of malloc, because only this arena can keep large blocks.
     """

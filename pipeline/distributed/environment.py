@@ -150,7 +150,7 @@ def set_allocator_default(options: str) -> None:
 def set_mlflow_defaults() -> None:
     """Make MLflow's client give up a failed request soon. Environment variables that the user has set do not change.
 
-    By default, the client tries again for several minutes. The run itself sends the data again later.
+    By default, the client repeats a failed request for several minutes. The run itself sends the data again later.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds

@@ -24,14 +24,14 @@ _RANKS_THAT_ALL_PRINT = 64
 
 
 def report(error: BaseException) -> int:
-    """Print an error once, and return the exit status of the process.
+    """Print an error that is not printed yet, and return the exit status of the process.
 
     A ``UserError`` is printed as one line, any other error with a traceback.
 
     A user error, such as a wrong config, usually occurs on all ranks. Rank 0 prints it at once. The other ranks wait
     for two seconds, so that the launcher can end them before they print.
 
-    With up to 64 ranks, every rank prints a ``LostRankError`` at once. With more, two ranks per node print it.
+    With up to 64 ranks, every rank prints a ``LostRankError`` at once. With more ranks, two ranks per node print it.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):

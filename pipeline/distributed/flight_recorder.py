@@ -66,7 +66,7 @@ def _dump() -> bytes:
 
 
 def summarize(record: Mapping[str, Any], now_ns: int) -> str:
-    """Describe the oldest unfinished collective in a flight record, or the newest one if all are finished.
+    """Describe the oldest unfinished collective in a flight record. If all are finished, describe the newest one.
 
     Args:
         record: torch's dump of the flight recorder in format version 2.

@@ -1,4 +1,4 @@
-"""Exchange heartbeats between ranks. If a rank dies or hangs, the other ranks print which one, and exit."""
+"""Exchange heartbeats between ranks. If a rank dies or hangs, the other ranks print which rank it is, and exit."""
 
 import json
 import os

@@ -123,8 +123,9 @@ class Place:
     def loops(self, timeout_s: float) -> bool:
         """Return whether the rank computes without progress, for example in an infinite loop.
 
-        The result is True if ``busy_s`` exceeds both ``timeout_s`` and ``LOOP_FACTOR * longest_s``. If ``longest_s`` is
-        not known yet, the result is False.
+        ``busy_s`` is the CPU time since the last sign of progress. ``longest_s`` is the longest CPU time so far between
+        two signs of progress. The result is True if ``busy_s`` exceeds both ``timeout_s`` and
+        ``LOOP_FACTOR * longest_s``. If ``longest_s`` is not known yet, the result is False.
         """
         return self.longest_s > 0 and self.busy_s > max(timeout_s, LOOP_FACTOR * self.longest_s)
 

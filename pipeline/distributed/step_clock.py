@@ -161,8 +161,8 @@ class StepClock:
     def backward_pass(self, loss: Tensor) -> Iterator[None]:
         """Return a context manager for a backward pass of DDP. It measures how long DDP waits at the end of the pass.
 
-        DDP waits in a callback, which it queues when the last gradients are ready. This method queues its own callback
-        earlier. Therefore, our callback runs just before DDP waits.
+        DDP waits for its all-reduces in a callback, which it queues when the last gradients are ready. This method
+        queues another callback earlier. That callback therefore runs first, and records when DDP begins to wait.
         """
         if self._step is None:
             yield

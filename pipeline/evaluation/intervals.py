@@ -1,4 +1,4 @@
-"""Compute 95% confidence intervals of results. The examples of a task are treated as a random sample."""
+"""Compute the 95% confidence intervals of evaluation results. The examples of a task are treated as a random sample."""
 
 import math
 from collections.abc import Sequence

@@ -59,7 +59,7 @@ class Tree:
 
         Args:
             context_length: the largest number of tokens per request. The first tokens of a longer request are left out.
-            reset_at: a token id at which positions restart at 0.
+            reset_at: the id of the token at which positions restart at 0. If None, they do not restart.
         """
         node, path = -1, []
         for token in request.inputs(context_length):
@@ -96,7 +96,7 @@ def build_trees(
     Args:
         groups: the indices of each group's requests in ``requests``.
         context_length: the largest number of tokens per request. The first tokens of a longer request are left out.
-        reset_at: a token id at which positions restart at 0.
+        reset_at: the id of the token at which positions restart at 0. If None, they do not restart.
     """
 
     def build(numbers: Sequence[int]) -> Tree:

@@ -144,9 +144,10 @@ class ChoiceTask:
         return {**figures, "interval": WILSON}
 
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
-        """Return the model's choice for each example, under the keys ``acc`` and ``acc_norm``.
+        """Return the index of the most likely choice for each example, under the keys ``acc`` and ``acc_norm``.
 
-        If several choices are equally likely, the first of them counts.
+        For ``acc_norm``, each log-likelihood is first divided by the length of its choice. If several choices are
+        equally likely, the first of them counts.
         """
         rows = [np.array([score.log_likelihood for score in group]) for group in scores]
         answers = {"acc": [int(row.argmax()) for row in rows]}

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class HubData:
-    """The location of a dataset on the Hugging Face hub, as in lm-evaluation-harness."""
+    """The name, config and splits of a dataset on the Hugging Face hub."""
 
     address: str
     config: str | None

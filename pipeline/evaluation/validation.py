@@ -66,7 +66,8 @@ def validate_average(
     Every rank must call this function.
 
     Returns:
-        A dict with ``val_ema_loss``. If ``averaging.ema`` is null or ``validate`` returns an empty dict, it is empty.
+        A dict with ``val_ema_loss``. If ``averaging.ema`` is null, or if ``validate`` returns an empty dict, this
+        dict is empty.
     """
     if config.averaging.ema is None or VALIDATION not in config.evaluation.tasks:
         return {}

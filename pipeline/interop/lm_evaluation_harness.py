@@ -113,7 +113,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
         return [sum(score.log_likelihood for _ in of_text for score in next(scores)) for of_text in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return a completion of each prompt. It ends before ``<|endoftext|>`` or the first stop text.
+        """Return a completion of each prompt. A completion ends before ``<|endoftext|>`` or the first stop text.
 
         If prompt and completion do not fit into the model's context, the beginning of the prompt is removed.
 
@@ -145,7 +145,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Return the key of the tokenizer in the harness's cache of requests."""
+        """Return the name of the tokenizer. The harness caches a task's requests separately per tokenizer name."""
         return "gpt2"
 
     def get_model_info(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def fastest_kernel(
 ) -> Iterator[str]:
     """Return a context manager in which attention uses the fastest kernel that supports the arguments.
 
-    The context manager returns torch's name for the kernel. If no fused kernel works, the name is ``MATH``. If torch
+    The ``with`` block gets torch's name for the kernel. If no fused kernel works, the name is ``MATH``. If torch
     does not report its choice, the name is ``UNKNOWN``.
 
     Args:

@@ -58,7 +58,10 @@ WAYS = {
 
 
 class InferenceLinear(nn.Module):
-    """A linear layer for inference that computes in one dtype. Its weight gets no gradient."""
+    """A linear layer for inference. It converts each input to the dtype of its weight.
+
+    The weight gets no gradient.
+    """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, way: Way) -> None:
         super().__init__()

@@ -43,7 +43,10 @@ class Peak:
 
 @dataclass(frozen=True)
 class Request:
-    """The model and the micro-batch to trace. ``precision`` matters only if ``compute`` is "autocast"."""
+    """The model and the micro-batch whose activations are traced.
+
+    ``precision`` matters only if ``compute`` is "autocast".
+    """
 
     model: ModelConfig
     compute: Compute
@@ -57,8 +60,9 @@ class Request:
 def trace_activations(request: Request) -> tuple[Peak, ...]:
     """Return the peak memory in each interval (see ``Peak``) of a forward and backward pass, in order.
 
-    To save time, the function extrapolates from two models with few blocks. The result for a deep model covers only its
-    first and last blocks. The largest peak is there, because memory changes linearly from block to block.
+    To save time, the function traces two models with few blocks, and extrapolates their peaks to a deep model. The
+    result then lacks the intervals of the deep model's middle blocks. None of them has the largest peak, because memory
+    changes linearly from block to block.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))

@@ -40,9 +40,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks of a collective. The numbers of two consecutive ranks differ by ``stride``.
+    """The ranks that take part in a collective. The numbers of two consecutive ranks differ by ``stride``.
 
-    The other ranks are in groups with the same ``size`` and ``stride``. All groups communicate at the same time.
+    Every rank of the run is in one group. All groups have the same ``size`` and ``stride``, and communicate at the same
+    time.
     """
 
     size: int

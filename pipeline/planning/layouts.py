@@ -37,7 +37,7 @@ class Layout:
     """The bytes of memory that one rank needs for each kind of state.
 
     The bytes for gradients and buffers change during the backward pass. Therefore, ``gradients`` and ``buffers`` are
-    functions of the number of parameter elements whose gradients are finished.
+    functions. Their argument is the number of elements in all parameters whose gradients are finished.
     """
 
     compute: Compute

@@ -16,7 +16,7 @@ SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes that each kind of tensor occupies when the memory use of a rank is highest."""
+    """The bytes of each kind of tensor on a rank, at the moment when the rank uses the most memory."""
 
     parameters: int
     masters: int
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Return whether the config's micro-batch fits into the memory of a device."""
+        """Return whether the config's micro-batch fits into the memory of the device."""
         return self.memory.total <= self.usable_bytes
 
     @property
@@ -74,9 +74,9 @@ def plan_run(
     Args:
         mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of training tokens in the whole run.
-        grow_batch: whether to enlarge a batch that the ranks cannot divide equally. The micro-batch size is then the
-            largest divisor of the batch that does not exceed the config's size. If it fits in memory, larger sizes are
-            not tried.
+        grow_batch: whether to enlarge a batch that the ranks cannot divide equally. If True, the micro-batch size is
+            the largest divisor of the sequences per rank that does not exceed the config's micro-batch size. If this
+            size fits in memory, larger sizes are not tried.
 
     Raises:
         ConfigError: ``grow_batch`` is False, and the batch cannot be divided equally among the ranks.

@@ -80,7 +80,7 @@ def _speed_lines(plan: Plan, price: float | None) -> Iterator[str]:
 def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
     """Return the plan that needs the fewest days, or None if no plan fits.
 
-    Plans are not accurate to 1%. Of all plans within 1% of the fewest days, the first is returned.
+    Plans are not accurate to 1%. If several plans are within 1% of the fewest days, return the first of these plans.
     """
     fitting = [(plan, plan.days) for plan in plans if plan.days is not None]
     fewest = min((days for _, days in fitting), default=0.0)

@@ -38,7 +38,7 @@ def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, t
 
 
 def format_scaling(plans: Sequence[Plan]) -> Iterator[str]:
-    """Yield the lines of a chart with one row per plan."""
+    """Yield the lines of a text chart. Each row shows the plan for one number of ranks."""
     yield "predicted for other numbers of ranks (a step grows if the ranks cannot divide its sequences equally):"
     heading = f"{'ranks':>5}  {'fastest':14}{'micro-batch':>11}{'tokens per step':>17}{'tokens/s':>16}"
     yield f"{heading}{'time':>13}  efficiency"

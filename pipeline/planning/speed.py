@@ -21,7 +21,7 @@ CPU_ADAM_BYTES = 2 * (FP32 + 2 * FP32) + FP32
 
 @dataclass(frozen=True)
 class Waits:
-    """The seconds of a step in which a rank waits and does not compute, by cause."""
+    """The seconds per step in which a rank waits and does not compute, by the cause of the wait."""
 
     latency_s: float = 0.0  # of the messages of collectives
     within_host_s: float = 0.0  # for bytes on the links within a host

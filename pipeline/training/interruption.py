@@ -45,8 +45,9 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Return a context manager that records signals. Inside its block, only a second Ctrl-C ends the process.
 
-        If the block raises a ``RuntimeError``, signals are handled like this after the block, too. The cause may be a
-        lost rank. The launcher then sends SIGTERM to this process, which must first print which rank is lost.
+        If the block raises a ``RuntimeError``, signals are still recorded after the block. The cause of the error may
+        be a lost rank. In this case, the launcher sends SIGTERM to this process, and the process must print which rank
+        is lost before it ends.
         """
         thread = SignalThread(self._record)
         thread.start()

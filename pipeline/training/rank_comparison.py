@@ -24,7 +24,7 @@ _NOTABLE_INCREASE = 2.0
 
 
 class RankComparison:
-    """Compares the step times of the ranks since the previous row of metrics. Every rank must create one.
+    """Compares the step times of the ranks since the previous row of metrics. Every rank must create this object.
 
     Args:
         slow_ratio: a rank is logged as slow if its time is more than ``slow_ratio`` times the mean time of the other
@@ -56,7 +56,9 @@ class RankComparison:
         self._times = self._world.sum(copy_to(own, self._world.device))
 
     def read(self) -> dict[str, Any]:
-        """Return metrics from the times that ``start`` has collected. If a rank is slow, log it.
+        """Return metrics from the times that ``start`` has collected.
+
+        If a rank was slow in several consecutive rows, log it.
 
         Synchronize the device before this call. If the run has only one rank or a rank has measured no
         step yet, the result is empty.

@@ -151,7 +151,8 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 def describe_started_decay(start: Path, config: Config) -> str | None:
     """Return a warning if a new run starts from another run's checkpoint, at a step inside the new run's decay.
 
-    The learning rate then usually jumps. Returns None if both runs have the same schedule and peak learning rate.
+    In this case, the learning rate usually jumps. If both runs have the same schedule and peak learning rate, it does
+    not jump, and the result is None.
 
     Args:
         start: the checkpoint from which the new run continues.
@@ -228,7 +229,10 @@ def _start_from(folder: Path) -> str:
 
 
 def describe_changes(start: Path, config: Config) -> list[str]:
-    """Return one text per config key that has changed, such as ``optimizer.learning_rate 0.001 -> 0.0001``."""
+    """Return one text per config key whose value has changed since the checkpoint ``start`` was saved.
+
+    A text is, for example, ``optimizer.learning_rate 0.001 -> 0.0001``.
+    """
     changes = changed_settings(read_state(start)[1], dump_config(config))
     return [f"{key} {change}" for key, change in changes.items() if key not in _KEYS_OF_A_START]
 

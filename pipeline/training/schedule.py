@@ -1,4 +1,4 @@
-"""Compute the learning rate of a step, and the decay of the average of the weights."""
+"""Compute the learning rate of a step, and the decay of the weights' moving average."""
 
 import math
 

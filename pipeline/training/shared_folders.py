@@ -18,7 +18,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class View:
-    """The run folder and the hash of the data, as one rank sees them."""
+    """What one rank sees: its run folder, whether rank 0's file is in it, and the hash of its data."""
 
     host: str
     folder: str  # absolute

@@ -156,7 +156,7 @@ class StepGuard:
             log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
 
     def log_steps_without_targets(self) -> None:
-        """Log a warning if this process has trained steps that had no scored target. It says how many."""
+        """Log how many steps of this process had no scored target. If every step had one, log nothing."""
         if count := self._steps_without_targets:
             log.warning("steps without a scored target since this start: %d; their loss is null", count)
 

@@ -1,4 +1,4 @@
-"""Measure tokens per second and model FLOPs utilization (MFU) of the time that is spent on training."""
+"""Measure tokens per second and model FLOPs utilization (MFU). Evaluations and checkpoints do not count."""
 
 import logging
 import time

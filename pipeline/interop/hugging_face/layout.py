@@ -73,7 +73,10 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def to_generation_json(config: ModelConfig) -> dict[str, Any]:
-    """Return the content of ``generation_config.json``. If the vocabulary is not GPT-2's, the token ids are null."""
+    """Return the content of ``generation_config.json``: the ids of the tokens that begin and end a text.
+
+    If the vocabulary is not GPT-2's, both ids are null.
+    """
     token = END_OF_TEXT if config.vocab_size == GPT2_VOCAB_SIZE else None
     return dict.fromkeys(_SPECIAL_KEYS, token)
 
