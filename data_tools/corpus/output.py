@@ -117,7 +117,7 @@ class OutputFolder:
         self._find_finished()
 
     def remove_leftovers(self) -> None:
-        """Remove the files of unfinished chunks. No other process may be writing to the folder."""
+        """Remove the files of unfinished chunks. Call this method only while no other process writes to the folder."""
         finished = {name for record in self.finished.values() for shard in record.shards for name in shard.files}
         self.folder.remove({name for name in self.folder.names() - finished if _SHARD_FILES.fullmatch(name)})
         self.folder.remove_scratch()

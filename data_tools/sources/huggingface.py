@@ -71,8 +71,8 @@ class HuggingFaceSource:
     def notices(self) -> list[str]:
         """Return at most one message about skipped files.
 
-        In a local folder, the library ``datasets`` reads only one kind of file. Skipped files are known only if this
-        kind is JSON, Parquet, CSV, text or Arrow.
+        If a local folder contains several types of files, the library ``datasets`` reads one type and skips the others.
+        This method finds skipped files only if the library reads JSON, Parquet, CSV, text or Arrow.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []

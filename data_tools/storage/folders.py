@@ -151,7 +151,7 @@ class RemoteFolder:
         return content
 
     def sha256(self, name: str, size: int) -> str:
-        """Return the SHA-256 of the first ``size`` bytes of a file as 64 hexadecimal digits."""
+        """Return the SHA-256, as 64 hexadecimal digits, of the first ``size`` bytes of a file."""
         digest = hashlib.sha256()
         for start in range(0, size, _READ_BYTES):
             digest.update(self.read_range(name, start, min(start + _READ_BYTES, size)))

@@ -111,7 +111,7 @@ class _GlooCollective:
 
 
 class AllGather(_GlooCollective):
-    """An all-gather for Gloo. Each rank sends its shard to all other ranks, and receives directly into the output."""
+    """An all-gather for Gloo. Each rank sends its shard to all other ranks, and receives into the output tensor."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False

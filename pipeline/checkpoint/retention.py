@@ -109,8 +109,8 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
     These checkpoints are kept:
 
     - ``verified``, the ``keep_last - 1`` checkpoints before it, and all later checkpoints;
-    - multiples of ``checkpoint.keep_every_steps``;
-    - with ``checkpoint.keep_best``, the checkpoint with the lowest validation loss;
+    - the checkpoints whose step is a multiple of ``checkpoint.keep_every_steps``;
+    - if ``checkpoint.keep_best`` is True, the checkpoint with the lowest validation loss;
     - the checkpoints of the steps in ``pinned``.
 
     Raises CheckpointError if the state of ``verified`` cannot be read.

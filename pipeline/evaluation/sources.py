@@ -1,4 +1,4 @@
-"""Read the rows of a task from a file or from the Hugging Face hub."""
+"""Read the rows of an evaluation task's dataset, from a file or from the Hugging Face hub."""
 
 import hashlib
 import json

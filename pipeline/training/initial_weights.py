@@ -42,7 +42,7 @@ def find_initial_weights(config: Config) -> Path | str | None:
 def write_initial_weights(place: Path | str | None, backend: Backend, seed: int) -> dict[str, Any] | None:
     """Set the weights of a new run to those at ``place``. If ``place`` is None, set them to random values.
 
-    Returns the result of ``load_initial_weights``, or None for random weights. Every rank must call this.
+    Returns the path and the step of the stored weights, or None for random weights. Every rank must call this.
     """
     if place is not None:
         return load_initial_weights(place, backend)

@@ -21,7 +21,8 @@ _FIRST_COLUMNS = ("step", "elapsed_s")
 class CsvFile(Sink):
     """Appends rows to ``metrics.csv``, with one column per key.
 
-    After a new key, deleted rows or a failed write, the whole table is written again from ``metrics.jsonl``.
+    If a row has a new key, or if rows were deleted or a write has failed, the whole table is written again from
+    ``metrics.jsonl``.
     """
 
     def __init__(self, run_folder: Path) -> None:
