@@ -58,7 +58,7 @@ def assign_splits(
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
     """Yield the documents of a corpus. If one split is empty, move documents to this split.
 
-    To find these documents, use the rule that fits:
+    If one split is empty, the corpus decides which rule applies:
 
     1. If the documents are not all equal, find the document whose first occurrence comes last. Move it and its copies.
     2. If the corpus is a single text, divide the text with ``divide_text``.
