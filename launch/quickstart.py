@@ -172,7 +172,7 @@ def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
 def write_report(config: Config) -> str:
     """Write the HTML report of the run and return its path.
 
-    If matplotlib is not installed, write nothing. Return a text that tells the user how to get the report.
+    If matplotlib is not installed, write nothing, and return a text that tells the user how to get the report.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return "install matplotlib, then: " + command("report", config.run.out_dir)

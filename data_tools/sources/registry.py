@@ -30,7 +30,7 @@ class Source(Protocol):
         ...
 
     def text_bytes(self) -> int | None:
-        """Return the approximate size of the text in bytes, or None if this would require reading all documents."""
+        """Return the approximate size of the text in bytes, or None if only reading all documents could show it."""
         ...
 
     def notices(self) -> list[str]:
@@ -72,7 +72,7 @@ def open_source(request: SourceRequest) -> Source:
     """Open the source that a request selects. Documents are not read yet.
 
     Raises:
-        DataError: the kind of source is unknown or does not use a given option, or an input does not exist.
+        DataError: the kind of source is unknown, an option does not fit this kind, or an input does not exist.
     """
     if request.source not in _KINDS:
         raise DataError(f"--source {request.source} is not one of {', '.join(SOURCE_KINDS)}")

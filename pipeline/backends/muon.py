@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         parameters: maps canonical names to the parameters that Muon updates.
-        adamw: the optimizer for all other parameters. ``Muon`` includes its ``param_groups`` and its ``state``.
+        adamw: the optimizer for all other parameters. Its ``param_groups`` and ``state`` belong to ``Muon``, too.
         dtype: the dtype of the Newton-Schulz iterations and of the communication.
     """
 
@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override] # no backend passes a closure
-        """Update all tensors that have a gradient. Every rank must call this, with the same parameter groups."""
+        """Update all tensors that have a gradient. Every rank must call this, and have the same parameter groups."""
         assert closure is None
         self.adamw.param_groups = [group for group in self.param_groups if not group.get(_IS_MUON)]
         if self.adamw.param_groups:

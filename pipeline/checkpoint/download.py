@@ -90,7 +90,7 @@ def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
 def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     """Delete the contents of a folder. Then create a checkpoint's files in it, with their final sizes.
 
-    Raises OSError if the disk is too small.
+    Raises OSError if the disk has too little free space.
     """
     make_empty_folder(folder)
     for name, entry in files.items():

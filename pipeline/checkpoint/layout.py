@@ -52,7 +52,7 @@ def split_url(url: str) -> tuple[str, int | None]:
 
 
 def checkpoint_of_step(run_folder: Path, step: int) -> Path:
-    """Return the checkpoint folder of a step. Raises CheckpointError if the run has none."""
+    """Return the checkpoint folder of a step. Raises CheckpointError if the run has no checkpoint of this step."""
     folder = checkpoint_folder(run_folder, step)
     if folder.is_dir():
         return folder

@@ -13,7 +13,7 @@ from pipeline.run_folder.layout import REMOTE_FILE
 
 
 def is_paired(run_folder: Path, url: str) -> bool:
-    """Return whether the checkpoints at a URL belong to the run."""
+    """Return whether the checkpoints at a URL belong to the run in ``run_folder``."""
     return url.rstrip("/") in _read(run_folder)["urls"]
 
 

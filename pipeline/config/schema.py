@@ -209,7 +209,7 @@ class ModelConfig(Section):
         return describe_model(self.model_dump())
 
     def recomputes_block(self, index: int) -> bool:
-        """Return whether the backward pass recomputes the activations of this block."""
+        """Return whether the backward pass recomputes the activations of the block ``index``."""
         every = int(self.activation_checkpointing)
         return every > 0 and index % every == 0
 

@@ -149,7 +149,7 @@ def suggest_batch(tokens: int, plan: BatchPlan) -> str:
 class Prefetcher:
     """Reads the micro-batches of the next step in a thread, while the device computes the current step.
 
-    If a caller requests another step, the call itself reads the micro-batches.
+    If a call requests a step that the thread has not read, the call itself reads the micro-batches of this step.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:

@@ -129,7 +129,7 @@ def set_gloo_interface(name: str) -> bool:
 
 
 def let_gloo_connect_late() -> None:
-    """Make Gloo connect two ranks only when they first exchange data. The user's setting has priority."""
+    """Make Gloo connect two ranks only when they first exchange data, unless the user has set this option."""
     os.environ.setdefault(_GLOO_CONNECTS_LATE, "1")
 
 

@@ -50,7 +50,7 @@ class Verdict:
 
 
 class Heartbeat:
-    """Sends the heartbeat of this rank to a key-value store every second, and reads those of other ranks.
+    """Sends the heartbeat of this rank to a key-value store every second, and reads those of the other ranks.
 
     A heartbeat says what the main thread is doing (see ``Place``). Rank 0 watches all other ranks. The other ranks
     watch only rank 0. A rank is lost if it is silent for ``timeout_s`` seconds or stuck (see ``find_stuck``). All
@@ -60,7 +60,7 @@ class Heartbeat:
     thread ends the process.
 
     Args:
-        records: the folder for torch's flight recorder, which each rank saves before it exits. None: not saved.
+        records: the folder for torch's flight recorder, which each rank saves before it exits. If None, none is saved.
     """
 
     def __init__(self, world: World, timeout_s: float, records: Path | None = None) -> None:

@@ -31,7 +31,7 @@ _MISSING = "missing"  # the key under which rank 0 writes which ranks are missin
 def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Return an empty key-value store that all ranks share.
 
-    When torchrun restarts the ranks, its store still contains the addresses of the old processes. Therefore, the
+    When torchrun restarts the ranks, torchrun's store still contains the addresses of the old processes. Therefore, the
     keys get a new prefix at each start.
 
     Raises:

@@ -36,7 +36,7 @@ class Example:
         return (self.solved or "".join(self.pairs[self.gold])) + SHOT_SEPARATOR
 
     def require_answers(self) -> None:
-        """Raise ValueError if a choice or a continuation is empty or only white space."""
+        """Raise ValueError if a choice or a continuation is empty or contains only white space."""
         for number, choice in enumerate(self.choices, 1):
             if not choice.strip():
                 raise ValueError(f"choice {number} is empty")

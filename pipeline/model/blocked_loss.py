@@ -68,7 +68,7 @@ def compute_losses(
     """Return each row's loss and the log-sum-exp of each row's logits, both fp32 of shape (N,).
 
     Args:
-        targets: (N,) int64 ids, or -1 if a target is not scored.
+        targets: (N,) int64 ids. The value -1 means that the target is not scored and has the loss 0.
     """
     add_block = _compiled(_add_block) if compiles else _add_block
     largest = hidden.new_full(hidden.shape[:1], torch.finfo(torch.float32).min, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Define the names of a parameter's tensors: its weight, its optimizer tensors, and its average."""
+"""Define the names of a parameter's tensors: its weight, its optimizer tensors, and its moving average."""
 
 from __future__ import annotations
 

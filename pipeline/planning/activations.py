@@ -60,9 +60,9 @@ class Request:
 def trace_activations(request: Request) -> tuple[Peak, ...]:
     """Return the peak memory in each interval (see ``Peak``) of a forward and backward pass, in order.
 
-    To save time, the function traces two models with few blocks, and extrapolates their peaks to a deep model. The
-    result then lacks the intervals of the deep model's middle blocks. None of them has the largest peak, because memory
-    changes linearly from block to block.
+    If the model has many blocks, the function traces two models with few blocks instead, and extrapolates their peaks.
+    The result then contains only the intervals of the first and last blocks. No interval between them has a larger
+    peak, because memory changes linearly from block to block.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))

@@ -33,7 +33,7 @@ class StepProfile:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Return a context manager that profiles the steps inside its block and then writes the files."""
+        """Return a context manager that profiles the steps inside its block. It then writes the trace and the table."""
         if not self._steps:
             yield
             return

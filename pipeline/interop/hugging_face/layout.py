@@ -44,7 +44,7 @@ def hugging_face_name(name: str) -> str:
 
 
 def is_transposed(name: str) -> bool:
-    """Return whether ``transformers`` stores the transpose of our parameter."""
+    """Return whether ``transformers`` stores the transpose of the parameter ``name``."""
     return name.endswith(_TRANSPOSED_SUFFIXES)
 
 
