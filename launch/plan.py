@@ -201,8 +201,8 @@ def _picture_path(text: str) -> Path:
 def divide_equally(config: Config, world_size: int) -> Config:
     """Return the config with a micro-batch size that divides the number of sequences per rank and step.
 
-    The new size is the largest divisor that does not exceed the size in the config. If the ranks cannot divide the
-    batch equally, the config is returned unchanged.
+    The new size is the largest divisor of this number that does not exceed the size in the config. If the ranks cannot
+    divide the batch equally, the config is returned unchanged.
     """
     sequences, rest = divmod(config.batch.tokens_per_step, config.seq_len * world_size)
     size = config.batch.micro_batch_size

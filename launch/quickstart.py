@@ -157,7 +157,8 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
 def fit_steps(config: Config, step_s: float, left_s: float) -> int:
     """Return how many steps fit into the remaining time.
 
-    If one pass over the data has fewer steps, return their number. The result is at least ``FEWEST_STEPS``.
+    If one pass over the data has fewer steps, return the number of steps of one pass. The result is at
+    least ``FEWEST_STEPS``.
     """
     assert config.data.path is not None
     one_pass = load_manifest(config.data.path).tokens_of("train") // config.batch.tokens_per_step

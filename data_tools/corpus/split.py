@@ -89,8 +89,8 @@ def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
     """Divide a text into two pieces. Yield the first piece for training and the second piece for validation.
 
     The second piece has at least the fraction ``val_fraction`` of the characters, and at most about twice as many. The
-    cut is after a paragraph if possible, otherwise after a line or a word. Without such a place, the whole text is for
-    training.
+    cut is after a paragraph if possible, otherwise after a line or a word. If there is no such place, the whole
+    text is for training.
     """
     ideal = int(len(text) * (1 - val_fraction))
     earliest = max(1, 2 * ideal - len(text))  # A cut here gives validation twice the fraction.

@@ -122,8 +122,8 @@ def text_of_record(record: Any, text_field: str, place: object) -> str:
     """Return the document in a record, which is a JSON object or a row of a dataset.
 
     Raises:
-        BadRowError: the record is not an object, or the field is missing or is not a string. The message contains
-            ``str(place)``.
+        BadRowError: the record is not an object, or the field ``text_field`` is missing or not a string. The message
+            contains ``str(place)``.
     """
     if not isinstance(record, dict):
         cure = "; --source instructions reads chats" if isinstance(record, list) else ""

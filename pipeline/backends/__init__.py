@@ -12,7 +12,9 @@ __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
 
 
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
-    """Wrap a model on the device ``meta`` in the backend that the config selects. The weights have no values yet.
+    """Wrap a model on the device ``meta`` in the backend that the config selects.
+
+    After this call, the weights still have no values.
 
     Only the selected backend is imported, because importing DeepSpeed takes seconds.
     """

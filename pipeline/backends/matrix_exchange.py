@@ -1,6 +1,7 @@
 """Transform matrices whose elements are distributed over the ranks.
 
-One rank owns each matrix. The owner receives all elements, transforms them, and sends the new elements back.
+Each matrix belongs to one rank, its owner. The owner receives all elements of the matrix, transforms the matrix, and
+sends the new elements back.
 """
 
 from __future__ import annotations

@@ -88,7 +88,10 @@ def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def newest_good_checkpoint(run_folder: Path) -> Path | None:
-    """Return the newest undamaged checkpoint (see ``find_damage``), or None. Log each damaged one that is newer."""
+    """Return the newest undamaged checkpoint (see ``find_damage``), or None.
+
+    Log each damaged checkpoint that is newer.
+    """
     for folder in reversed(list_checkpoints(run_folder)):
         problem = find_damage(folder)
         if problem is None:

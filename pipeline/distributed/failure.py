@@ -24,7 +24,7 @@ _RANKS_THAT_ALL_PRINT = 64
 
 
 def report(error: BaseException) -> int:
-    """Print an error that is not printed yet, and return the exit status of the process.
+    """Print an error, unless it was printed before. Return the exit status of the process.
 
     A ``UserError`` is printed as one line, any other error with a traceback.
 

@@ -60,7 +60,7 @@ class Heartbeat:
     thread ends the process.
 
     Args:
-        records: the folder for torch's flight recorder, which each rank saves before it exits. If None, none is saved.
+        records: the folder into which each rank saves torch's flight recorder before it exits, or None to save nothing.
     """
 
     def __init__(self, world: World, timeout_s: float, records: Path | None = None) -> None:

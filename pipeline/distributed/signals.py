@@ -10,7 +10,7 @@ class SignalThread:
     """A thread that calls a function for each signal that has a Python handler.
 
     Python itself calls a handler only between two instructions of the main thread. One instruction, such as a wait for
-    a collective, can take minutes. Call all methods from the main thread.
+    a collective, can take minutes. Call all methods of this object from the main thread.
 
     Args:
         hear: is called in this thread, with the number of the signal.

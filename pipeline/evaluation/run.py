@@ -217,7 +217,7 @@ def _write_events(results: Results, loaded: LoadedModel) -> None:
 
 
 def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
-    """Prepare the tasks in ``evaluation.tasks``, except ``validation``, to measure them during training.
+    """Prepare the tasks in ``evaluation.tasks`` for training. ``validation`` needs no preparation.
 
     Every rank must call this function.
 

@@ -116,7 +116,7 @@ def group_by_shape(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
 def exchange_elements(batch: Sequence[Matrix], ranks: int, ranks_per_copy: int) -> int:
     """Return how many elements a rank needs in memory to exchange and orthogonalize a batch of matrices.
 
-    The result is for the rank that needs most.
+    The result is for the rank that needs the most memory.
 
     Args:
         ranks_per_copy: the number of ranks that together hold one copy of all matrices.

@@ -36,8 +36,8 @@ class ComputeModel(nn.Module):
 class AutocastModel(ComputeModel):
     """A model that uses autocast inside its ``forward``, except in the precision ``fp32``.
 
-    DeepSpeed turns off autocast that is active outside of ``forward``. DeepSpeed's own option ``torch_autocast`` would
-    clip fp16 gradients before unscaling them.
+    This works with DeepSpeed, too, although DeepSpeed turns off autocast that is active outside of ``forward``. We do
+    not use DeepSpeed's option ``torch_autocast``, because it clips fp16 gradients before it unscales them.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:

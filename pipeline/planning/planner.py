@@ -150,7 +150,8 @@ def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
     """Return the largest micro-batch size that fits into the memory of the device, or 0 if none fits.
 
-    The number of sequences per rank and step is a multiple of this size, so the tokens per step do not change.
+    Only sizes that divide the number of sequences per rank and step are considered, so the tokens per step do not
+    change.
     """
     sequences = batch.micro_batch_size * batch.accumulation  # per rank and step
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]

@@ -33,7 +33,10 @@ class StepProfile:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Return a context manager that profiles the steps inside its block. It then writes the trace and the table."""
+        """Return a context manager that profiles the steps inside its block.
+
+        After the block, the context manager writes the trace and the table.
+        """
         if not self._steps:
             yield
             return
