@@ -46,11 +46,12 @@ def compare(
         return curve_of(backend, folder, sections, ranks)
 
     reference = curve("ddp", 1, 1)
+    sequences = base["batch"]["tokens_per_step"] // base["model"]["context_length"]
     for backend in backends:
         for micro_batch_size in MICRO_BATCHES:
             for ranks in processes:
                 run = (backend, micro_batch_size, ranks)
-                if run != ("ddp", 1, 1):
+                if sequences % (micro_batch_size * ranks) == 0 and run != ("ddp", 1, 1):
                     yield Agreement.of(("masked" if masked else "all", *run), "fp32", curve(*run), reference)
 
 
