@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_tools.errors import PROJECT
+from data_tools.errors import PROJECT, install_command
 from data_tools.shards.manifest import load_manifest
 from launch.cli import ArgumentParser, positive_number, run_command, start_logging
 from launch.run import evaluate, run_stage, sample, tokenize, train
@@ -42,6 +42,7 @@ STARTS_AFTER_PROBE = 5
 EVALUATIONS = 4
 
 BOX_WIDTH = 80
+BAR_WIDTH = 60
 
 #: Trains the same model on two processes.
 OTHER_BACKEND = (
@@ -176,18 +177,17 @@ def write_report(config: Config) -> str:
     If matplotlib is not installed, write nothing, and return a text that tells the user how to get the report.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        return "install matplotlib, then: " + command("report", config.run.out_dir)
+        return f"{install_command('plots')}; {command('report', config.run.out_dir)}"
     run_stage("report", [sys.executable], "report.py", [config.run.out_dir])
     return str(Path(config.run.out_dir) / REPORT_PAGE)
 
 
 def summarize(config: Config, text: str, seconds: float, report: str) -> str:
-    """Return the last lines that the command prints: the generated text, the loss, and commands to try next."""
+    """Return the last lines that the command prints: the generated text, the losses, and commands to try next."""
     run_folder = config.run.out_dir
-    losses = [row["val_loss"] for row in read_metrics(Path(run_folder)) if row.get("val_loss") is not None]
+    losses = {row["step"]: row["val_loss"] for row in read_metrics(Path(run_folder)) if row.get("val_loss") is not None}
     tokens = config.schedule.max_steps * config.batch.tokens_per_step
     trained = f"{config.schedule.max_steps} steps, {tokens / 1e6:.2f}M tokens"
-    result = f"validation loss {losses[0]:.2f} -> {losses[-1]:.2f}" if losses else "no validation"
     lines = [
         ("loss curves", report),
         ("complete a text", command("generate", "--checkpoint", run_folder, "--prompt", "import ")),
@@ -200,11 +200,20 @@ def summarize(config: Config, text: str, seconds: float, report: str) -> str:
         [
             "",
             boxed(text.rstrip(), "the model continues " + repr(config.sample.prompt)),
-            f"{result} after {trained}; {seconds / 60:.1f} minutes in total",
+            "",
+            *draw_losses(losses),
+            "",
+            f"{trained}; {seconds / 60:.1f} minutes in total",
             "",
             *(f"{name:<{width}}  {value}" for name, value in lines),
         ]
     )
+
+
+def draw_losses(losses: Mapping[int, float]) -> list[str]:
+    """Return one line per evaluation: the step, the validation loss, and a bar of at most BAR_WIDTH characters."""
+    bars = {step: "#" * round(BAR_WIDTH * loss / max(losses.values())) for step, loss in losses.items()}
+    return [f"{'step':>6}  validation loss", *(f"{step:>6}  {losses[step]:5.2f}  {bar}" for step, bar in bars.items())]
 
 
 def boxed(text: str, title: str) -> str:

@@ -57,10 +57,10 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 
 
 def describe_decoded(content: bytes) -> str | None:
-    """Return the end of an error message if a file is not text, although it can be decoded as UTF-8.
+    """Return why a file is not text, for an error message, or None if nothing is wrong.
 
-    Such a file is a tar archive, begins with zeros, or is ASCII text in UTF-16. For any other file, return None.
-    ``content`` is the beginning of the file.
+    Call this for a file that can be decoded as UTF-8. The function recognizes tar archives, zeros, and ASCII characters
+    that are encoded as UTF-16. ``content`` is the beginning of the file.
     """
     kind = _recognize(content[:_HEAD_BYTES])
     return _KINDS[kind][1] if kind in _DECODED_KINDS else None

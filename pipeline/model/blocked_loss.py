@@ -32,7 +32,7 @@ def blocked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab
 
 
 def block_columns(padded_vocab_size: int) -> int:
-    """Return the number of tokens per block of the vocabulary. The last block may have fewer."""
+    """Return the number of vocabulary entries per block. The last block may have fewer."""
     blocks = -(-padded_vocab_size // BLOCK_COLUMNS)
     return -(-padded_vocab_size // (8 * blocks)) * 8
 

@@ -70,6 +70,12 @@ def test_bf16_must_be_worthwhile(bf16_flops: float, expected: str, monkeypatch: 
     assert choose_precision("cpu") == expected
 
 
+def test_the_bars_are_as_long_as_the_losses() -> None:
+    header, first, last = quickstart.draw_losses({0: 10.0, 40: 2.5})
+    assert header.split() == ["step", "validation", "loss"]
+    assert first.split() == ["0", "10.00", 60 * "#"] and last.split() == ["40", "2.50", 15 * "#"]
+
+
 def test_the_box_keeps_indentation_and_wraps_long_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "_prints_lines", lambda: True)
     lines = boxed("def main():\n\treturn 1\n\n" + "x" * 100, "a title").splitlines()
