@@ -37,7 +37,8 @@ def test_it_prints_the_estimate_and_what_it_wrote_and_where(tmp_path: Path, run_
     planned, warning = ended.stderr.splitlines()
     assert warning == (
         "warning: the validation split has 2 tokens in 1 documents, 33.33% of all tokens; losses on fewer than 16,384 "
-        "tokens are noisy: tokenize into another folder with a larger --val-fraction"
+        "tokens are noisy: tokenize more text into another folder: 500,000 tokens in 200 documents suffice with "
+        "--val-fraction 0.1"
     )
     assert planned.startswith("about 0.00 MB of text, 8 tokens, 0.00 MB in shards of ")
     assert " free; 1 chunks, 1 processes, up to 0." in planned
