@@ -93,4 +93,5 @@ def _rate(link: Link) -> float:
 
 
 def _megabytes(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e6:,.3g}"
+    megabytes = bytes_per_s / 1e6
+    return f"{megabytes:,.0f}" if megabytes >= 100 else f"{megabytes:.3g}"

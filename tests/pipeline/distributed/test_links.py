@@ -16,8 +16,8 @@ def ring(*rates: float) -> list[Link]:
 
 
 def test_a_host_with_slow_links_in_both_directions_is_named() -> None:
-    assert describe_links(ring(400.0, 2.4, 2.5), HOSTS) == (
-        "slow link: node2 (rank 4, 5) sends and receives 2.4 to 2.5 MB/s, the other links transfer at least 400 MB/s"
+    assert describe_links(ring(1300.0, 2.4, 2.5), HOSTS) == (
+        "slow link: node2 (rank 4, 5) sends and receives 2.4 to 2.5 MB/s, the other links transfer at least 1,300 MB/s"
     )
 
 
