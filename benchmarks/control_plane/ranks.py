@@ -26,7 +26,7 @@ from pipeline.distributed.world import World
 
 SENDERS = 8  # threads that send the heartbeats of all ranks of this process
 STACK_BYTES = 512 << 10  # of a thread, because there are thousands
-REQUESTS = ("set", "get", "check", "wait", "add", "multi_get", "multi_set")
+REQUESTS = ("set", "get", "check", "wait", "add", "compare_set", "multi_get", "multi_set")
 PLACE = Place(1000, "step 7, micro-batch 1 of 4", False, 0.0, "gpt2.py:180 in loss > functional.py:2500 in linear")
 
 

@@ -39,7 +39,7 @@ class Unfinished(Generic[Result]):
 Work = Callable[[Item, Callable[..., None]], Result | Unfinished[Result]]
 
 _ATTEMPTS = 3
-_REPORT, _READY, _RESULT, _ERROR = "report", "ready", "result", "error"
+_REPORT, _READY, _RESULT, _ERROR, _DEATH = "report", "ready", "result", "error", "death"
 
 
 def unordered_map(
@@ -64,43 +64,12 @@ def unordered_map(
     if workers == 1:
         yield from _map_in_this_process(work, items, on_report)
         return
-    waiting = deque(items)
-    deaths: list[Item] = []
-    context = _context(preload)
-    pool: list[_Worker[Item, Result]] = []
+    pool = _Pool(work, items)
     try:
-        for _ in range(min(workers, len(waiting))):
-            pool.append(_Worker(work, context))
-            pool[-1].begin(waiting.popleft())
-        while busy := {worker.connection: worker for worker in pool if worker.items}:
-            for connection in wait(list(busy)):
-                worker = busy[connection]
-                try:
-                    kind, value = worker.connection.recv()
-                except (EOFError, OSError):  # OSError: the worker died while it was sending
-                    deaths.append(worker.items[-1])
-                    if deaths.count(deaths[-1]) == _ATTEMPTS:
-                        raise DataError(
-                            f"the worker process died {_ATTEMPTS} times at {deaths[-1]} (killed, or out of memory?); "
-                            "repeat the command to continue, with fewer --workers if memory is short"
-                        ) from None
-                    waiting.extendleft(reversed(worker.restart()))
-                    continue
-                if kind == _REPORT:
-                    on_report(*value)
-                elif kind == _ERROR:
-                    raise value
-                elif kind == _RESULT:
-                    worker.items.popleft()
-                    yield value
-                elif waiting:  # the worker is ready for another item
-                    worker.begin(waiting.popleft())
+        pool.start(workers, _context(preload))
+        yield from pool.results(on_report)
     finally:
-        for worker in pool:
-            worker.process.kill()
-            worker.connection.close()
-        for worker in pool:
-            worker.process.join()
+        pool.close()
 
 
 def _map_in_this_process(
@@ -139,6 +108,78 @@ def _context(preload: tuple[str, ...]) -> BaseContext:
     return context
 
 
+class _Pool(Generic[Item, Result]):
+    """The worker processes, and the items that wait for a worker.
+
+    If a process dies while it has two items, either of them may be the reason. Each of them is then repeated alone, so
+    that the error message names the right one.
+    """
+
+    def __init__(self, work: Work[Item, Result], items: Iterable[Item]) -> None:
+        self._work = work
+        self._waiting = deque(items)
+        self._suspects: list[Item] = []  # no worker gets one of these items together with another item
+        self._deaths: list[Item] = []  # the items at which a process died
+        self._workers: list[_Worker[Item, Result]] = []
+
+    def start(self, workers: int, context: BaseContext) -> None:
+        """Start the workers, each with its first item."""
+        for _ in range(min(workers, len(self._waiting))):
+            self._workers.append(_Worker(self._work, context))
+            self._workers[-1].begin(self._waiting.popleft())
+
+    def results(self, on_report: Callable[..., None]) -> Generator[Result, None, None]:
+        """Yield each result as soon as it is available. ``on_report`` receives the reports of the workers."""
+        while busy := {worker.connection: worker for worker in self._workers if worker.items}:
+            for connection in wait(list(busy)):
+                worker = busy[connection]
+                try:
+                    kind, value = worker.connection.recv()
+                except (EOFError, OSError):  # OSError: the worker died while it was sending
+                    kind, value = _DEATH, None
+                if kind == _DEATH:
+                    self._replace(worker)
+                elif kind == _REPORT:
+                    on_report(*value)
+                elif kind == _ERROR:
+                    raise value
+                elif kind == _RESULT:
+                    worker.items.popleft()
+                    self._feed(worker)
+                    yield value
+                else:
+                    worker.is_ready = True
+                    self._feed(worker)
+
+    def close(self) -> None:
+        """Kill all workers."""
+        for worker in self._workers:
+            worker.process.kill()
+            worker.connection.close()
+        for worker in self._workers:
+            worker.process.join()
+
+    def _feed(self, worker: _Worker[Item, Result]) -> None:
+        """Give the next item to a worker, if there is one and the worker can begin it."""
+        if not (self._waiting and worker.is_ready):
+            return
+        if not worker.items or not any(item in self._suspects for item in (worker.items[0], self._waiting[0])):
+            worker.begin(self._waiting.popleft())
+
+    def _replace(self, worker: _Worker[Item, Result]) -> None:
+        """Start a new process for a worker that has died. Raise DataError if an item has killed several processes."""
+        if len(worker.items) > 1:
+            self._suspects += worker.items
+        else:
+            self._deaths += worker.items
+            if self._deaths.count(worker.items[0]) == _ATTEMPTS:
+                raise DataError(
+                    f"the worker process died {_ATTEMPTS} times at {worker.items[0]} (killed, or out of memory?); "
+                    "repeat the command to continue, with fewer --workers if memory is short"
+                )
+        self._waiting.extendleft(reversed(worker.restart()))
+
+
 class _Worker(Generic[Item, Result]):
     """A worker process, its pipe, and one or two items.
 
@@ -149,10 +190,12 @@ class _Worker(Generic[Item, Result]):
         self._work = work
         self._context = context
         self.items: deque[Item] = deque()
+        self.is_ready = False  # whether the process can begin another item
         self._start()
 
     def begin(self, item: Item) -> None:
         self.items.append(item)
+        self.is_ready = False
         with suppress(OSError):  # the worker has just died; the next read from its pipe detects this
             self.connection.send(item)
 

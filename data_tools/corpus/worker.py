@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,49 +61,12 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkReco
     Raises:
         DataError: ``finish`` found that the encoder and tiktoken return different tokens.
     """
-    request = job.request
-    folder = open_folder(request.out)
-    encoder = load_encoder(job.encoder)
+    folder = open_folder(job.request.out)
     check = _ReferenceCheck(job.encoder, chunk)
-    repeated = _load_repeated(request, chunk)
-    skipped = SkippedRows()
-    lengths: CountArray = np.zeros(_LENGTH_CLASSES, dtype=np.int64)
-    documents = assign_splits(
-        documents_of(chunk, _open_source(job), request, skipped),
-        val_fraction=request.val_fraction,
-        seed=request.seed,
-        fill_both=job.is_one_chunk,
-    )
     with ExitStack() as resources:
         scratch = resources.enter_context(scratch_of(folder))
-        is_divided = False
-        done = Contents()  # the progress since the last report
-        writers = {split: _SplitWriter(scratch, split, chunk, request) for split in (TRAIN_SPLIT, VAL_SPLIT)}
-        for number, assigned in enumerate(documents):
-            if number in repeated:
-                continue
-            encoded = encode_document(encoder, assigned.document)
-            check.draw(number, assigned, encoded)
-            is_divided |= assigned.is_part
-            tokens, utf8_bytes = encoded.tokens.size, len(assigned.utf8)
-            writers[assigned.split].append(encoded, utf8_bytes)
-            lengths[tokens.bit_length() - 1] += 1
-            done += Contents(1, tokens, utf8_bytes)
-            if done.utf8_bytes >= _REPORT_BYTES:
-                report(done)
-                done = Contents()
-        report(done)
-        record = ChunkRecord(
-            index=chunk.index,
-            shards=(),
-            lengths=tuple(lengths.tolist()),
-            repeated=len(repeated),
-            checked=len(check.drawn),
-            is_divided=is_divided,
-            bad_rows=skipped.count,
-            bad_places=tuple(skipped.places),
-            empty=skipped.empty,
-        )
+        writers = {split: _SplitWriter(scratch, split, chunk, job.request) for split in (TRAIN_SPLIT, VAL_SPLIT)}
+        record = _write_documents(job, chunk, writers, check, report)
         kept = resources.pop_all()
 
     def finish() -> ChunkRecord:
@@ -116,6 +79,53 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkReco
         return complete
 
     return Unfinished(finish)
+
+
+def _write_documents(
+    job: Job, chunk: Chunk, writers: Mapping[str, "_SplitWriter"], check: "_ReferenceCheck", report: Report
+) -> ChunkRecord:
+    """Encode the documents of a chunk, and append them to the shards of their splits.
+
+    Returns the chunk's record without its shards, which are not closed yet.
+    """
+    request = job.request
+    encoder = load_encoder(job.encoder)
+    repeated = _load_repeated(request, chunk)
+    skipped = SkippedRows()
+    lengths: CountArray = np.zeros(_LENGTH_CLASSES, dtype=np.int64)
+    is_divided = False
+    done = Contents()  # the progress since the last report
+    documents = assign_splits(
+        documents_of(chunk, _open_source(job), request, skipped),
+        val_fraction=request.val_fraction,
+        seed=request.seed,
+        fill_both=job.is_one_chunk,
+    )
+    for number, assigned in enumerate(documents):
+        if number in repeated:
+            continue
+        encoded = encode_document(encoder, assigned.document)
+        check.draw(number, assigned, encoded)
+        is_divided |= assigned.is_part
+        tokens, utf8_bytes = encoded.tokens.size, len(assigned.utf8)
+        writers[assigned.split].append(encoded, utf8_bytes)
+        lengths[tokens.bit_length() - 1] += 1
+        done += Contents(1, tokens, utf8_bytes)
+        if done.utf8_bytes >= _REPORT_BYTES:
+            report(done)
+            done = Contents()
+    report(done)
+    return ChunkRecord(
+        index=chunk.index,
+        shards=(),
+        lengths=tuple(lengths.tolist()),
+        repeated=len(repeated),
+        checked=len(check.drawn),
+        is_divided=is_divided,
+        bad_rows=skipped.count,
+        bad_places=tuple(skipped.places),
+        empty=skipped.empty,
+    )
 
 
 def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:

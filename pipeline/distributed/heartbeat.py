@@ -7,10 +7,12 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,12 +32,12 @@ Result = TypeVar("Result")
 INTERVAL_S = 1.0
 #: A failed rank waits at most this long for the store, whose process or host may be dead.
 _STORE_TIMEOUT_S = 10.0
-#: A rank waits at most this long for another rank's search, which takes three seconds. Two waits must take less than
-#: ``_STORE_TIMEOUT_S``.
+#: A rank waits at most this long for another rank's search, which takes three seconds, and then takes over. Must be
+#: less than ``_STORE_TIMEOUT_S``.
 _SEARCH_TIMEOUT_S = 4.5
 _VERDICT = "verdict"
-#: How many ranks have asked for the lost ranks, how many have asked again, and the answer for all ranks.
-_ASKED, _ASKED_AGAIN, _FOUND = "searches", "searches_again", "found"
+#: The id of the newest search for the lost ranks, and the answer for all ranks.
+_SEARCH, _FOUND = "search", "found"
 _OVERDUE = "overdue"
 _LOST_STORE = "lost rank 0, or the launcher on its node"
 _CURE = "; run the same command again (training continues from the last checkpoint)"
@@ -265,28 +267,39 @@ def find_lost(world: World) -> str | None:
     """Return a text that names the lost ranks, or None if no rank is lost.
 
     A rank is lost if it has failed or sends no heartbeat during this call. The call takes a few seconds. Only the first
-    rank that makes this call reads the heartbeats. The other ranks wait for its result. If the first rank is lost, too,
-    another one reads them.
+    rank that makes this call reads the heartbeats. The other ranks wait for its result. If a rank that reads them is
+    lost, too, another one takes over.
     """
-    otherwise: str | None = _LOST_STORE
-    return _within_store_timeout(lambda: _find_lost(world), otherwise)
+    search = ""
+    found: str | None = None
+    while found is None:
+        search, found = _within_store_timeout(partial(_search_or_wait, world, search), (search, _LOST_STORE))
+    return found or None
 
 
-def _find_lost(world: World) -> str | None:
+def _search_or_wait(world: World, given_up: str) -> tuple[str, str | None]:
+    """Search for the lost ranks, or wait until another rank has found them.
+
+    Args:
+        given_up: the id of the search for which this rank has waited too long. "": it has not waited yet.
+
+    Returns:
+        The id of the newest search, and a text that names the lost ranks. The text is "" if no rank is lost, and None
+        if the search is not finished.
+    """
     store = _connect(world)
-    for counter in (_ASKED, _ASKED_AGAIN):
-        if store.add(counter, 1) == 1:
-            lost = _search_for_lost(store, world)
-            if not store.check([_FOUND]):
-                store.set(_FOUND, f"lost {_describe(store, lost)}" if lost else "")
-        else:
-            with suppress(DistStoreError):
-                store.wait([_FOUND], timedelta(seconds=_SEARCH_TIMEOUT_S))
-        if store.check([_FOUND]):
-            break
+    own = uuid.uuid4().hex
+    search = store.compare_set(_SEARCH, given_up, own).decode()  # only one rank can replace an id
+    if search != own:
+        with suppress(DistStoreError):
+            store.wait([_FOUND], timedelta(seconds=_SEARCH_TIMEOUT_S))
+    elif not store.check([_FOUND]):
+        lost = _search_for_lost(store, world)
+        if not store.check([_FOUND]):
+            store.set(_FOUND, f"lost {_describe(store, lost)}" if lost else "")
     if verdict := _read_verdict(store):
-        return verdict.reason
-    return store.get(_FOUND).decode() or None if store.check([_FOUND]) else None
+        return search, verdict.reason
+    return search, store.get(_FOUND).decode() if store.check([_FOUND]) else None
 
 
 def _search_for_lost(store: Store, world: World) -> list[int]:

@@ -85,6 +85,10 @@ def fail_while_finishing_three(number: int, report: Report) -> Unfinished[int]:
     return Unfinished(lambda: fail_at_three(number, report))
 
 
+def always_die_while_finishing_three(number: int, report: Report) -> Unfinished[int]:
+    return Unfinished(lambda: always_die_at_three(number, report))
+
+
 def ignore(*values: object) -> None:
     pass
 
@@ -150,9 +154,11 @@ def test_a_worker_that_dies_in_the_middle_of_a_message_is_replaced(tmp_path: Pat
     assert list(unordered_map(work, range(3), 2, ignore)) == [b"x" * 100_000] * 3
 
 
-def test_workers_that_die_again_and_again_at_one_item_end_the_run() -> None:
+@pytest.mark.parametrize("work", [always_die_at_three, always_die_while_finishing_three])
+def test_workers_that_die_again_and_again_at_one_item_end_the_run(work: Callable[..., Any]) -> None:
+    """The error names this item, although a worker begins the next item while it finishes one."""
     with pytest.raises(DataError) as caught:
-        list(unordered_map(always_die_at_three, range(10), 2, ignore))
+        list(unordered_map(work, range(10), 2, ignore))
     assert str(caught.value).startswith("the worker process died 3 times at 3 (killed, or out of memory?); ")
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from pipeline.distributed import heartbeat
 from pipeline.distributed.heartbeat import Heartbeat, find_lost
@@ -73,22 +73,52 @@ def test_only_one_rank_reads_the_heartbeats_of_all_ranks(
     assert len(readers) == 1
 
 
-def test_if_the_rank_that_searches_is_lost_one_other_rank_searches(
+def test_if_ranks_that_search_are_lost_another_one_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks begin to search one after the other, and each of them dies before it writes the result."""
+    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(heartbeat, "_SEARCH_TIMEOUT_S", 0.2)
+    world = World(0, 5, 0, torch.device("cpu"), SharedStore())
+    worlds = [replace(world, rank=rank) for rank in range(5)]
+    for each in worlds:
+        Heartbeat(each, timeout_s=60.0)
+    search = heartbeat._search_for_lost
+    died: list[int] = []
+
+    def die_or_search(store: Store, world: World) -> list[int]:
+        if len(died) < 3:
+            died.append(world.rank)
+            raise RuntimeError("this thread ends, as after a lost connection")
+        return search(store, world)
+
+    monkeypatch.setattr(heartbeat, "_search_for_lost", die_or_search)
+    with ThreadPoolExecutor(5) as threads:
+        found = list(threads.map(find_lost, worlds))
+    assert len(set(died)) == 3
+    for rank in set(range(5)) - set(died):
+        answer = found[rank]
+        assert answer is not None and all(f"rank {lost} (" in answer for lost in died)
+
+
+def test_only_one_rank_takes_over_a_search(
     worlds: list[World], ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 2 has begun to search, and was killed before it wrote the result."""
-    monkeypatch.setattr(heartbeat, "_SEARCH_TIMEOUT_S", 2.0)
-    readers = record_searches(monkeypatch)
-    heartbeat._connect(worlds[2]).add(heartbeat._ASKED, 1)
-    for rank in ranks[:2]:
-        rank.start()
-    with ThreadPoolExecutor(2) as threads:
-        found = set(threads.map(find_lost, worlds[:2]))
-    for rank in ranks[:2]:
-        rank.stop()
-    (lost,) = found
-    assert lost is not None and lost.startswith("lost rank 2 (") and lost.count("rank ") == 1
-    assert len(readers) == 1
+    """Rank 2 dies during its search, and rank 1 during the next one. Rank 0 then waits for rank 1."""
+    monkeypatch.setattr(heartbeat, "_SEARCH_TIMEOUT_S", 0.01)
+    readers: list[int] = []
+
+    def die(store: Store, world: World) -> list[int]:
+        readers.append(world.rank)
+        raise RuntimeError
+
+    monkeypatch.setattr(heartbeat, "_search_for_lost", die)
+    with pytest.raises(RuntimeError):
+        heartbeat._search_or_wait(worlds[2], "")
+    search, _ = heartbeat._search_or_wait(worlds[1], "")
+    with pytest.raises(RuntimeError):
+        heartbeat._search_or_wait(worlds[1], search)
+    newer, found = heartbeat._search_or_wait(worlds[0], search)
+    assert newer != search and found is None
+    assert readers == [2, 1]
 
 
 def test_a_long_list_of_lost_ranks_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
