@@ -32,6 +32,8 @@ def test_the_store_gets_a_bounded_number_of_requests_per_rank() -> None:
     assert float(values["start: requests per rank"]) < 12 + seconds / 0.02  # while ranks wait, they poll every 20 ms
     assert float(values["heartbeats: requests per rank and second"]) < 3
     assert values["store: connections"] == str(2 * RANKS)
+    waited_s = float(values["upload: until rank 0 has the results of all ranks"].removesuffix(" s")) + 0.1
+    assert float(values["upload: requests per rank"]) < 12 + waited_s / 0.2  # while a rank waits, it polls every 0.5 s
 
 
 def test_a_checkpoint_of_many_ranks_is_complete(tmp_path: Path) -> None:

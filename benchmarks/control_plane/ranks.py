@@ -12,22 +12,34 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from benchmarks.control_plane.store import TIMEOUT
+from pipeline.checkpoint.layout import tensor_file
+from pipeline.checkpoint.mirror import Mirror
+from pipeline.checkpoint.upload_rounds import Files
 from pipeline.distributed.heartbeat import INTERVAL_S, Heartbeat, find_lost
 from pipeline.distributed.interface import choose_gloo_interface
 from pipeline.distributed.progress import Place
 from pipeline.distributed.rendezvous import open_store
 from pipeline.distributed.world import World
 
+UPLOAD_TIMEOUT_S = 600.0
 SENDERS = 8  # threads that send the heartbeats of all ranks of this process
 STACK_BYTES = 512 << 10  # of a thread, because there are thousands
 REQUESTS = ("set", "get", "check", "wait", "add", "compare_set", "multi_get", "multi_set")
 PLACE = Place(1000, "step 7, micro-batch 1 of 4", False, 0.0, "gpt2.py:180 in loss > functional.py:2500 in linear")
+
+
+class Uploader(Mirror):
+    """A mirror that waits for rounds and reports results, but uploads nothing."""
+
+    def _upload_share(self, step: int, files: Files) -> str:
+        return ""
 
 
 class Observer:
@@ -68,6 +80,7 @@ class Ranks:
         self.counter = RequestCounter()
         self.worlds: list[World] = []
         self.heartbeats: list[Heartbeat] = []
+        self.uploaders: list[Uploader] = []
         self.turn = 0
         self.turn_cpu_s_of_rank_0: list[float] = []
 
@@ -103,6 +116,30 @@ class Ranks:
             "longest_round_s": late_s,
             "turn_cpu_s_of_rank_0": turns[len(turns) // 2] if turns else 0.0,
         }
+
+    def mirror(self) -> dict[str, float]:
+        for world in self.worlds:
+            self.uploaders.append(Uploader("memory://run", Path("run"), world, keep_last=1, timeout_s=UPLOAD_TIMEOUT_S))
+        return {}
+
+    def upload(self) -> dict[str, float]:
+        """Upload one checkpoint with two files per rank, as after a save."""
+        started, seconds = time.monotonic(), 0.0
+        followers = self.uploaders[self.numbers.start == 0 :]
+        for uploader in followers:
+            uploader.start()
+        if self.numbers.start == 0:
+            names = [tensor_file(rank, group) for rank in range(self.size) for group in ("weights", "moments")]
+            rounds = self.uploaders[0]._rounds
+            rounds.begin(1, {name: {"bytes": 1 << 20, "sha256": "0" * 64} for name in names})
+            problems = rounds.collect()
+            assert not problems, problems
+            seconds = time.monotonic() - started
+            rounds.end()
+        for uploader in followers:
+            uploader._thread.join()
+        self.uploaders.clear()
+        return {"seconds": seconds}
 
     def lost(self) -> dict[str, float]:
         """Stop the heartbeats of the last rank, until all other ranks of this process have noticed."""
@@ -203,7 +240,7 @@ def main() -> None:
     get, publish = conductor.get, conductor.set  # these requests are not counted
     ranks = Ranks(size, begin, end, seconds=float(sys.argv[6]), timeout_s=float(sys.argv[7]))
     publish(f"ready_{index}", "{}")
-    for phase in (ranks.start, ranks.watch, ranks.beats, ranks.search, ranks.lost):
+    for phase in (ranks.start, ranks.watch, ranks.beats, ranks.mirror, ranks.upload, ranks.search, ranks.lost):
         get(f"begin_{phase.__name__}")
         before = ranks.counter.requests
         measured = phase()

@@ -99,6 +99,14 @@ def measure_store(ranks: int, processes: int, seconds: float, timeout_s: float) 
         yield "store: connections", f"{loaded.connections - empty.connections:,}"
         yield "store: memory", f"{(loaded.memory_bytes - empty.memory_bytes) / MIB:,.0f} MiB"
 
+        group.run("mirror")
+        before = Load.of(process)
+        uploaded = group.run("upload")
+        cpu_s = Load.of(process).cpu_s - before.cpu_s
+        yield "upload: until rank 0 has the results of all ranks", _longest(uploaded, "seconds")
+        yield "upload: requests per rank", f"{_total(uploaded, 'requests') / ranks:.1f}"
+        yield "upload: CPU time of the store", f"{cpu_s:.2f} s"
+
         searched = group.run("search")
         assert all(each["named"] == each["ranks"] for each in searched), searched
         yield "all ranks stopped by the launcher: until all name the lost rank", _longest(searched, "seconds")

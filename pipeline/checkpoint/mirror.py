@@ -1,14 +1,10 @@
 """Upload the checkpoints of a run to a URL while training continues.
 
 Each rank has a thread that uploads. The threads use no collectives, because one slow network would then block all
-ranks. One *round* uploads one checkpoint:
-
-1. Rank 0 writes the names of the checkpoint's files into the run's key-value store.
-2. Every rank uploads its share of the files, and writes its result into the store.
-3. When all ranks have succeeded, rank 0 writes the manifest at the URL.
+ranks. One *round* of ``UploadRounds`` uploads the tensor files of one checkpoint. When all ranks have succeeded, rank 0
+uploads the state and writes the manifest at the URL.
 """
 
-import json
 import logging
 import threading
 import time
@@ -17,9 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch._C._distributed_c10d import Store
 
 from data_tools.errors import UserError
 from pipeline.checkpoint.layout import (
@@ -27,23 +20,23 @@ from pipeline.checkpoint.layout import (
     STATE_FILE,
     checkpoint_folder,
     list_checkpoints,
-    parse_tensor_file,
     read_manifest,
     step_of,
 )
 from pipeline.checkpoint.pairing import forget_abandoned, is_abandoned, is_paired, pair
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
 from pipeline.checkpoint.retention import best_step, is_state_of_milestone, surplus_steps
+from pipeline.checkpoint.upload_rounds import Files, UploadRounds
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.run_folder.layout import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.5
+#: The pause between two requests of a rank that waits for a round. It grows until the next save or round.
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S, _PAUSE_GROWTH = 0.5, 10.0, 1.25
+_FILE_POLL_S = 0.1
 _VISIBLE_S = 10.0  # a network file system may show a new file late on other hosts
-#: The keys in the store. Rank 0 writes the first three.
-_ROUND, _PLAN, _END, _RESULT = "round", "plan_{round}", "end", "result_{round}_{rank}"
 
 
 @dataclass(frozen=True)
@@ -74,9 +67,8 @@ class Mirror:
         self.run_folder = run_folder
         self.keep_last = keep_last
         self.timeout_s = timeout_s
-        self._rank, self._size = world.rank, world.size
-        self._store = world.connect_to_store("mirror")
-        self._round = 0
+        self._rank = world.rank
+        self._rounds = UploadRounds(world, timeout_s)
         self._remote: RemoteRun | None = None
         self._is_paired = False
         self._milestones: dict[int, bool] = {}
@@ -124,14 +116,14 @@ class Mirror:
         deadline = time.monotonic() + self.timeout_s
         is_announced = False
         while self._thread.is_alive() and time.monotonic() < deadline:
-            self._thread.join(_POLL_S)
+            self._thread.join(_SHORTEST_PAUSE_S)
             wait()
             if not is_announced and self._uploading:
                 log.info("waiting for the upload to %s, at most %.0f s", self.url, self.timeout_s)
                 is_announced = True
         if self._rank == 0 and self._thread.is_alive():
             self._outcomes.append(UploadOutcome(self._newest_step(), self.timeout_s, 0, "the upload took too long"))
-            self._store.set(_END, "")
+            self._rounds.end()
         return self.poll()
 
     def _newest_step(self) -> int:
@@ -145,7 +137,7 @@ class Mirror:
             self._due.clear()
             self._synchronize()
             if self._ending.is_set() and not self._due.is_set():
-                self._store.set(_END, "")
+                self._rounds.end()
                 return
 
     def _synchronize(self) -> None:
@@ -235,31 +227,13 @@ class Mirror:
         if MANIFEST_FILE in found.get(step, {}):  # a checkpoint of the same step before the run went back
             self._open().set_aside(step)
             del found[step][MANIFEST_FILE]
-        self._round += 1
-        self._store.set(_PLAN.format(round=self._round), json.dumps({"step": step, "files": files}))
-        self._store.set(_ROUND, str(self._round))
-        deadline = time.monotonic() + self.timeout_s
-        problem = self._upload_share(step, files)
-        results = self._results_of_others(self._round, deadline)
-        if problems := [text for text in [problem, *results] if text]:
+        problem = self._upload_share(step, self._rounds.begin(step, files))
+        if problems := [text for text in [problem, *self._rounds.collect()] if text]:
             raise CheckpointError("; ".join(problems))
         self._open().upload(step, folder / STATE_FILE, files[STATE_FILE])
         listed = self._open().publish(step, manifest_bytes, files)
         self._known[step] = manifest_bytes
         return sum(entry["bytes"] for entry in files.values()) + len(manifest_bytes), listed
-
-    def _results_of_others(self, number: int, deadline: float) -> list[str]:
-        """Wait for the other ranks. Returns one problem per rank, or "" for a rank that succeeded."""
-        waiting = {rank: _RESULT.format(round=number, rank=rank) for rank in range(1, self._size)}
-        results = []
-        while waiting:
-            for rank in [rank for rank, key in waiting.items() if self._store.check([key])]:
-                results.append(self._store.get(waiting.pop(rank)).decode())
-            if waiting and time.monotonic() > deadline:
-                return [*results, f"ranks {', '.join(map(str, waiting))} have not uploaded in {self.timeout_s:.0f} s"]
-            if waiting:
-                time.sleep(_POLL_S / 5)
-        return results
 
     def _delete_older(self, found: Mapping[int, Mapping[str, int]]) -> None:
         """Delete checkpoints at the URL by the rules of ``delete_older``, and the files of interrupted uploads.
@@ -296,30 +270,25 @@ class Mirror:
 
     def _follow(self) -> None:
         """Upload this rank's files in each round, until rank 0 ends. A late rank skips rounds."""
+        pause_s = _SHORTEST_PAUSE_S
         with suppress(RuntimeError):  # the process with the store has ended
-            while not self._store.check([_END]):
-                number = _read_number(self._store)
-                if number > self._round:
-                    self._round = number
-                    plan = json.loads(self._store.get(_PLAN.format(round=number)))
-                    problem = self._upload_share(plan["step"], plan["files"])
-                    self._store.set(_RESULT.format(round=number, rank=self._rank), problem)
+            while not self._rounds.have_ended:
+                if share := self._rounds.next_share():
+                    self._rounds.report(share, self._upload_share(share.step, share.files))
+                    pause_s = _SHORTEST_PAUSE_S
+                elif self._due.wait(pause_s):  # this rank has saved a checkpoint, so a round begins soon
+                    self._due.clear()
+                    pause_s = _SHORTEST_PAUSE_S
                 else:
-                    time.sleep(_POLL_S)
+                    pause_s = min(_PAUSE_GROWTH * pause_s, _LONGEST_PAUSE_S)
 
-    def _upload_share(self, step: int, files: Mapping[str, Mapping[str, Any]]) -> str:
-        """Upload this rank's tensor files. Returns the problem in one line, or "".
-
-        Rank r modulo the world size uploads the files of rank r, because the world size may have changed since the
-        save.
-        """
+    def _upload_share(self, step: int, files: Files) -> str:
+        """Upload this rank's tensor files. Returns the problem in one line, or ""."""
         folder = checkpoint_folder(self.run_folder, step)
         try:
             for name, entry in files.items():
-                rank_and_group = parse_tensor_file(name)
-                if rank_and_group and rank_and_group[0] % self._size == self._rank:
-                    _wait_for_file(folder / name)
-                    self._open().upload(step, folder / name, entry)
+                _wait_for_file(folder / name)
+                self._open().upload(step, folder / name, entry)
         except (UserError, OSError) as error:
             return f"rank {self._rank}: {' '.join(str(error).split())}"
         except Exception as error:  # noqa: BLE001 - rank 0 waits for the result
@@ -330,12 +299,8 @@ class Mirror:
 def _wait_for_file(path: Path) -> None:
     deadline = time.monotonic() + _VISIBLE_S
     while not path.exists() and time.monotonic() < deadline:
-        time.sleep(_POLL_S / 5)
+        time.sleep(_FILE_POLL_S)
 
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error if isinstance(error, UserError | OSError) else repr(error)).split())
-
-
-def _read_number(store: Store) -> int:
-    return int(store.get(_ROUND)) if store.check([_ROUND]) else 0

@@ -96,12 +96,13 @@ def _describe_wait(rank: int, size: int, missing: Sequence[int]) -> str:
     host, port = master_address()
     return (
         f"rank {rank} on {socket.gethostname()} still waits at {host}:{port} (MASTER_ADDR, MASTER_PORT) for "
-        f"{_list(missing)} of {size} (WORLD_SIZE); if these variables are left over from another launcher: "
+        f"{list_ranks(missing)} of {size} (WORLD_SIZE); if these variables are left over from another launcher: "
         f"{unset_command()}"
     )
 
 
-def _list(ranks: Sequence[int]) -> str:
+def list_ranks(ranks: Sequence[int]) -> str:
+    """Return a text that names the ranks, such as ``ranks 1, 2``. It names at most eight, and counts the others."""
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{more}"
 
@@ -180,5 +181,5 @@ def _find_unset(store: Store, keys: list[str]) -> list[str]:
 
 def _sleep_or_time_out(seconds: float, deadline: float, missing: Sequence[int]) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError(f"timed out at the start of the run, waiting for {_list(missing)}")
+        raise TimeoutError(f"timed out at the start of the run, waiting for {list_ranks(missing)}")
     time.sleep(seconds)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from data_tools.errors import DataError
 from data_tools.shards.manifest import VAL_SPLIT, load_manifest
 from data_tools.shards.reader import TokenStream, open_split
@@ -32,6 +30,7 @@ from pipeline.evaluation.validation import mixture_loss, score_split
 from pipeline.model.precision import ComputeModel
 from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, TASK_PREFIX, perplexity
+from pipeline.run_folder.sinks.service import one_line
 
 log = logging.getLogger(__name__)
 
@@ -209,6 +208,11 @@ def _write_results(results: Results, folder: Path) -> list[Path]:
 
 
 def _write_events(results: Results, loaded: LoadedModel) -> None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+    except Exception as error:  # noqa: BLE001 - a damaged package may raise anything
+        log.warning("TensorBoard cannot be imported (%s), so only the JSON files have the results", one_line(error))
+        return
     with SummaryWriter(str(loaded.run_folder / TENSORBOARD_FOLDER)) as writer:
         for task, result in results.items():
             for key, value in result.items():

@@ -10,7 +10,7 @@ from pipeline.run_folder.sinks.jsonl import MetricsFile
 from pipeline.run_folder.sinks.mlflow_run import MlflowRun, check_mlflow
 from pipeline.run_folder.sinks.service import ServiceSink
 from pipeline.run_folder.sinks.sink import Sink
-from pipeline.run_folder.sinks.tensorboard import TensorBoardLog
+from pipeline.run_folder.sinks.tensorboard import TensorBoardLog, check_tensorboard
 from pipeline.run_folder.sinks.wandb_run import WandbRun, check_wandb, wandb_is_disabled
 
 __all__ = ["SERVICES", "ServiceSink", "Sink", "check_sinks", "create_sinks"]
@@ -27,7 +27,9 @@ def check_sinks(names: Sequence[str], project: str) -> None:
     ``project`` is the value of ``logging.project``.
     """
     for name in names:
-        if name in SERVICES:
+        if name == "tensorboard":
+            check_tensorboard()
+        elif name in SERVICES:
             SERVICES[name](project)
 
 

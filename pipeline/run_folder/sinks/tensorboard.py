@@ -6,11 +6,15 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_tools.errors import install_command
+from pipeline.errors import ConfigError
 from pipeline.run_folder.layout import TENSORBOARD_FOLDER
 from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, LAYER_PREFIX, SAMPLE_KEY, TASK_PREFIX, read_metrics
+from pipeline.run_folder.sinks.service import one_line
 from pipeline.run_folder.sinks.sink import Row, Sink
 
 if TYPE_CHECKING:
@@ -89,6 +93,22 @@ TENSORBOARD_LAYOUT = {
         ],
     },
 }
+
+
+#: The modules that this sink imports with its first row and at the end of a run. They are slow to import.
+_NEEDED_MODULES = ("torch.utils.tensorboard", "tensorboard.plugins.hparams.metadata")
+
+
+def check_tensorboard() -> None:
+    """Raise ConfigError if TensorBoard cannot be imported, for example because its installation is damaged."""
+    for module in _NEEDED_MODULES:
+        try:
+            import_module(module)
+        except Exception as error:  # noqa: BLE001 - a damaged package may raise anything
+            raise ConfigError(
+                f"logging.sinks: tensorboard cannot be imported ({one_line(error)}): {install_command()}, or leave "
+                "tensorboard out of logging.sinks"
+            ) from None
 
 
 class TensorBoardLog(Sink):

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, step
 from pipeline.checkpoint.mirror import Mirror, UploadOutcome
 from pipeline.checkpoint.pairing import abandon, is_abandoned, is_paired
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
+from pipeline.checkpoint.upload_rounds import UploadRounds
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World
@@ -360,6 +362,27 @@ class TestTwoRanks:
         (outcome,) = self.upload(url, folders)
         assert outcome.problem and outcome.problem.startswith("rank 1: ")
         assert complete_steps(url) == []
+
+    def test_a_rank_that_waits_asks_less_and_less_often(
+        self, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The pauses begin at half a second, also after a save, and grow to ten seconds."""
+        world = World(1, 2, 1, torch.device("cpu"), HashStore())
+        mirror = Mirror(url, tmp_path, world, keep_last=2, timeout_s=30.0)
+        pauses: list[float] = []
+
+        def wait(pause_s: float) -> bool:
+            pauses.append(pause_s)
+            if len(pauses) == 40:
+                UploadRounds(replace(world, rank=0), 30.0).end()
+            return len(pauses) == 20  # a save
+
+        monkeypatch.setattr(mirror._due, "wait", wait)
+        mirror._follow()
+        for begin in (0, 20):
+            assert pauses[begin : begin + 2] == [0.5, 0.625]
+            assert pauses[begin : begin + 20] == sorted(pauses[begin : begin + 20])
+        assert pauses[-1] == 10.0
 
     def test_a_rank_that_does_not_answer(self, url: str, folders: list[Path]) -> None:
         outcomes = self.upload(url, folders[:1], timeout_s=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,15 @@ class TestOnACheckpoint:
             (scalar,) = events.Scalars(f"evaluation/validation_{key}")
             assert scalar.step == 7
             assert scalar.value == pytest.approx(found["validation"][key], rel=1e-5)
+
+    def test_a_damaged_tensorboard_does_not_stop_an_evaluation(
+        self, run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        _, files = run_tasks(run_folder, ["validation"], Settings(), ALONE)
+        assert files == [run_folder / "evaluation" / "validation.json"]
+        (record,) = (record for record in caplog.records if "TensorBoard cannot be imported" in record.message)
+        assert "\n" not in record.message
 
     def test_the_results_of_a_moved_checkpoint_are_written_into_it(self, run_folder: Path, tmp_path: Path) -> None:
         moved = (run_folder / "checkpoints" / "step_00000007").rename(tmp_path / "moved")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.summary.writer import event_file_writer
 
+from pipeline.errors import ConfigError
 from pipeline.run_folder.layout import TENSORBOARD_FOLDER
+from pipeline.run_folder.sinks import check_sinks
 from pipeline.run_folder.sinks.tensorboard import TENSORBOARD_TAGS, TensorBoardLog, hyperparameters, tensorboard_tag
 from tests.pipeline.conftest import largest_file
 
@@ -47,6 +50,16 @@ def events(folder: Path) -> EventAccumulator:
     accumulator = EventAccumulator(str(folder / TENSORBOARD_FOLDER), size_guidance={"scalars": 0})
     accumulator.Reload()
     return accumulator
+
+
+@pytest.mark.parametrize("module", ["torch.utils.tensorboard", "tensorboard.plugins.hparams.metadata"])
+def test_a_damaged_installation_is_one_line_at_the_start(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_sinks(["jsonl", "tensorboard"], "project")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match="logging.sinks: tensorboard cannot be imported .*pip install") as caught:
+        check_sinks(["jsonl", "tensorboard"], "project")
+    assert "\n" not in str(caught.value)
+    check_sinks(["jsonl"], "project")
 
 
 def test_tags_are_grouped(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Divide the upload of a checkpoint among the ranks, through the run's key-value store.
+
+One *round* uploads one checkpoint:
+
+1. Rank 0 writes into the store, for each rank, which files this rank uploads.
+2. Each rank uploads its files, and writes its result into the store.
+3. Rank 0 reads the results of all ranks.
+
+One thread serves the store to all ranks, even if there are thousands. Therefore, a rank reads only the entries of its
+own files, and rank 0 reads the results of all ranks with one request.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.checkpoint.layout import parse_tensor_file
+from pipeline.distributed.progress import NAMED_RANKS
+from pipeline.distributed.rendezvous import list_ranks
+from pipeline.distributed.world import World
+
+_POLL_S = 0.2
+#: How often rank 0 has begun a round or ended the rounds. A rank that waits reads only this number.
+_CHANGES = "changes"
+_END = "end"
+#: Each rank has one share and one result in the store. A new round overwrites them, so that the store does not grow.
+_SHARE, _RESULT = "share_{rank}", "result_{rank}"
+_FINISHED = "finished_{round}"  # how many ranks have written their result
+
+Files = Mapping[str, Mapping[str, Any]]  # file name -> entry in the manifest of the checkpoint
+
+
+@dataclass(frozen=True)
+class Share:
+    """The files that one rank uploads in one round."""
+
+    round: int
+    step: int
+    files: Files
+
+
+class UploadRounds:
+    """The rounds of a run, as one rank sees them.
+
+    Args:
+        timeout_s: how long rank 0 waits for the results of one round.
+    """
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self._rank, self._size = world.rank, world.size
+        self._timeout_s = timeout_s
+        self._store = world.connect_to_store("mirror")
+        self._round = 0  # rank 0: the newest round. Other ranks: the newest round that this rank knows
+        self._deadline = 0.0
+        self._changes = 0  # the last value of ``_CHANGES`` that this rank has read
+        self.have_ended = False
+
+    # Methods of rank 0
+
+    def begin(self, step: int, files: Files) -> Files:
+        """Begin a round, and return the tensor files that rank 0 uploads. ``files`` are all files of the checkpoint.
+
+        Rank r modulo the world size uploads the files of rank r, because the world size may have changed since the
+        save.
+        """
+        self._round += 1
+        self._deadline = time.monotonic() + self._timeout_s
+        shares: list[dict[str, Mapping[str, Any]]] = [{} for _ in range(self._size)]
+        for name, entry in files.items():
+            if rank_and_group := parse_tensor_file(name):
+                shares[rank_and_group[0] % self._size][name] = entry
+        values = {_RESULT.format(rank=rank): "" for rank in range(1, self._size)}
+        for rank in range(1, self._size):
+            values[_SHARE.format(rank=rank)] = json.dumps(asdict(Share(self._round, step, shares[rank])))
+        if values:
+            self._store.multi_set(list(values), list(values.values()))  # type: ignore[attr-defined]
+        self._store.add(_CHANGES, 1)
+        return shares[0]
+
+    def collect(self) -> list[str]:
+        """Wait until the other ranks have finished the round. Return their problems, at most a few."""
+        keys = [_RESULT.format(rank=rank) for rank in range(1, self._size)]
+        finished = _FINISHED.format(round=self._round)
+        while self._store.add(finished, 0) < len(keys) and time.monotonic() < self._deadline:
+            time.sleep(_POLL_S)
+        problems: list[str] = []
+        late: list[int] = []
+        for rank, text in enumerate(self._store.multi_get(keys) if keys else [], start=1):
+            number, problem = json.loads(text) if text else (0, "")
+            if number != self._round:
+                late.append(rank)
+            elif problem:
+                problems.append(problem)
+        if len(problems) > NAMED_RANKS:
+            problems[NAMED_RANKS:] = [f"{len(problems) - NAMED_RANKS} more ranks have failed"]
+        if late:
+            problems.append(f"no result from {list_ranks(late)} in {self._timeout_s:.0f} s")
+        return problems
+
+    def end(self) -> None:
+        """Tell the other ranks that no round follows. Any thread of rank 0 may call this."""
+        self._store.set(_END, "")
+        self._store.add(_CHANGES, 1)
+
+    # Methods of the other ranks
+
+    def next_share(self) -> Share | None:
+        """Return the share of this rank in a new round, or None if there is none. Does not wait.
+
+        A rank that is late gets only the newest round. After the last round, ``have_ended`` becomes True.
+        """
+        changes = self._store.add(_CHANGES, 0)
+        if changes == self._changes:
+            return None
+        self._changes = changes
+        self.have_ended = self._store.check([_END])
+        if self.have_ended:
+            return None
+        share = Share(**json.loads(self._store.get(_SHARE.format(rank=self._rank))))
+        if share.round == self._round:
+            return None
+        self._round = share.round
+        return share
+
+    def report(self, share: Share, problem: str) -> None:
+        """Tell rank 0 that this rank has finished its share. ``problem`` is "" if the upload succeeded."""
+        self._store.set(_RESULT.format(rank=self._rank), json.dumps([share.round, problem]))
+        self._store.add(_FINISHED.format(round=share.round), 1)
