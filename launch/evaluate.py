@@ -57,6 +57,36 @@ def build_parser() -> ArgumentParser:
         description=__doc__, example="gpt2-pipeline evaluate --checkpoint runs/ddp --tasks validation"
     )
     add_checkpoint_options(parser)
+    _add_task_options(parser)
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help="full sequences per forward pass; does not change the results (default: the run's)",
+    )
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), help="precision of forward passes (default: the run's)"
+    )
+    parser.add_argument(
+        "--save-examples",
+        type=Path,
+        metavar="FILE",
+        help="write the log-likelihoods, the choice and the right choice of each example, one JSON object per line",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the results (default: evaluation/ in the run folder)"
+    )
+    parser.add_argument(
+        "--rank-timeout",
+        type=positive_int,
+        default=RunConfig().rank_timeout_s,
+        metavar="SECONDS",
+        help="end if a process is silent or makes no progress for this time (default: %(default)s)",
+    )
+    return parser
+
+
+def _add_task_options(parser: ArgumentParser) -> None:
     names = ", ".join(get_args(TaskName))
     parser.add_argument(
         "--tasks",
@@ -91,32 +121,6 @@ def build_parser() -> ArgumentParser:
         metavar="N",
         help="tokens between the starts of windows over a text (default: the model's context, without overlap)",
     )
-    parser.add_argument(
-        "--batch-size",
-        type=positive_int,
-        metavar="N",
-        help="full sequences per forward pass; does not change the results (default: the run's)",
-    )
-    parser.add_argument(
-        "--precision", choices=get_args(Precision), help="precision of forward passes (default: the run's)"
-    )
-    parser.add_argument(
-        "--save-examples",
-        type=Path,
-        metavar="FILE",
-        help="write the log-likelihoods, the choice and the right choice of each example, one JSON object per line",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for the results (default: evaluation/ in the run folder)"
-    )
-    parser.add_argument(
-        "--rank-timeout",
-        type=positive_int,
-        default=RunConfig().rank_timeout_s,
-        metavar="SECONDS",
-        help="end if a process is silent or makes no progress for this time (default: %(default)s)",
-    )
-    return parser
 
 
 def _task_and_path(assignment: str) -> tuple[str, str]:

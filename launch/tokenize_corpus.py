@@ -3,6 +3,7 @@
 import re
 from contextlib import closing
 from dataclasses import fields
+from functools import partial
 from typing import Any, get_args
 
 from data_tools.corpus.request import TokenizeRequest
@@ -10,6 +11,7 @@ from data_tools.errors import DataError
 from data_tools.options import BadRows, Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
 from launch.cli import ArgumentParser, path_or_url, positive_int, quick_imports, run_command, start_logging
 
+_DEFAULTS = {field.name: field.default for field in fields(TokenizeRequest)}
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
@@ -42,17 +44,10 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    defaults = {field.name: field.default for field in fields(TokenizeRequest)}
     parser = ArgumentParser(
         description="Tokenize documents with GPT-2's vocabulary into shards for training.",
         example="gpt2-pipeline tokenize --source jsonl --input corpus/*.jsonl.gz --out data/corpus",
     )
-
-    def add(option: str, help: str, **settings: Any) -> None:
-        default = defaults[option[2:].replace("-", "_")]
-        suffix = "" if default is None else f" (default: {default})"
-        parser.add_argument(option, help=help + suffix, default=default, **settings)
-
     parser.add_argument("--source", required=True, choices=get_args(SourceKind), help="where documents come from")
     parser.add_argument(
         "--input",
@@ -69,6 +64,7 @@ def build_parser() -> ArgumentParser:
         metavar="DIR",
         help="a new folder for the shards, or a URL such as s3://bucket/folder",
     )
+    add = partial(_add_with_default, parser)
     add("--format", "file format of the shards", choices=get_args(ShardFormat))
     add("--val-fraction", "fraction of the documents for validation", type=float, metavar="X")
     add("--shard-tokens", "maximum tokens per shard", type=int, metavar="N")
@@ -79,6 +75,15 @@ def build_parser() -> ArgumentParser:
         "all encoders give the same tokens; auto uses gigatoken if it is installed",
         choices=get_args(EncoderChoice),
     )
+    _add_process_options(parser)
+    add("--seed", "seed of the division into splits", type=int, metavar="N")
+    _add_document_options(parser)
+    return parser
+
+
+def _add_process_options(parser: ArgumentParser) -> None:
+    """Add the options that say which processes do the work."""
+    add = partial(_add_with_default, parser)
     add("--workers", "processes on this machine (default: all cores)", type=int, metavar="N")
     add("--engine", "encode in processes of this machine, or on a Ray cluster", choices=get_args(Engine))
     add("--ray-address", "address of the Ray cluster (default: start a cluster here)", metavar="ADDRESS")
@@ -89,7 +94,11 @@ def build_parser() -> ArgumentParser:
         help="for job arrays: do only share I of the work, from 0 to N - 1; needs --tasks N",
     )
     parser.add_argument("--tasks", type=positive_int, metavar="N", help="for job arrays: the number of shares")
-    add("--seed", "seed of the division into splits", type=int, metavar="N")
+
+
+def _add_document_options(parser: ArgumentParser) -> None:
+    """Add the options that say which documents a source yields."""
+    add = partial(_add_with_default, parser)
     add("--text-field", "field or column with the text, for jsonl, parquet and hf", metavar="NAME")
     add(
         "--document-separator",
@@ -101,7 +110,13 @@ def build_parser() -> ArgumentParser:
     add("--dataset-split", "split of a Hugging Face dataset", metavar="NAME")
     add("--limit-documents", "stop after N documents", type=int, metavar="N")
     add("--limit-bytes", "stop after about N bytes of text", type=int, metavar="N")
-    return parser
+
+
+def _add_with_default(parser: ArgumentParser, option: str, help: str, **settings: Any) -> None:
+    """Add an option with the default that ``TokenizeRequest`` has for it."""
+    default = _DEFAULTS[option[2:].replace("-", "_")]
+    suffix = "" if default is None else f" (default: {default})"
+    parser.add_argument(option, help=help + suffix, default=default, **settings)
 
 
 def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:

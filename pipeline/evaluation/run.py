@@ -118,7 +118,7 @@ def run_tasks(
     if folder and out is None:
         _write_events(results, loaded)
     if examples_file:
-        write_bytes_durably(examples_file, "".join(json.dumps(example) + "\n" for example in examples).encode())
+        _write_examples(examples, examples_file)
         written.append(examples_file)
     return results, written
 
@@ -205,6 +205,10 @@ def _write_results(results: Results, folder: Path) -> list[Path]:
     for task, result in results.items():
         write_json_durably(folder / f"{task}.json", result)
     return [folder / f"{task}.json" for task in results]
+
+
+def _write_examples(examples: Sequence[Figures], path: Path) -> None:
+    write_bytes_durably(path, "".join(json.dumps(example) + "\n" for example in examples).encode())
 
 
 def _write_events(results: Results, loaded: LoadedModel) -> None:
