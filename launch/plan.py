@@ -3,8 +3,10 @@
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from data_tools.storage.files import is_writable
 from launch.cli import (
@@ -24,6 +26,9 @@ from pipeline.data.batch_plan import largest_divisor
 from pipeline.errors import ConfigError
 from pipeline.planning.shard_groups import GROUP_MARK, with_shard_groups
 
+if TYPE_CHECKING:
+    from pipeline.planning.planner import Plan
+
 BACKENDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -36,9 +41,6 @@ def main() -> None:
 
         print(format_schedule(config))
         return
-    divided = divide_equally(config, arguments.world_size)
-    configs = {name: with_backend(divided, name) for name in arguments.backends}
-    undivided = {name: with_backend(config, name) for name in arguments.backends}  # for other numbers of ranks
     from pipeline.planning.devices import find_device
     from pipeline.planning.planner import plan_run
     from pipeline.planning.presentation import draw_world_sizes, fastest_plan, format_plans, format_verdict
@@ -55,41 +57,50 @@ def main() -> None:
     )
     mfu = arguments.mfu or device.mfu
     tokens = arguments.tokens or config.schedule.max_steps * config.batch.tokens_per_step
-    hybrids = with_shard_groups(configs.get("fsdp"), arguments.world_size, device.per_node)
+    divided = divide_equally(config, arguments.world_size)
+    configs = {name: with_backend(divided, name) for name in arguments.backends}
+    configs |= with_shard_groups(configs.get("fsdp"), arguments.world_size, device.per_node)
     plans = [
         plan_run(name, of_backend, arguments.world_size, device, mfu=mfu, tokens=tokens)
-        for name, of_backend in (configs | hybrids).items()
+        for name, of_backend in configs.items()
     ]
+    undivided = {name: with_backend(config, name) for name in arguments.backends}  # for other numbers of ranks
     if arguments.plot:
         draw_world_sizes(arguments.plot, undivided, device, mfu=mfu, tokens=tokens)
-    verdict, command = format_verdict(plans), None
-    if best := fastest_plan(plans):
-        chosen = (configs | hybrids)[best.backend]
-        options = _train_options(arguments, config, best.backend, chosen, best.micro_batch_size)
-        command = shlex.join([*_launcher(arguments.world_size, device.per_node), "-m", "launch.train", *options])
-    price = arguments.price_per_gpu_hour
-    scaling = plan_scaling(undivided, device, mfu=mfu, tokens=tokens) if arguments.scaling else []
+    scaling = plan_scaling(undivided, device, mfu=mfu, tokens=tokens) if arguments.scaling else None
+    verdict, best, price = format_verdict(plans), fastest_plan(plans), arguments.price_per_gpu_hour
+    command = _train_command(arguments, config, best, configs[best.backend], device.per_node) if best else None
     if arguments.json:
-        of_verdict = {
-            "fits": best is not None,
-            "text": verdict,
-            "command": command,
-            "cost": price * best.gpu_hours if price and best else None,
-        }
-        of_plans = {"plans": [plan.to_json() for plan in plans]}
-        if arguments.scaling:
-            of_plans["scaling"] = [plan.to_json() for plan in scaling]
-        print(json.dumps({"verdict": of_verdict, **of_plans}, indent=2))
-    else:
-        tables = format_scaling(scaling) if arguments.scaling else None
-        print(format_plans(divided, device, plans, mfu=mfu, tokens=tokens, price=price, tables=tables), end="\n\n")
-        if divided is not config:
-            sequences = config.batch.tokens_per_step // config.seq_len // arguments.world_size
-            print(
-                f"note: batch.micro_batch_size {config.batch.micro_batch_size} does not divide the {sequences} "
-                f"sequences of a rank per step; the plan starts from {divided.batch.micro_batch_size}"
-            )
-        print(f"{verdict}: {command}" if command else verdict)
+        cost = price * best.gpu_hours if price and best else None
+        summary = {"fits": best is not None, "text": verdict, "command": command, "cost": cost}
+        print(_format_json(summary, plans, scaling))
+        return
+    tables = None if scaling is None else format_scaling(scaling)
+    print(format_plans(divided, device, plans, mfu=mfu, tokens=tokens, price=price, tables=tables), end="\n\n")
+    if divided is not config:
+        print(_describe_division(config, divided, arguments.world_size))
+    print(f"{verdict}: {command}" if command else verdict)
+
+
+def _format_json(verdict: dict[str, Any], plans: Sequence["Plan"], scaling: Sequence["Plan"] | None) -> str:
+    output: dict[str, Any] = {"verdict": verdict, "plans": [plan.to_json() for plan in plans]}
+    if scaling is not None:
+        output["scaling"] = [plan.to_json() for plan in scaling]
+    return json.dumps(output, indent=2)
+
+
+def _describe_division(config: Config, divided: Config, world_size: int) -> str:
+    sequences = config.batch.tokens_per_step // config.seq_len // world_size
+    return (
+        f"note: batch.micro_batch_size {config.batch.micro_batch_size} does not divide the {sequences} "
+        f"sequences of a rank per step; the plan starts from {divided.batch.micro_batch_size}"
+    )
+
+
+def _train_command(arguments: argparse.Namespace, config: Config, best: "Plan", chosen: Config, per_node: int) -> str:
+    """Return the command that trains with a plan. ``chosen`` is the config of its backend."""
+    options = _train_options(arguments, config, best.backend, chosen, best.micro_batch_size)
+    return shlex.join([*_launcher(arguments.world_size, per_node), "-m", "launch.train", *options])
 
 
 def _launcher(world_size: int, per_node: int) -> list[str]:
@@ -134,6 +145,31 @@ def build_parser() -> ArgumentParser:
     wanted.add_argument(
         "--schedule", action="store_true", help="show the learning rate over the steps of the run instead of a plan"
     )
+    _add_device_options(parser)
+    parser.add_argument(
+        "--price-per-gpu-hour", type=positive_number, metavar="PRICE", help="also show the cost of the run"
+    )
+    parser.add_argument(
+        "--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="backends to plan (default: all)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=token_count,
+        metavar="N",
+        help="token budget, such as 10B or 10e9 (default: all steps of the config's schedule)",
+    )
+    parser.add_argument(
+        "--plot", type=_picture_path, metavar="FILE", help="also draw a plot of 1 to 4096 ranks; needs the extra plots"
+    )
+    parser.add_argument(
+        "--scaling", action="store_true", help="show a chart of the efficiency on 1 to 4096 ranks instead of the tables"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_device_options(parser: ArgumentParser) -> None:
+    """Add the options that describe the devices and their network."""
     parser.add_argument(
         "--device",
         default="h100-80gb",
@@ -155,12 +191,6 @@ def build_parser() -> ArgumentParser:
         "for the device)",
     )
     parser.add_argument(
-        "--price-per-gpu-hour", type=positive_number, metavar="PRICE", help="also show the cost of the run"
-    )
-    parser.add_argument(
-        "--backends", nargs="+", default=BACKENDS, choices=BACKENDS, help="backends to plan (default: all)"
-    )
-    parser.add_argument(
         "--memory", type=positive_number, metavar="GIB", help="a device's memory, such as 24 (default: its own)"
     )
     parser.add_argument(
@@ -170,25 +200,11 @@ def build_parser() -> ArgumentParser:
         help="dense TFLOP/s of a device in run.precision (default: the device's own)",
     )
     parser.add_argument(
-        "--tokens",
-        type=token_count,
-        metavar="N",
-        help="token budget, such as 10B or 10e9 (default: all steps of the config's schedule)",
-    )
-    parser.add_argument(
         "--mfu",
         type=probability,
         metavar="FRACTION",
         help="assumed fraction of the device's FLOP/s, from 0 to 1 (default: the device's own)",
     )
-    parser.add_argument(
-        "--plot", type=_picture_path, metavar="FILE", help="also draw a plot of 1 to 4096 ranks; needs the extra plots"
-    )
-    parser.add_argument(
-        "--scaling", action="store_true", help="show a chart of the efficiency on 1 to 4096 ranks instead of the tables"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def _picture_path(text: str) -> Path:
