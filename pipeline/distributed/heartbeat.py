@@ -270,10 +270,10 @@ def find_lost(world: World) -> str | None:
     rank that makes this call reads the heartbeats. The other ranks wait for its result. If a rank that reads them is
     lost, too, another one takes over.
     """
-    search = ""
-    found: str | None = None
+    search, found = "", None
     while found is None:
-        search, found = _within_store_timeout(partial(_search_or_wait, world, search), (search, _LOST_STORE))
+        otherwise: tuple[str, str | None] = (search, _LOST_STORE)
+        search, found = _within_store_timeout(partial(_search_or_wait, world, search), otherwise)
     return found or None
 
 

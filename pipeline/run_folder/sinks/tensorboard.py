@@ -95,20 +95,16 @@ TENSORBOARD_LAYOUT = {
 }
 
 
-#: The modules that this sink imports with its first row and at the end of a run. They are slow to import.
-_NEEDED_MODULES = ("torch.utils.tensorboard", "tensorboard.plugins.hparams.metadata")
-
-
 def check_tensorboard() -> None:
     """Raise ConfigError if TensorBoard cannot be imported, for example because its installation is damaged."""
-    for module in _NEEDED_MODULES:
-        try:
-            import_module(module)
-        except Exception as error:  # noqa: BLE001 - a damaged package may raise anything
-            raise ConfigError(
-                f"logging.sinks: tensorboard cannot be imported ({one_line(error)}): {install_command()}, or leave "
-                "tensorboard out of logging.sinks"
-            ) from None
+    try:  # the sink imports these modules with its first row and at the end of the run
+        import_module("torch.utils.tensorboard")
+        import_module("tensorboard.plugins.hparams.metadata")
+    except Exception as error:  # noqa: BLE001 - a damaged package may raise anything
+        raise ConfigError(
+            f"logging.sinks: tensorboard cannot be imported ({one_line(error)}): {install_command()}, or leave "
+            "tensorboard out of logging.sinks"
+        ) from None
 
 
 class TensorBoardLog(Sink):
