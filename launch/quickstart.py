@@ -121,7 +121,7 @@ def _with_defaults(given: Sequence[str], defaults: Mapping[str, object]) -> list
 
 
 def choose_precision(device: str) -> str:
-    """Return the fastest precision on this machine, among those without loss scaling."""
+    """Return the fastest precision on this machine that needs no loss scaling."""
     import torch
 
     from pipeline.distributed.device import measure_matmul_ceiling
@@ -138,7 +138,7 @@ def choose_precision(device: str) -> str:
 def measure_step(settings: Sequence[str]) -> tuple[float, float]:
     """Train a few steps in a temporary run folder.
 
-    Return the seconds per step, and the seconds that the command needs for everything except steps.
+    Return the seconds per step, and the seconds that the training command spent outside the steps.
     """
     with tempfile.TemporaryDirectory() as folder:
         short = {"run.out_dir": folder, "schedule.max_steps": PROBE_STEPS, "evaluation.sample": "false"}

@@ -120,10 +120,11 @@ def _add_with_default(parser: ArgumentParser, option: str, help: str, **settings
 
 
 def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:
-    """Check and return (``--task``, ``--tasks``). Without them, return None: this process encodes all chunks.
+    """Return (``--task``, ``--tasks``). If neither option is given, return None: this process encodes all chunks.
 
     Raises:
-        DataError: only one of the options is given, ``--task`` is out of range, or the engine is ``ray``.
+        DataError: only one of the options is given, ``--task`` is out of range, or both are given for the engine
+            ``ray``.
     """
     if share is None and shares is None:
         return None

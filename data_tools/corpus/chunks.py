@@ -37,8 +37,8 @@ class Chunk:
 
     Attributes:
         index: the position of the chunk in the source. The names of its shards contain this number.
-        limit_documents: encode only the first documents, at most this number. Empty documents do not count. None means
-            all.
+        limit_documents: encode at most this number of documents, the first ones. Empty documents are not counted. None
+            means no limit.
     """
 
     index: int

@@ -195,11 +195,11 @@ class OutputFolder:
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
     """Return a context manager that creates an output folder, or opens the folder of an interrupted request.
 
-    The ``with`` block gets an ``OutputFolder``. If the block raises an error, ``abandon`` is called. If other processes
-    write to the folder at the same time, ``shared`` must be True.
+    The ``with`` block gets an ``OutputFolder``. If the block raises an error, ``OutputFolder.abandon`` is called. If
+    other processes write to the folder at the same time, ``shared`` must be True.
 
     Raises:
-        DataError: the folder is in use, or contains other files.
+        DataError: the folder is in use, or contains files that stage 1 did not write.
     """
     folder = open_folder(out)
     path = folder.path if isinstance(folder, LocalFolder) else None

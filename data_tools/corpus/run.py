@@ -49,7 +49,8 @@ def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) 
     """Tokenize a source into a folder of shards, and return the manifest.
 
     If an earlier call for the same request was interrupted, this call continues its work. If the folder is already
-    complete, it is only checked. With more than one worker, the calling script needs ``if __name__ == "__main__"``.
+    complete, this call only checks it. With more than one worker, the calling script needs
+    ``if __name__ == "__main__"``.
 
     Raises:
         DataError: the source or a document cannot be read, the folder cannot be used, or the disk is full.

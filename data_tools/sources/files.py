@@ -216,9 +216,10 @@ def _list_remote(text: str, suffixes: tuple[str, ...]) -> list[str]:
 def walk_files(
     folder: Path, suffixes: tuple[str, ...], skipped_folders: frozenset[str] = frozenset()
 ) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders that have one of the suffixes. Hidden files are skipped.
+    """Yield the files in a folder and its subfolders that have one of the suffixes.
 
-    If ``suffixes`` is empty, yield all files. Links to folders are followed, but each folder is visited only once.
+    If ``suffixes`` is empty, yield all files. Hidden files, hidden folders, and folders with a name in
+    ``skipped_folders`` are skipped. Links to folders are followed, but each folder is visited only once.
     """
     visited: set[str] = set()
 

@@ -30,7 +30,7 @@ class Source(Protocol):
         ...
 
     def text_bytes(self) -> int | None:
-        """Return the approximate size of the text in bytes, or None if only reading all documents could show it."""
+        """Return the approximate size of the text in bytes, or None if it is unknown until all documents are read."""
         ...
 
     def notices(self) -> list[str]:

@@ -98,7 +98,7 @@ def _is_utf16_without_mark(head: bytes) -> bool:
 def begins_as(path: Path | str, kind: str) -> bool:
     """Return whether a file begins like a file of the type ``kind``, for example ``gzip``.
 
-    ``_KINDS`` contains all types. For a URL or an unreadable file, return True.
+    ``_KINDS`` contains all types. If ``path`` is a URL or cannot be read, its type is unknown, and the result is True.
     """
     head = _read_head(path)
     return head is None or _begins(head, kind)

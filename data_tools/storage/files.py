@@ -56,7 +56,10 @@ def sha256_of_json(value: dict[str, Any]) -> str:
 
 
 def dotted_keys(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (key, value) for all values in nested JSON objects. A key is like ``optimizer.eps``."""
+    """Yield (dotted key, value) for each value in nested JSON objects, such as ``("optimizer.eps", 1e-8)``.
+
+    Each key begins with ``prefix``.
+    """
     for key, value in content.items():
         if isinstance(value, dict):
             yield from dotted_keys(value, f"{prefix}{key}.")

@@ -1,7 +1,7 @@
 """Remove the lock file of an extension build that was killed.
 
-torch creates a lock file while it builds a C++ extension. If the build is killed, the file remains. torch would then
-wait for its removal forever (``torch.utils.file_baton``).
+torch creates a lock file, and deletes it when the build of a C++ extension ends. If the build is killed, the file
+remains. The next process that needs the extension would wait for the deletion forever (``torch.utils.file_baton``).
 """
 
 import logging

@@ -47,7 +47,7 @@ class MatrixExchange:
     Args:
         spans: for each rank, the ranges of parameters that the rank holds.
         ranks_per_copy: the number of consecutive ranks that together hold one copy of all elements.
-        dtype: the dtype of the transformation and of the communication.
+        dtype: the dtype in which ranks send the elements and the owner applies the function.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Optimize the matrices of the transformer blocks with Muon, and all other parameters with AdamW.
 
 Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix. One
-rank receives the whole momentum matrix, computes the orthogonal matrix, and sends it back.
+rank receives the whole momentum matrix, computes the orthogonal matrix, and sends it to the ranks that hold the weight
+matrix.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Muon(torch.optim.Optimizer):
     """An optimizer that updates some matrices with Muon, and all other parameters with an AdamW optimizer.
 
     A *master* is a tensor that the optimizer updates. Under ZeRO-1 to ZeRO-3, it contains ranges of several parameters.
-    Otherwise, it is one parameter. Call ``use_ranges`` before the first step.
+    Otherwise, it is one parameter. Before the first step, call ``use_ranges``, which describes the masters.
 
     Args:
         parameters: maps canonical names to the parameters that Muon updates.

@@ -29,7 +29,8 @@ class Range:
         """Return a view of this range's elements in ``tensor``, shape (length,).
 
         Args:
-            tensor: ``master``, or a tensor with the same shape and sharding, such as its gradient.
+            tensor: this range's ``master``, or a tensor with the shape and sharding of ``master``, such as its
+                gradient.
         """
         return local_elements(tensor)[self.offset : self.offset + self.length]
 

@@ -85,10 +85,10 @@ class BackgroundSaver:
         return saved
 
     def poll(self) -> list[SaveOutcome]:
-        """Return a list with the outcome of the last save. While the save is running, the list is empty.
+        """Return the outcome of the last save in a list.
 
-        Each outcome is returned once, by ``poll`` or ``wait``. The result can differ between ranks, because ranks can
-        finish a save at different times.
+        The list is empty while the save is running, or if ``poll`` or ``wait`` has already returned the outcome. Ranks
+        can finish a save at different times, so the result can differ between ranks.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 

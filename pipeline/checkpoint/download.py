@@ -75,7 +75,7 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
 
 
 def share_of_blocks(checkpoint: RemoteCheckpoint, rank: int, size: int) -> list[Block]:
-    """Return the blocks (ranges of bytes) that a rank downloads. ``size`` is the number of ranks."""
+    """Return the blocks (ranges of bytes in files) that a rank downloads. ``size`` is the number of ranks."""
     blocks = [*blocks_of(checkpoint.manifest["files"])]
     return blocks[len(blocks) * rank // size : len(blocks) * (rank + 1) // size]
 

@@ -96,9 +96,9 @@ class Mirror:
 
     @contextmanager
     def pinned(self) -> Iterator[Set[int]]:
-        """Return a context manager. The caller may delete local checkpoints only in its ``with`` block.
+        """Return a context manager. Delete local checkpoints only inside its ``with`` block.
 
-        The block gets the steps of the checkpoints that are being uploaded. The caller must not delete them.
+        The block gets the set of steps whose checkpoints are being uploaded. Do not delete these checkpoints.
         """
         with self._lock:
             yield frozenset(self._uploading)

@@ -102,7 +102,7 @@ class RemoteRun:
         return content
 
     def upload(self, step: int, path: Path, entry: Mapping[str, Any]) -> None:
-        """Upload a file, read it back, and compare it with ``entry``, its entry in the manifest."""
+        """Upload a file, read it back, and check that it matches ``entry``, the file's entry in the manifest."""
         name = _prefix(step) + path.name
         self.folder.upload(path, name)
         if self.folder.sha256(name, entry["bytes"]) != entry["sha256"]:

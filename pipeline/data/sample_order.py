@@ -116,7 +116,7 @@ class Mixture:
         return node, ordinal
 
     def locate_all(self, samples: IndexArray) -> tuple[IndexArray, IndexArray]:
-        """Return both results of ``locate`` for B samples, as two int64 arrays of shape (B,)."""
+        """Return what ``locate`` returns for each of B samples, as two int64 arrays of shape (B,)."""
         if not isinstance(self._root, _Fork):
             return np.zeros_like(samples), samples
         located = np.array([self.locate(sample) for sample in samples.tolist()], dtype=np.int64).reshape(-1, 2)

@@ -45,7 +45,7 @@ def matmul_dtype(precision: str) -> torch.dtype:
 def describe_fp32_products(precision: str, device: torch.device) -> str:
     """Return a text for the log that says whether the GPU uses TF32 when it computes in fp32.
 
-    On a CPU, or with another precision, the text is empty.
+    If the device is not a GPU, or ``precision`` is not ``fp32``, the text is empty.
     """
     if device.type != "cuda" or precision != "fp32":
         return ""

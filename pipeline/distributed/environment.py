@@ -129,7 +129,10 @@ def set_gloo_interface(name: str) -> bool:
 
 
 def let_gloo_connect_late() -> None:
-    """Make Gloo connect two ranks only when they first exchange data, unless the user has set this option."""
+    """Make Gloo connect two ranks only when they first exchange data.
+
+    If the user has set ``TORCH_GLOO_LAZY_INIT``, do nothing.
+    """
     os.environ.setdefault(_GLOO_CONNECTS_LATE, "1")
 
 

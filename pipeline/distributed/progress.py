@@ -60,7 +60,10 @@ class Progress:
         self.position += 1
 
     def pass_mark(self) -> None:
-        """Record that this rank has passed a mark, such as a collective. Every rank passes the same marks in order."""
+        """Record that this rank has passed a mark, such as a collective.
+
+        All ranks must pass the same marks in the same order.
+        """
         self._restart_clock()
         self.position += 1
 
@@ -71,9 +74,10 @@ class Progress:
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Return a context manager for rare work that can take minutes. Other ranks need not make the same call.
+        """Return a context manager for rare work that can take minutes. This call is not collective.
 
-        Inside the block, a rank without progress counts as stuck only after ``PATIENCE_S`` seconds.
+        Inside the ``with`` block, this rank may spend at least ``PATIENCE_S`` seconds without progress before it counts
+        as stuck.
         """
         before = self.is_patient, self.repeats
         self.move()

@@ -28,7 +28,7 @@ class SignalThread:
         self._before_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def stop(self) -> None:
-        """Stop the thread, after it has called ``hear`` for all signals that have already arrived."""
+        """Wait until the thread has called ``hear`` for all signals that have arrived, and stop the thread."""
         signal.set_wakeup_fd(self._before_fd)
         self._writer.close()
         self._thread.join()

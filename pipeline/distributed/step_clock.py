@@ -161,8 +161,8 @@ class StepClock:
     def backward_pass(self, loss: Tensor) -> Iterator[None]:
         """Return a context manager for a backward pass of DDP. It measures how long DDP waits at the end of the pass.
 
-        DDP waits for its all-reduces in a callback, which it queues when the last gradients are ready. This method
-        queues another callback earlier. That callback therefore runs first, and records when DDP begins to wait.
+        When the last gradients are ready, DDP queues a callback that waits for the all-reduces. Before that, this
+        method queues its own callback, which therefore runs first and records when DDP begins to wait.
         """
         if self._step is None:
             yield

@@ -72,7 +72,10 @@ def check_variables() -> Finding:
 
 
 def check_ranks() -> Finding:
-    """Check that two ranks can compute a sum, on two GPUs if possible, otherwise on the CPU."""
+    """Check that two ranks can add numbers with a collective.
+
+    If this machine has two GPUs, each rank uses one. Otherwise, both ranks use the CPU.
+    """
     device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, "-m", "pipeline.doctor.communication", device]

@@ -124,9 +124,10 @@ class BundleTask:
         return Request(tuple(tokens[left_out:start]), tuple(tokens[start:]))
 
     def answer(self, requests: Sequence[Request], scores: Sequence[Score]) -> int:
-        """Return the index of the pair with the highest mean log-likelihood per token.
+        """Return the index of the choice whose request has the highest mean log-likelihood per scored token.
 
-        If there is only one pair, return 0 if greedy decoding generates the continuation, and 1 (wrong) otherwise.
+        If there is only one request, return 0 (right) if greedy decoding generates its continuation, otherwise 1
+        (wrong).
         """
         if len(scores) == 1:
             return int(not scores[0].is_greedy)

@@ -78,7 +78,7 @@ def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
 
     Raises:
         KeyError: the key is missing.
-        ValueError: the value is not an integer or the text of an integer, or is out of range.
+        ValueError: the value is neither an integer nor the text of an integer, or no choice has this number.
     """
     match = re.fullmatch(r"(\d+)(\.0)?", str(row[key]).strip())  # Parquet files of pandas may have 1.0
     index = int(match[1]) - first if match else -1

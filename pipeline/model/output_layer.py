@@ -28,7 +28,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 class OutputLayer(nn.Linear):
     """The linear layer that computes logits from hidden states, together with the loss.
 
-    torch.compile can fuse both, because they are in one module.
+    Because the layer and the loss are in one module, torch.compile can fuse them.
     """
 
     __call__: Callable[..., Tensor]

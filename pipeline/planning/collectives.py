@@ -1,8 +1,9 @@
 """List the collectives that a backend issues during a step, and the computation between them.
 
-A micro-step is a list of stages. A stage begins when its weights are gathered. When it ends, gradients are ready to be
-reduced. The forward pass and the backward pass each have a stage for the embeddings, for each block, and for the output
-layer. The token embedding and the output layer share one weight, whose gradient is finished last.
+A micro-step is a list of stages. The forward pass and the backward pass each have a stage for the embeddings, for each
+block, and for the output layer. A stage begins when its weights are gathered. When a stage of the backward pass ends,
+the gradients that it has finished can be reduced. The token embedding and the output layer share one weight, whose
+gradient is finished last.
 
 The list describes the backends with torch 2.13 and DeepSpeed 0.19.8.
 """

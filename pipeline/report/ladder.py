@@ -43,9 +43,11 @@ class Rung:
 def write_ladder(out: Path, stable: Path, branches: Sequence[Branch]) -> tuple[str, list[Path]]:
     """Compare the branches of a long run: write a table as Markdown and JSON, and a chart of the validation losses.
 
-    Returns the table as Markdown, and the paths of the written files. Without matplotlib, there is no chart.
+    Returns the table as Markdown, and the paths of the written files. If matplotlib is not installed, no chart is
+    written.
 
     Args:
+        out: the folder for the files.
         stable: the run folder of the long run.
     """
     before = _validation_losses(stable)

@@ -60,12 +60,12 @@ def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -
 def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: int) -> float:
     """Return the seconds of the forward and backward pass of one micro-batch on a CPU without compilation.
 
-    The time of a few sequences is scaled to the micro-batch. The global random generator does not change.
+    The time of a few sequences is measured, and scaled to the micro-batch. The global random generator does not change.
 
     Args:
-        tokens: about how many tokens to run.
-        repeats: how often to repeat the pass. The result is the shortest time of the repeats, because the first pass
-            is slower. If ``repeats`` is 0, the result is the time of the first pass.
+        tokens: about how many tokens the measured sequences contain.
+        repeats: how often to repeat the passes after the first measurement, which is slower. The result is the
+            shortest time of the repeats. If ``repeats`` is 0, the result is the first measurement.
     """
     sequences = min(plan.micro_batch_size, max(1, tokens // plan.seq_len))
     compute = replicated_compute(_timed_model(config), config.run.precision, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Compare the step times of all ranks, and name the slowest rank or the slowest link."""
+"""Compare the step times of all ranks. Log a slow rank, or a slow network between hosts."""
 
 import logging
 import socket
@@ -89,7 +89,10 @@ class RankComparison:
         return self._shortest_wait_s > limit_s
 
     def log_links(self) -> None:
-        """Measure the links between the hosts, and log the slow host or the slowest link. Every rank must call this."""
+        """Measure the links between the hosts, and log which links are slow. Every rank must call this.
+
+        If all links of one host are slow, the message names the host. Otherwise, it names the slowest link.
+        """
         self._measured_wait_s = self._shortest_wait_s
         links = measure_links(self._world, self._hosts)
         if self._world.is_main:

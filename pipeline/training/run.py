@@ -194,9 +194,9 @@ def _log_end(trainer: Trainer) -> None:
 
 
 def log_masks(trainer: Trainer) -> None:
-    """Log which share of the targets is scored, for each split that has a loss mask.
+    """Log the percentage of scored targets for each split that has a loss mask.
 
-    Warn about samples without a scored target.
+    If a split contains samples without a scored target, log a warning.
     """
     seq_len = trainer.config.seq_len
     for dataset, order in zip(trainer.loader.datasets, trainer.loader.orders, strict=True):

@@ -86,10 +86,9 @@ class RunRecord:
                     sink.settle(outcome.step)
 
     def write_uploads(self, outcomes: list[UploadOutcome]) -> None:
-        """Write one row per finished upload of a checkpoint.
+        """Write one row per upload of a checkpoint that succeeded or failed.
 
-        A failed upload is counted and logged. If the previous upload failed for the same reason, the failure is only
-        counted.
+        A failed upload is also logged, except if the previous upload failed for the same reason.
         """
         url = self.config.checkpoint.remote
         for outcome in outcomes:

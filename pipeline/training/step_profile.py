@@ -19,9 +19,10 @@ _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90
 
 
 class StepProfile:
-    """Profiles ``steps`` training steps on the CPU and on the device. If ``steps`` is 0, it does nothing.
+    """Profiles ``steps`` training steps on the CPU and on the device.
 
-    It writes a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table to ``profile/`` in the run folder.
+    Writes a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table to ``profile/`` in the run folder. If
+    ``steps`` is 0, the object does nothing.
     """
 
     def __init__(self, run_folder: Path, device: torch.device, steps: int) -> None:

@@ -35,7 +35,7 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
 
 
 def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return GPT-2's vocabulary (token to id) and merges, in printable characters.
+    """Return GPT-2's vocabulary (token to id) and its merges, in which each byte is written as a printable character.
 
     A merge is a pair of tokens that form a longer token.
     """

@@ -26,7 +26,7 @@ class Sink:
         """Receive one row, which has the key ``step``."""
 
     def count_step(self, step: int) -> None:
-        """Receive the number of started steps. The trainer calls this in every step."""
+        """Receive the number of steps that the run has started so far. The trainer calls this once per step."""
 
     def rewind(self, step: int) -> None:
         """Delete the rows of all steps after ``step``, because the run has gone back to this step."""
