@@ -1,4 +1,4 @@
-"""Define the errors that users can correct, and context managers and texts for their messages."""
+"""Define the errors that users can correct, and helpers that create their messages."""
 
 import os
 import shlex

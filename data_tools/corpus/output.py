@@ -125,8 +125,8 @@ class OutputFolder:
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
         """Write the manifest and return it. Remove the plan and the records of the chunks.
 
-        Processes that share the folder all call this method. Only the last call writes the manifest. The earlier calls
-        return None.
+        If several processes share the folder, each of them must call this method. Only the last call writes the
+        manifest. The earlier calls return None.
 
         Raises:
             DataError: the source has no document with text.

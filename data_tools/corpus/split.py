@@ -56,9 +56,9 @@ def assign_splits(
 
 
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
-    """Yield the documents of a corpus. If one split is empty, move documents to this split.
+    """Yield the documents of a corpus, each with its split. If all have the same split, move some to the other split.
 
-    If one split is empty, the corpus decides which rule applies:
+    If all documents have the same split, the first rule whose condition is true applies:
 
     1. If the documents are not all equal, find the document whose first occurrence comes last. Move it and its copies.
     2. If the corpus is a single text, divide the text with ``divide_text``.

@@ -155,7 +155,7 @@ class Manifest:
         return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
 
     def content_sha256(self) -> str:
-        """Return a SHA-256 that identifies the contents of the folder. It does not depend on the key ``made``."""
+        """Return a SHA-256 of the whole manifest except the attribute ``made``. It identifies the folder's contents."""
         return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
 
 

@@ -97,13 +97,18 @@ class FileSource:
 
 
 def group_files(files: FileSizes, slice_bytes: int) -> list[Slice]:
-    """Group consecutive files into slices of at most ``slice_bytes`` bytes. A larger file gets its own slice."""
+    """Group consecutive files into slices of at most ``slice_bytes`` bytes.
+
+    A file that is larger than ``slice_bytes`` gets its own slice.
+    """
     groups = group_sizes([size for _, size in files], slice_bytes)
     return [Slice(files[start][0], start, stop, size) for start, stop, size in groups]
 
 
 def group_sizes(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int, int]]:
-    """Group consecutive sizes so that the sum of each group is at most ``limit``. A larger size gets its own group.
+    """Group consecutive sizes so that the sum of each group is at most ``limit``.
+
+    A size that is larger than ``limit`` gets its own group.
 
     Yields (start, stop, total) for each group ``sizes[start:stop]`` with the sum ``total``.
     """

@@ -27,7 +27,7 @@ def wait_for_build_elsewhere(extension: str) -> None:
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Remove a lock file if its build was killed. Wait if its build may still run on another host.
+    """Remove the lock file of a C++ extension if the build was killed. Wait if another host may still build it.
 
     If a process on this host has the file open, return at once, because torch itself waits for this build. Otherwise,
     wait until the file disappears. When the file is older than ``LONGEST_BUILD_S`` seconds, remove it.

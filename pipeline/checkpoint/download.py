@@ -110,7 +110,10 @@ def _download(checkpoint: RemoteCheckpoint, aside: Path, world: World) -> int:
 
 
 def download_block(checkpoint: RemoteCheckpoint, folder: Path, block: Block) -> int:
-    """Download a block into its file, which must exist. Fsync the file, and return the number of bytes."""
+    """Download a block, and write it at its position into the file in ``folder``, which must exist.
+
+    Then fsync the file, and return the number of downloaded bytes.
+    """
     content = checkpoint.run.read_range(checkpoint.step, block.file, block.start, block.stop)
     with (folder / block.file).open("r+b") as file:
         file.seek(block.start)

@@ -43,7 +43,8 @@ _VISIBLE_S = 10.0  # a network file system may show a new file late on other hos
 class UploadOutcome:
     """The result of uploading one checkpoint.
 
-    If the thread could not list or delete files at the URL, or could not upload the metrics, ``problem`` says why.
+    An error outside the upload of a checkpoint counts as a failed upload of the newest checkpoint. An example is an
+    error while the upload thread lists or deletes files at the URL, or uploads the metrics.
     """
 
     step: int

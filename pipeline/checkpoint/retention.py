@@ -132,7 +132,7 @@ def is_milestone(folder: Path) -> bool:
 
 
 def is_state_of_milestone(state: StateFile) -> bool:
-    """Return whether the step in the state is a multiple of ``checkpoint.keep_every_steps`` in its config."""
+    """Return whether the step in ``state`` is a multiple of ``checkpoint.keep_every_steps`` in the state's config."""
     every_steps = config_section(state.config, "checkpoint").get("keep_every_steps")
     return isinstance(every_steps, int) and every_steps > 0 and state.step % every_steps == 0
 

@@ -1,4 +1,4 @@
-"""Write a checkpoint: all ranks write into one temporary folder. The main rank then renames the complete folder."""
+"""Write a checkpoint. All ranks write into one temporary folder, and the main rank then renames this folder."""
 
 import logging
 import shutil

@@ -119,7 +119,7 @@ def locate_checkpoint(path: Path) -> Path:
 def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
     """Verify a checkpoint, or all checkpoints of a run, oldest first.
 
-    Prints one line per checkpoint, then the read speed.
+    Prints one line per checkpoint, and at the end the speed at which the files were read.
 
     Raises:
         CheckpointError: the path contains no checkpoint, or a checkpoint is damaged.

@@ -186,11 +186,11 @@ def validation_batches(
 ) -> Iterator[MicroBatch]:
     """Yield the validation batches of this rank, in the order of the split.
 
-    All ranks together get each target once. Every rank gets the same number of batches, because forward passes are
-    collective under FSDP and ZeRO-3. The last batches may contain padding, which is not scored.
+    Every rank gets the same number of batches, because forward passes are collective under FSDP and ZeRO-3. The last
+    batches may contain padding, which is not scored.
 
-    If the split has more than ``max_batches`` batches for all ranks together, the ranks read only as many windows as
-    fit into ``max_batches`` batches. These windows are evenly spread over the split.
+    If ``max_batches`` is None, all ranks together get each target once. Otherwise, all ranks together get at most
+    ``max_batches`` batches without padding, whose windows are evenly spread over the split.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

@@ -26,11 +26,11 @@ def configure_cpu(world: World) -> str:
 def share_cores(world: World) -> str:
     """Divide the cores of this host among its ranks, one thread per core. Return a line for the log.
 
-    Ranks on a CPU are bound to their cores, which keeps the contents of the caches. Ranks on a GPU are not bound,
-    because the threads of NCCL need other cores.
+    A rank on a CPU is bound to its cores, because a thread that moves to another core loses the contents of its cache.
+    A rank on a GPU is not bound, because the threads of NCCL need other cores.
 
-    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads, and is not bound. Cores that a
-    launcher has chosen for a rank do not change. Every rank must call this.
+    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads, and is not bound. If a launcher has
+    already chosen different cores for each rank, the ranks keep these cores. Every rank must call this.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)

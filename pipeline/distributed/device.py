@@ -166,7 +166,7 @@ class PeakMemory:
         self._forget()
 
     def read(self) -> int:
-        """Return the peak memory in bytes."""
+        """Return the peak memory of this process in bytes."""
         return max(self._earlier_bytes, peak_memory_bytes(self._device))
 
     @contextmanager

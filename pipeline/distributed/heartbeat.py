@@ -85,7 +85,7 @@ class Heartbeat:
         self._guard = threading.Thread(target=self._watch_store, name="heartbeat-guard", daemon=True)
 
     def start(self) -> None:
-        """Start the threads. Call this after a barrier: every rank must have a ``Heartbeat``."""
+        """Start the threads. Call this after a barrier, so that every rank has already created a ``Heartbeat``."""
         self._thread.start()
         self._guard.start()
 
@@ -201,13 +201,13 @@ class Heartbeat:
 def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> Iterator[None]:
     """Return a context manager that watches all ranks.
 
-    If a rank is silent or stuck, the other ranks print which rank it is, and exit. At the end of the block, each rank
-    waits for all other ranks.
+    If a rank is lost (silent or stuck, see ``Heartbeat``), all ranks print which rank is lost, and exit. At the end of
+    the block, each rank waits for all other ranks.
 
     Args:
-        timeout_s: a rank is lost if it sends no heartbeat for this number of seconds.
-        records: the folder in which torch's flight record is saved if a rank is lost or a collective times out. If
-            None, the flight record is not saved.
+        timeout_s: a rank is silent if it sends no heartbeat for this number of seconds.
+        records: the folder into which each rank saves torch's flight recorder if a rank is lost or a collective times
+            out, or None to save nothing.
     """
     watch = Heartbeat(world, timeout_s, records)
     with watch.explaining_sigterm():

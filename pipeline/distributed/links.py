@@ -27,8 +27,8 @@ class Link:
 def measure_links(world: World, hosts: Sequence[str], message_bytes: int = MESSAGE_BYTES) -> list[Link]:
     """Measure how fast each rank sends a message to the next rank. Return the links between different hosts.
 
-    A rank never sends and receives at the same time, so that a slow link does not slow down other links. Every
-    rank must call this.
+    A rank never sends and receives at the same time, so that a slow link does not change the results of other links.
+    Every rank must call this.
 
     Args:
         hosts: the host name of each rank.

@@ -68,7 +68,10 @@ class Progress:
         self.position += 1
 
     def move(self) -> None:
-        """Record progress of this rank that is not a mark, so that the rank does not count as stuck."""
+        """Record progress of this rank, so that it does not count as stuck.
+
+        Unlike for ``pass_mark``, the other ranks need not make the same call.
+        """
         self._restart_clock()
         self.moves += 1
 

@@ -58,7 +58,7 @@ class HostClock:
 
 
 class StreamClock:
-    """The clock of a rank on a GPU. It measures a CUDA stream, and never waits for the GPU."""
+    """The clock of a rank on a GPU. It measures times on a CUDA stream, and never waits for the GPU."""
 
     waiting_functions = (
         (Work, "wait"),

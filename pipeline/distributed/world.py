@@ -113,9 +113,9 @@ class World:
         return cast(Result, result)
 
     def connect_to_store(self, prefix: str) -> Store:
-        """Return a new connection to the key-value store of the ranks. Its keys get the given prefix.
+        """Return a new connection to the key-value store of the ranks. The connection adds a prefix to each key.
 
-        Each thread needs its own connection, because a waiting request blocks later requests.
+        Each thread needs its own connection, because a waiting request blocks later requests on the same connection.
         """
         store = self.store.clone() if self.store else HashStore()  # type: ignore[attr-defined]
         return PrefixStore(prefix, store)

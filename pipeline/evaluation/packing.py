@@ -1,8 +1,8 @@
 """Define scoring requests, and pack requests into batches.
 
 The requests of one example often begin with the same context. A tree of tokens stores a common beginning once, so the
-model processes it only once. The nodes of a tree are one row of a batch. An attention mask lets each node attend only
-to itself and its ancestors.
+model processes it only once. All tokens of a tree are one row of a batch. An attention mask lets each token attend only
+to itself and to the tokens before it in the same request.
 """
 
 from collections.abc import Sequence

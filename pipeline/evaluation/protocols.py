@@ -34,9 +34,9 @@ class PreparedTask:
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Score the examples. Return the results, such as ``acc``, and the ``facts``, in one dict of JSON values.
+        """Score the examples. Return one dict of JSON values, which contains the results, such as ``acc``.
 
-        Every rank must call this method.
+        The dict also contains all values of the attribute ``facts``. Every rank must call this method.
         """
         return self.measure_examples(scorer)[0]
 

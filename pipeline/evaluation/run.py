@@ -60,9 +60,10 @@ def run_tasks(
 
     Args:
         checkpoint: a checkpoint folder or a run folder, or its URL.
-        paths: data paths by task. Other tasks use the paths in the run's ``evaluation.data``.
+        paths: task name -> path of its data. For a task that is not in it, the path in the run's ``evaluation.data``
+            is used.
         batch_size: sequences per forward pass and rank. None means the run's micro-batch size.
-        precision: None means the precision of the run.
+        precision: the precision of the forward passes. None means the value of ``run.precision`` in the run's config.
         weights: ``training``, or ``ema`` for the moving average of the weights. With ``ema``, the names of the results
             end with ``_ema``.
         examples_file: a JSONL file for the scores of each example.
@@ -225,12 +226,12 @@ def _write_events(results: Results, loaded: LoadedModel) -> None:
 
 
 def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
-    """Prepare the tasks in ``evaluation.tasks`` for training. ``validation`` needs no preparation.
+    """Read and encode the examples of the tasks that a run scores during training (``evaluation.tasks``).
 
-    Every rank must call this function.
+    The result does not contain the task ``validation``. Every rank must call this function.
 
     Raises:
-        ConfigError: the model or an option does not fit a task.
+        ConfigError: the model's vocabulary is not GPT-2's, or a task does not support ``evaluation.max_examples``.
         DataError: the data of a task cannot be used.
     """
     options = config.evaluation

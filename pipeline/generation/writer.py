@@ -50,8 +50,8 @@ def load_writer(
 class Writer:
     """Completes prompts with a model and GPT-2's tokenizer.
 
-    The attribute ``sample`` has the sampling options from the run's config. Callers can pass them to the methods, which
-    do not read this attribute.
+    The attribute ``sample`` contains the sampling options from the run's config. The methods use these options only if
+    the caller passes them as an argument.
     """
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:

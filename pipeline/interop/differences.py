@@ -46,7 +46,8 @@ def describe_differences(
 ) -> list[str]:
     """Return one line per difference between the original model and our imported model.
 
-    Each line contains the losses of both models on a short text.
+    Each line contains two losses on a short text: the loss of the original model, and its loss after a change that
+    removes only this difference.
 
     Args:
         config: the config of the original model, whose ``vocab_size`` counts all rows of the stored embedding.

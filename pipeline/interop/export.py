@@ -27,7 +27,10 @@ ExportFunction = Callable[[Path | str, Path, str, str], Export]
 
 
 def describe_positions(config: ModelConfig, program: str) -> list[str]:
-    """Return a message for the user if ``program`` does not support the config's ``reset_positions_at``."""
+    """Return a list with one message for the user if ``reset_positions_at`` is set. Otherwise, return an empty list.
+
+    The message says that ``program`` does not support this setting.
+    """
     if config.reset_positions_at is None:
         return []
     return [

@@ -40,10 +40,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that take part in a collective. The numbers of two consecutive ranks differ by ``stride``.
+    """A group of ranks that run a collective together. Consecutive rank numbers in the group differ by ``stride``.
 
-    Every rank of the run is in one group. All groups have the same ``size`` and ``stride``, and communicate at the same
-    time.
+    Every rank of the run is in exactly one such group. All groups have the same ``size`` and ``stride``, and
+    communicate at the same time.
     """
 
     size: int

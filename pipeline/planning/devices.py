@@ -39,7 +39,7 @@ class Device:
 
     @property
     def usable_bytes(self) -> int:
-        """Return how many bytes tensors can use. The driver, libraries and fragmentation take the other bytes."""
+        """Return how many bytes tensors can use. The driver, libraries and fragmentation take the rest."""
         return int((self.memory_gib - self.reserved_gib) * (1 - self.fragmentation) * GIB)
 
     def flops(self, precision: str) -> float:

@@ -13,10 +13,11 @@ BAR_WIDTH = 30
 
 
 def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, tokens: int) -> list[Plan]:
-    """Return the fastest plan for each number of ranks. If no plan fits, return the one that needs the least memory.
+    """Return the fastest plan for each number of ranks in ``WORLD_SIZES``.
 
-    If the ranks cannot divide the batch equally, a plan has a larger batch. If the micro-batch does not fit in memory
-    or does not divide the batch, a plan has a smaller micro-batch.
+    If no plan fits in memory for a number of ranks, return the plan that needs the least memory. If the ranks cannot
+    divide the config's batch equally, the plan has a larger batch. If the config's micro-batch does not fit in memory
+    or does not divide the batch, the plan has a smaller micro-batch.
 
     Args:
         configs: backend name -> config. The configs differ only in the backend.

@@ -6,15 +6,16 @@ GROUP_MARK = "/"  # in the name of a plan, between the backend and the size of t
 
 
 def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> dict[str, Config]:
-    """Return copies of the FSDP2 config whose shard groups have the ranks of one, two, four, ... nodes.
+    """Return one copy of the FSDP2 config per possible size of a shard group, by the name of its plan.
 
-    A shard group is a set of ranks that together hold one copy of the weights. Only sizes that divide the world size
-    are used. The keys of the result are the names of the plans.
+    A shard group is a set of ranks that together hold one copy of the weights. A size is possible if it is the number
+    of ranks on 1, 2, 4, 8, ... nodes, is smaller than the world size, and divides the world size. An example of a
+    name is ``fsdp/8`` for groups of 8 ranks.
 
-    The result is empty if ``config`` is None or sets the size of the shard groups. It is also empty if the ranks do not
-    fill at least two nodes.
+    If ``config`` is None or already sets the size of the shard groups, return an empty dict.
 
     Args:
+        config: the FSDP2 config.
         per_node: the number of ranks per node.
     """
     if config is None or config.backend.fsdp.shard_group_size is not None or world_size % per_node:

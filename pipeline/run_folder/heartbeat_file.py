@@ -56,7 +56,7 @@ class HeartbeatFile:
             raise
 
     def enter(self, state: str, step: int) -> None:
-        """Write a new state.
+        """Write a new state of the run into the file.
 
         Args:
             state: ``starting``, ``training``, ``evaluating``, ``saving``, ``finished``, ``interrupted`` or ``failed``.

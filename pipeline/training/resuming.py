@@ -56,14 +56,15 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
 
     The caller must hold the lock of the run folder. The function deletes the folders of interrupted saves.
 
-    The next start must not use checkpoints that are later than the chosen one. Therefore, the function renames such
-    checkpoints in the run folder. For those at ``checkpoint.remote``, it writes into the run folder that they are
-    abandoned.
+    The next start must not use checkpoints that are later than the chosen one. Therefore, the function renames later
+    checkpoints in the run folder. It also records in the run folder that later checkpoints at ``checkpoint.remote``
+    are abandoned.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, or the data, seed or model has changed. Or the run folder
             contains another run.
-        ConfigError: the checkpoint belongs to another run, and this run would not train any step after the checkpoint.
+        ConfigError: the checkpoint belongs to another run, and with ``config``, training would end at the
+            checkpoint's step.
     """
     run_folder = Path(config.run.out_dir)
     try:

@@ -78,7 +78,7 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Return a context manager whose time counts as waiting for data."""
+        """Return a context manager. The time inside its block counts as waiting for data."""
         started = time.perf_counter()
         try:
             yield

@@ -377,7 +377,9 @@ class Trainer:
         return statistics.fmean(losses) if losses else None
 
     def evaluate(self) -> None:
-        """Measure the validation loss, run the evaluation tasks, and generate a completion.
+        """Measure the validation loss, and run the tasks in ``evaluation.tasks``.
+
+        If ``evaluation.sample`` is True, also generate a completion.
 
         Every rank must call this.
         """
