@@ -167,7 +167,10 @@ def fit_steps(config: Config, step_s: float, left_s: float) -> int:
 
 
 def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
-    """Return the options with which the command ``run`` trains the quickstart's model in one process."""
+    """Return the options with which the command ``run`` trains the quickstart's model in one process.
+
+    ``settings`` are the values of the option ``--set``.
+    """
     return argparse.Namespace(config=CONFIGS, set=list(settings), deepspeed=None, processes=1)
 
 

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Unfinished(Generic[Result]):
-    """A result that is not written yet. ``finish`` writes and returns it."""
+    """The result of a work item, whose files are not written yet. ``finish`` writes them and returns the result."""
 
     finish: Callable[[], Result]
 

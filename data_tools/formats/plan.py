@@ -75,7 +75,8 @@ class ConvertRequest:
 class PlannedFile:
     """A file that a conversion will write, with the tokens ``start`` to ``stop - 1`` of a split.
 
-    If a shard of the source contains exactly these tokens, ``record`` describes the shard.
+    If a shard of the source contains exactly these tokens, ``record`` is the manifest entry of this shard. The
+    conversion then copies the shard's mask and its counts of documents and bytes.
     """
 
     name: str

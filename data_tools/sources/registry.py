@@ -26,7 +26,7 @@ class Source(Protocol):
     """The interface of a source: documents, divided into slices. A slice has the same documents in every process."""
 
     def options(self) -> dict[str, Any]:
-        """Return all values that determine which documents the source yields, as JSON values."""
+        """Return a JSON object with all values that determine which documents the source yields."""
         ...
 
     def text_bytes(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Convert the rows of a source to documents. Skip rows that cannot be read, or stop with an error."""
+"""Convert the rows of a source to documents. A callback decides whether rows that cannot be read are skipped."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar

@@ -22,7 +22,7 @@ _MAX_HEADS = 1000  # how many files are opened to look for HTML before the work 
 
 
 class TextSource(FileSource):
-    """Text files in UTF-8. A file is one document, or contains several documents with a separator between them."""
+    """Text files in UTF-8. Each file is one document, unless ``--document-separator`` divides it into documents."""
 
     def __init__(self, inputs: Sequence[str], document_separator: str | None) -> None:
         if document_separator == "":

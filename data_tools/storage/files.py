@@ -26,7 +26,7 @@ def is_writable(path: Path) -> bool:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Raise DataError if no folder can be created or written at a path. Call this before work that takes long.
+    """Raise DataError if ``path`` is a file, or a folder that cannot be created or written. Call this before slow work.
 
     ``option`` is the command-line option that contains ``path``. The message begins with it.
     """

@@ -102,9 +102,10 @@ class Backend(ABC):
 
     @torch.no_grad()
     def write_weights(self, write: WriteElements) -> None:
-        """Set all weights: call ``write`` to fill each range of a parameter on this rank.
+        """Set all weights. Every rank must call this, before the first step.
 
-        Every rank must call this, before the first step.
+        For each range of a parameter that this rank holds, the method calls ``write(name, start, elements)``, which
+        must fill the tensor ``elements``.
         """
         for held in self.state.ranges():
             if held.length:

@@ -79,10 +79,12 @@ class MatrixExchange:
         Every rank must call this.
 
         Args:
-            elements: for each span of this rank, the matrix elements in the span, shape (n,).
-            targets: for each span, an fp32 tensor (n,) on any device, which is changed in place.
-            function: transforms n matrices of equal shape. It takes and returns a tensor (n, rows, columns) on
-                ``world.device``.
+            elements: the matrix elements that this rank holds. One tensor per range in ``spans[rank]``, of shape
+                (length of the range,).
+            targets: fp32 tensors, in the same order and with the same shapes as ``elements``. They are changed in
+                place. They can be on any device.
+            function: transforms matrices that have equal shapes. It takes and returns a tensor
+                (matrices, rows, columns) on ``world.device``.
         """
         for batch in self._batches:
             stacks = self._assemble(batch, elements)

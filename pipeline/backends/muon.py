@@ -78,7 +78,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override] # no backend passes a closure
-        """Update all tensors that have a gradient. Every rank must call this, and have the same parameter groups."""
+        """Update all tensors that have a gradient.
+
+        Every rank must call this. The parameter groups must be the same on all ranks.
+        """
         assert closure is None
         self.adamw.param_groups = [group for group in self.param_groups if not group.get(_IS_MUON)]
         if self.adamw.param_groups:

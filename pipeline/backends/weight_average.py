@@ -14,7 +14,8 @@ _SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the temporary memory of ``swap``
 class WeightAverage:
     """The fp32 moving averages of this rank's masters (tensors that the optimizer updates).
 
-    An average is created when first needed, because masters can change before the first step.
+    An average is created as a copy of its master. This happens only when the average is needed, because loading a
+    checkpoint changes the masters.
     """
 
     def __init__(self, masters: Iterable[Tensor]) -> None:

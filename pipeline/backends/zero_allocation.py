@@ -22,7 +22,7 @@ class AllocatedOnRead(nn.Module):
     """A module whose parameters ``deepspeed.zero.Init`` shards. It allocates each parameter when ``Init`` reads it.
 
     ``Init`` shards each parameter before it reads the next one, so at most one whole parameter is in memory at a time.
-    Call ``use_placeholders`` on the model first.
+    Call ``use_placeholders`` first. It replaces the model's weights by placeholders that need almost no memory.
     """
 
     def __init__(self, model: GPT2, device: torch.device) -> None:

@@ -25,10 +25,10 @@ def pair(run_folder: Path, url: str) -> None:
 
 
 def abandon(run_folder: Path, step: int) -> None:
-    """Record that the checkpoints from ``step`` on are abandoned, at all URLs of the run.
+    """Record that the run has abandoned the checkpoints of ``step`` and of later steps at all its URLs.
 
-    Call this function if the run continues from an earlier step. Later starts then avoid these checkpoints, even if a
-    server does not answer now.
+    Call this function if the run continues from an earlier checkpoint. Later starts of the run then avoid the abandoned
+    checkpoints. The record is in the run folder, so this function needs no access to the URLs.
     """
     record = _read(run_folder)
     if record["urls"]:

@@ -31,7 +31,7 @@ _LONGEST_PRODUCT = 0.2  # one product's largest share of the measurement's time,
 def configure_allocator() -> None:
     """Make torch allocate GPU memory in segments that can grow, unless the user has set allocator options.
 
-    Call this function before the first allocation on a GPU. If segments cannot grow, freed memory is often too
+    Call this function before the first allocation on a GPU. In segments that cannot grow, freed blocks are often too
     small for the next tensor.
     """
     set_allocator_default("expandable_segments:True")

@@ -267,8 +267,8 @@ def find_lost(world: World) -> str | None:
     """Return a text that names the lost ranks, or None if no rank is lost.
 
     A rank is lost if it has failed or sends no heartbeat during this call. The call takes a few seconds. Only the first
-    rank that makes this call reads the heartbeats. The other ranks wait for its result. If a rank that reads them is
-    lost, too, another one takes over.
+    rank that makes this call reads the heartbeats. The other ranks wait for its result. If the result does not arrive
+    in time, one of the waiting ranks reads the heartbeats.
     """
     search, found = "", None
     while found is None:

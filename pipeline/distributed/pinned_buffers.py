@@ -43,10 +43,10 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
-    """Divide buffers among slabs (allocations whose size is a power of two), so that little memory is lost.
+    """Divide buffers among slabs (allocations whose size is a power of two), so that little memory is unused.
 
-    The size of a slab is the largest power of two that the remaining buffers can fill. If the largest buffer does not
-    fit, the slab has the size that this buffer needs.
+    The size of the next slab is the largest power of two that is not above the total size of the remaining buffers. If
+    the largest remaining buffer does not fit into it, the size is the smallest power of two into which the buffer fits.
 
     Args:
         sizes: the size of each buffer in bytes.

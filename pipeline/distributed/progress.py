@@ -121,8 +121,8 @@ class Place:
         A rank is still while it records no progress and uses no CPU time.
 
         Args:
-            timeout_s: the seconds that a rank may be still. If ``is_patient`` is True, it may be still for at least
-                ``PATIENCE_S`` seconds.
+            timeout_s: the seconds that a rank may be still. During work that can take minutes (``is_patient``), a rank
+                may be still for ``PATIENCE_S`` seconds if this is longer.
         """
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
         return self.still_s > allowed_s or self.loops(timeout_s)

@@ -216,7 +216,12 @@ class TaskData:
 
 
 def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[Example], list[str]]:
-    """Convert the rows of a task to examples. Return the examples, and the few-shot text of each example.
+    """Convert the rows of a task to examples, and draw few-shot examples.
+
+    Returns:
+        The examples.
+
+        For each example, the text of its few-shot examples, or "" if ``--shots`` is 0.
 
     Raises:
         DataError: a row lacks a column, an answer is empty, or there are too few rows for the few-shot examples.

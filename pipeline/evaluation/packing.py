@@ -40,7 +40,7 @@ class Request:
 
 @dataclass
 class Tree:
-    """The tokens of several requests. Each node is one token. Each common prefix is stored once."""
+    """The tokens of several requests. Each node is one token. If requests begin equally, they share nodes."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)  # the node of the previous token; -1 for the first token
@@ -128,16 +128,17 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 
 
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
-    """Build the input of one forward pass.
+    """Build the input of one forward pass that scores the requests in the trees.
 
-    The model returns one score per pair of a node (a token in a tree) and a target (a next token to score). The score
-    of a request is the sum of the scores of its pairs. Requests can share pairs.
+    A tree contains the tokens of several requests (see ``Tree``). A *pair* consists of a token in a tree and the next
+    token of a request, if this next token must be scored. The model returns one score per pair. The score of a request
+    is the sum of the scores of its pairs. A pair can belong to several requests.
 
     Returns:
         The input, in host memory, with one row per tree, padded on the right.
 
-        The links between requests and pairs, int64 of shape (2, links). Each column contains the number of a request
-        and the index of the score of one of its pairs.
+        An int64 tensor of shape (2, links). Each column says that a pair belongs to a request: it contains the number
+        of the request and the index of the pair's score.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

@@ -141,7 +141,7 @@ def check_tasks(
 ) -> None:
     """Raise ConfigError if a task cannot be run, or if an option would have no effect.
 
-    A task must be a named task or have a file.
+    Each task must have a file or be one of the project's tasks (``TaskName``).
 
     Args:
         files: the files that the user gave with ``--data``, by task.

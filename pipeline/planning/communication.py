@@ -3,22 +3,24 @@
 The estimate assumes that each collective uses its fastest algorithm, as NCCL 2.12 does (``src/graph/tuning.cc``). Gloo
 is different: it always uses a ring for an all-reduce.
 
-In the formulas, n is the number of bytes, p the number of ranks, and h the number of hosts. A host has g = p / h ranks.
+In the formulas, n is the size of a collective's input in bytes (of its output for an all-gather), p is the number of
+ranks, and h is the number of hosts. A host has g = p / h ranks.
+
 Each rank has a link within its host, with bandwidth B_host and latency a_host. Each rank also has a link to other
 hosts, with bandwidth B_net and latency a_net. On one host, B is B_host. On several hosts, NCCL's rings together use all
 network adapters, so B is min(B_host, g B_net).
 
-=============  ==================================================================================  ====================
-algorithm      time                                                                                used for
-=============  ==================================================================================  ====================
-ring           (p - 1) / p n / B + (p - h) a_host + (h - 1) a_net                                  all-gather,
-                                                                                                   reduce-scatter
-ring           twice the time of the row above                                                     all-reduce
-tree           2 n / B + 2 (g - 1) a_host + 2 ceil(log2 h) a_net                                   all-reduce
-hierarchical   reduce-scatter of n within each host, all-reduce of n / g between hosts, all-gather all-reduce
-               of n within each host
-pairwise       max((g - 1) / p n / B_host, (p - g) / p n / B_net) + (g - 1) a_host + (p - g) a_net all-to-all
-=============  ==================================================================================  ====================
+=============  ====================================================================================  ===================
+algorithm      time                                                                                  used for
+=============  ====================================================================================  ===================
+ring           (p - 1) n / (p B) + (p - h) a_host + (h - 1) a_net                                    all-gather,
+                                                                                                     reduce-scatter
+ring           twice the time of the row above                                                       all-reduce
+tree           2 n / B + 2 (g - 1) a_host + 2 ceil(log2 h) a_net                                     all-reduce
+hierarchical   the sum for three collectives: reduce-scatter of n within each host, all-reduce of    all-reduce
+               n / g between hosts, and all-gather of n within each host
+pairwise       max((g - 1) n / (p B_host), (p - g) n / (p B_net)) + (g - 1) a_host + (p - g) a_net   all-to-all
+=============  ====================================================================================  ===================
 """
 
 import math

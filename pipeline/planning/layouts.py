@@ -156,7 +156,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def exchange_bytes(config: Config, world_size: int) -> int:
-    """Return the bytes that one rank needs to exchange and orthogonalize Muon's matrices. For AdamW, return 0."""
+    """Return the bytes of memory in which one rank exchanges and orthogonalizes Muon's matrices, or 0 for AdamW."""
     if config.optimizer.name != "muon":
         return 0
     shapes = sizes_of(config.model).shapes

@@ -118,6 +118,7 @@ def communication_waits(collectives: StepCollectives, pass_s: float, cluster: Cl
 
     Args:
         pass_s: the computing time of one micro-step, without recomputation.
+        overlaps: whether the rank computes while a collective runs.
     """
     prompt = replace(
         cluster,

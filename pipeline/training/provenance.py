@@ -16,7 +16,7 @@ _LONGEST_GIT_S = 10.0  # git can be slow in a large repository on a network disk
 
 
 def describe_process() -> dict[str, Any]:
-    """Return the time, command, host, launcher, versions of packages, and the git commit of the working folder.
+    """Return the current time, this process's command, host, launcher and packages, and the working folder's commit.
 
     ``launcher`` and ``git`` can be null.
     """

@@ -58,10 +58,10 @@ class RankComparison:
     def read(self) -> dict[str, Any]:
         """Return metrics from the times that ``start`` has collected.
 
-        If a rank was slow in several consecutive rows, log it.
+        If a rank was slow in several consecutive rows of metrics, log this rank.
 
-        Synchronize the device before this call. If the run has only one rank or a rank has measured no
-        step yet, the result is empty.
+        Synchronize the device before this call. If the run has only one rank or a rank has measured no step yet, the
+        result is empty.
         """
         times = [] if self._times is None else self._times.tolist()
         if not times or not all(compute_s for compute_s, *_ in times):

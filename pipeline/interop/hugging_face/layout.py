@@ -55,7 +55,7 @@ def stored_shapes(config: ModelConfig) -> dict[str, list[int]]:
 
 
 def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return the content of ``config.json``."""
+    """Return the content of ``config.json``. ``dtype`` is the name of the stored weights' dtype."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **_GPT2_SETTINGS,

@@ -44,7 +44,7 @@ def check_access(name: str) -> None:
 def push_to_hub(export: Path, name: str, *, private: bool) -> str:
     """Upload an exported folder or file, and return the URL of the model on the hub.
 
-    The model is created if it does not exist. Uploaded files replace files of the same names.
+    If the hub has no model of this name, the model is created. Uploaded files replace files of the same names.
 
     Args:
         name: ``MODEL`` or ``USER/MODEL``.

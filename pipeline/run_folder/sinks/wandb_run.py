@@ -55,7 +55,7 @@ def wandb_is_disabled() -> bool:
 
 
 class WandbRun(Service):
-    """A run in W&B. Each row of metrics becomes one row of its history, with ``step`` as the x-axis."""
+    """A run in W&B. Each row of metrics becomes one row of the run's history, with ``step`` as the x-axis."""
 
     name = "wandb"
 
