@@ -33,7 +33,10 @@ class Observer:
         """Receive the estimate before the first chunk is processed. ``tokenize_share`` does not call this method."""
 
     def progressed(self, progress: Contents) -> None:
-        """Receive the progress of the whole request, including work before an interruption."""
+        """Receive the numbers of all documents, tokens and bytes of text that are encoded so far.
+
+        If the request was interrupted and continues, the numbers include the work before the interruption.
+        """
 
 
 def find_complete(request: TokenizeRequest) -> Manifest | None:

@@ -85,8 +85,8 @@ def adopt_in_place(
         advance: receives the number of bytes read since its last call.
 
     Raises:
-        DataError: the folder has no shards of these programs, or its manifest names other files, or the folder has a
-            manifest although ``split_of`` is given.
+        DataError: the folder is not writable, it has no shards of llm.c or build-nanogpt, its manifest does not name
+            exactly the shards in the folder, or ``split_of`` is given although the folder has a manifest.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})

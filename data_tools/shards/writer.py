@@ -34,8 +34,11 @@ OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2") -> Iterator[WriteValues]:
     """Return a context manager for writing a file that consists of a header and values of one dtype.
 
-    The ``with`` block gets a function that appends values. The header contains the number of values, so it is written
-    again after the block. All headers must have the same length.
+    The ``with`` block gets a function that appends values.
+
+    Args:
+        header: takes the number of values, and returns the header. The length of the header must not depend on this
+            number, because the header is written before the values, and replaced after the block.
     """
     size = 0
 

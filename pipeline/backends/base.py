@@ -27,8 +27,8 @@ WriteElements = Callable[[str, int, Tensor], None]
 class Backend(ABC):
     """A model and its optimizer, distributed over the ranks.
 
-    A backend averages the gradients over the ranks, but training needs the sum. The trainer therefore multiplies
-    ``loss_weight`` by the world size.
+    A backend averages the gradients over the ranks, but training needs the sum. The trainer therefore multiplies the
+    ``loss_weight`` that it passes to ``accumulate`` by the world size.
 
     The model must be on the device ``meta``. A backend allocates only this rank's weights, without values. Call
     ``draw_weights`` or ``write_weights``, or load a checkpoint, before the first step.

@@ -33,7 +33,10 @@ class ShardedState(ParameterState):
         self.compute = compute
 
     def publish_masters(self) -> None:
-        """Free the gathered weights, because the masters have changed. The next forward pass gathers them again."""
+        """Free the gathered weights, because the optimizer has changed the masters.
+
+        The next forward pass gathers the new weights.
+        """
         for module in self.compute.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -111,7 +114,7 @@ class _GlooCollective:
 
 
 class AllGather(_GlooCollective):
-    """An all-gather for Gloo. Each rank sends its shard to all other ranks, and receives into the output tensor."""
+    """An all-gather for Gloo. Each rank sends its shard to all other ranks, and receives their shards."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -122,7 +125,7 @@ class AllGather(_GlooCollective):
 
 
 class ReduceScatter(_GlooCollective):
-    """A reduce-scatter for gloo. Each rank receives the inputs for its shard, and adds them in the order of ranks."""
+    """A reduce-scatter for Gloo. Each rank receives all inputs for its shard, and adds them in the order of ranks."""
 
     def __call__(
         self,

@@ -60,8 +60,8 @@ def build_optimizer(
 
     Args:
         parameters: maps canonical names to all parameters of the model.
-        build_rest: takes the parameters that Muon does not update, and returns their AdamW, for example DeepSpeed's
-            CPUAdam. If None, ``build_adamw`` is used.
+        build_rest: takes parameters and returns their AdamW, for example DeepSpeed's CPUAdam. It receives all
+            parameters that Muon does not update. If None, ``build_adamw`` is used.
     """
     build = build_rest or partial(build_adamw, config=config.optimizer, device=world.device)
     if config.optimizer.name == "adamw":
@@ -172,7 +172,10 @@ class LossScaler:
 
     @classmethod
     def for_precision(cls, precision: str, world_size: int = 1) -> LossScaler:
-        """Return a loss scaler. For ``amp_fp16``, the scale is dynamic and starts at 2**16. Otherwise, it is 1."""
+        """Return a loss scaler.
+
+        For ``amp_fp16``, its scale is dynamic and starts at 2**16. For other precisions, its scale is always 1.
+        """
         dynamic = precision == "amp_fp16"
         return cls(dynamic=dynamic, scale=2.0**16 if dynamic else 1.0, world_size=world_size)
 
@@ -205,7 +208,7 @@ class LossScaler:
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale, and the number of good steps since the last change of the scale.
+        """Return the scale, and the number of steps with a finite gradient norm since the scale last changed.
 
         If the scale is not dynamic, return None in place of the scale.
         """

@@ -171,7 +171,9 @@ def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> dict[s
 
 
 def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Fill ``target`` with a range of a flattened parameter. Read only rows with elements of the range.
+    """Fill ``target`` with a range of a flattened parameter.
+
+    Of the parameter's rows, read only those that contain elements of the range.
 
     Args:
         target: shape (n,), on any device.

@@ -107,7 +107,8 @@ class Mirror:
     def finish(self, wait: Callable[[], None]) -> list[UploadOutcome]:
         """Wait at most ``timeout_s`` seconds until the newest checkpoint is uploaded.
 
-        Every rank must call this method at the end of a run. Returns the outcomes that ``poll`` has not returned yet.
+        Every rank must call this method at the end of a run. Returns the outcomes of uploads that ``poll`` has not
+        returned yet.
 
         Args:
             wait: called about twice per second during the wait.

@@ -1,7 +1,7 @@
 """Record in ``remote.json`` which URLs contain checkpoints of a run.
 
-If a run continues from an earlier step, the checkpoints of later steps at the URLs are *abandoned*. Later
-starts of the run avoid abandoned checkpoints.
+If a run goes back to an earlier step, its checkpoints of later steps at the URLs become *abandoned*. When the run is
+started again, it does not resume from an abandoned checkpoint.
 """
 
 from pathlib import Path

@@ -29,7 +29,7 @@ ABANDONED_MANIFEST = f"{MANIFEST_FILE}.abandoned"
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """A checkpoint at a URL. Only its manifest was read and checked."""
+    """A checkpoint at a URL. Its manifest was read and checked, but its other files were not."""
 
     run: "RemoteRun"
     step: int

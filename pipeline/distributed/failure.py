@@ -52,8 +52,8 @@ def report(error: BaseException) -> int:
 def prints_for_node() -> bool:
     """Return whether this rank should print a message that is the same on all ranks.
 
-    With up to 64 ranks, every rank prints it. With more ranks, two ranks per node print it, because one of the two may
-    be lost.
+    With up to 64 ranks, every rank prints the message. With more ranks, two ranks per node print it, because the output
+    of one rank can be lost.
     """
     return launched_world_size() <= _RANKS_THAT_ALL_PRINT or launched_local_rank() < 2
 

@@ -29,14 +29,14 @@ _ITEMS_AT_ONCE = 256  # the requests of more examples would need gigabytes: some
 
 @dataclass(frozen=True)
 class PreparedCore:
-    """The tasks of nanochat's folder ``eval_bundle``. To save memory, a text is not encoded before it is scored."""
+    """The tasks of nanochat's folder ``eval_bundle``. To save memory, each text is encoded just before its scoring."""
 
     name: str
     facts: Figures
     tasks: list[BundleTask]
 
     def measure(self, scorer: Scorer) -> Figures:
-        """Return CORE and the results of each task, as JSON values.
+        """Return the CORE score and the results of each task, as JSON values.
 
         Every rank must call this method.
         """

@@ -95,7 +95,7 @@ class BundleTask:
         If a request is longer than ``context_length``, its first tokens are left out.
 
         Raises:
-            DataError: the scored tokens alone do not fit.
+            DataError: the scored tokens of a request do not fit into ``context_length``.
         """
 
         def encode(text: str) -> list[int]:

@@ -74,7 +74,7 @@ class Tree:
         self.scored.append((number, [self.pairs.setdefault(pair, len(self.pairs)) for pair in pairs]))
 
     def ancestors(self, width: int) -> np.ndarray:
-        """Return the attention mask, bool of shape (width, width). True allows attention.
+        """Return the attention mask of the tree, padded to shape (width, width). True allows attention.
 
         Each token attends to itself and its ancestors. Padding attends only to itself.
         """
@@ -88,7 +88,7 @@ class Tree:
 def build_trees(
     groups: Sequence[Sequence[int]], requests: Sequence[Request], context_length: int, reset_at: int | None
 ) -> list[Tree]:
-    """Build one tree per group of requests.
+    """Build one ``Tree`` of tokens per group of requests.
 
     If a tree saves less than the fraction ``LEAST_SAVING`` of the group's tokens, each request of the group gets its
     own tree.

@@ -146,8 +146,8 @@ class ChoiceTask:
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
         """Return the index of the most likely choice for each example, under the keys ``acc`` and ``acc_norm``.
 
-        For ``acc_norm``, each log-likelihood is first divided by the length of its choice. If several choices are
-        equally likely, the first of them counts.
+        For ``acc_norm``, each log-likelihood is first divided by the length of its choice, in the unit
+        ``normalised_by``. If several choices are equally likely, the first of them counts.
         """
         rows = [np.array([score.log_likelihood for score in group]) for group in scores]
         answers = {"acc": [int(row.argmax()) for row in rows]}

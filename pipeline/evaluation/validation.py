@@ -66,8 +66,8 @@ def validate_average(
     Every rank must call this function.
 
     Returns:
-        A dict with ``val_ema_loss``. If ``averaging.ema`` is null, or if ``validate`` returns an empty dict, this
-        dict is empty.
+        A dict with ``val_ema_loss``. The dict is empty if ``averaging.ema`` is null, if the task ``validation`` is not
+        selected, or if no dataset has a validation split.
     """
     if config.averaging.ema is None or VALIDATION not in config.evaluation.tasks:
         return {}

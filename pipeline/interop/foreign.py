@@ -233,7 +233,7 @@ def read_padded(
     """Return the tensor ``name`` with the shape ``shapes[name]``. Padding rows and missing tensors are zero.
 
     Args:
-        tensors: ``weight``, ``exp_avg`` or ``exp_avg_sq`` -> canonical name -> tensor.
+        tensors: maps the kinds ``weight``, ``exp_avg`` and ``exp_avg_sq`` to dicts from canonical names to tensors.
         kind: a key of ``tensors``.
     """
     tensor = tensors.get(kind, {}).get(name)

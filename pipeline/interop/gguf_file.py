@@ -1,6 +1,6 @@
 """Export a checkpoint as a GGUF file for llama.cpp.
 
-Names, keys and dtypes are those of llama.cpp's ``convert_hf_to_gguf.py``.
+The file has the tensor names, metadata keys and dtypes that llama.cpp's ``convert_hf_to_gguf.py`` writes.
 """
 
 from pathlib import Path

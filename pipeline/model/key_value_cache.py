@@ -76,12 +76,11 @@ class KeyValueCache:
     def carry_text_starts(self, starts: Tensor) -> Tensor:
         """Return the slot where the document of each new token begins, shape (B, T).
 
-        The position of a token is counted from this slot. The cache remembers where the last document of each row
-        begins, because later tokens can belong to the same document.
+        The caller counts the position of a token from this slot.
 
         Args:
-            starts: the slot where the document of each new token begins, shape (B, T). The value is 0 if no new token
-                begins this document.
+            starts: for each new token, the slot where its document begins, or 0 if the document began in an earlier
+                call. The cache remembers the slots of these documents. Shape (B, T).
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -65,7 +65,7 @@ class OutputLayer(nn.Linear):
         return losses.sum()  # torch sums pairwise, so rounding errors stay small
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits for hidden states of shape (..., C): shape (..., V), in the compute dtype."""
+        """Return the logits, shape (..., V), in the compute dtype. ``hidden`` has shape (..., C)."""
         return self._padded_logits(hidden)[..., : self.vocab_size]
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:

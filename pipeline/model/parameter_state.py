@@ -21,7 +21,7 @@ StateNames = Mapping[str, Iterable[str]]
 
 
 def state_names_of(shapes: Mapping[str, Sequence[int]], config: Config) -> dict[str, tuple[str, ...]]:
-    """Return the names of each parameter's tensors, except for its weight.
+    """Return the names of the tensors that each parameter has in addition to its weight.
 
     These are the optimizer tensors, such as ``exp_avg``, and ``ema`` if ``averaging.ema`` is set. The result is the
     same for every backend and rank.

@@ -21,7 +21,7 @@ AUTOCAST_DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
 class ComputeModel(nn.Module):
-    """A wrapper that runs a GPT-2 in one of the precisions above.
+    """A wrapper that runs a GPT-2 in one precision of the table at the top of this module.
 
     Its ``forward`` has the arguments of ``GPT2.forward``.
     """

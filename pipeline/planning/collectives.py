@@ -44,7 +44,7 @@ class StepCollectives:
     after: list[Collective]  # after the last backward pass, one by one
 
     def micro_steps(self) -> Iterator[tuple[int, list[Stage]]]:
-        """Yield, for each kind of micro-step, how many of them the step has, and their stages."""
+        """Yield pairs ``(count, stages)``: ``count`` micro-steps of the step consist of these stages."""
         if self.accumulation > 1:
             yield 1, self.first
             yield self.accumulation - 2, self.middle

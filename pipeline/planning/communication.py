@@ -54,7 +54,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective that each rank issues."""
+    """A collective that each rank issues once, with the other ranks of its group."""
 
     kind: Kind
     size: int  # n, in bytes

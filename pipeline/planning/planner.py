@@ -71,12 +71,14 @@ def plan_run(
 ) -> Plan:
     """Estimate the memory and the speed of a run.
 
+    If the micro-batch does not fit in memory, the speed is that of the largest micro-batch that fits.
+
     Args:
         mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of training tokens in the whole run.
         grow_batch: whether to enlarge a batch that the ranks cannot divide equally. If True, the micro-batch size is
             the largest divisor of the sequences per rank that does not exceed the config's micro-batch size. If this
-            size fits in memory, larger sizes are not tried.
+            size fits in memory, it is also the ``largest_micro_batch`` of the plan.
 
     Raises:
         ConfigError: ``grow_batch`` is False, and the batch cannot be divided equally among the ranks.

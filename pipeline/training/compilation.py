@@ -26,9 +26,13 @@ _TIMED_REPEATS = 3  # after one that warms up
 def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
     """Return the config with ``run.compile`` set to true or false, the same on every rank.
 
-    Every rank must call this. If ``run.compile`` is ``auto``, a new run on a CPU is compiled only if it will take long.
-    If ``run.compile`` is ``auto``, a resumed run on a CPU keeps its earlier choice, because compilation changes
-    rounding.
+    Every rank must call this. If a rank has no working compiler, the run is not compiled. If ``run.compile`` is
+    ``auto``, the device decides:
+
+    - On CUDA, the run is compiled.
+    - On MPS, the run is not compiled.
+    - On a CPU, a new run is compiled only if it will take long. A resumed run keeps its earlier choice, because
+      compilation changes rounding.
 
     Args:
         start: the checkpoint from which the run resumes, or None.

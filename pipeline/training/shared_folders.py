@@ -18,7 +18,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class View:
-    """What one rank sees: its run folder, whether rank 0's file is in it, and the hash of its data."""
+    """What one rank sees: its run folder, whether this folder has rank 0's file, and the hash of the training data."""
 
     host: str
     folder: str  # absolute

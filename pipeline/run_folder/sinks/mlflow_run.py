@@ -1,4 +1,4 @@
-"""Send the rows to MLflow. ``MLFLOW_TRACKING_URI`` contains the address of the server."""
+"""Send a run's rows of metrics to MLflow. ``MLFLOW_TRACKING_URI`` contains the address of the server."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,7 @@
-"""Send the rows to a service such as W&B or MLflow, in a thread, so that a slow server does not stop a run."""
+"""Send a run's rows of metrics to a service such as W&B or MLflow.
+
+A thread sends the rows, so that a slow server does not stop the run.
+"""
 
 import json
 import logging
@@ -51,8 +54,8 @@ class ServiceSink(Sink):
     """Sends each row of ``metrics.jsonl`` to a service exactly once, also if the run resumes or the server is down.
 
     A resumed run writes the rows after its checkpoint again, but a service cannot delete rows. If ``waits`` is True, a
-    row is therefore sent only after a checkpoint of its step or of a later step. If rows that were already sent are
-    deleted, all remaining rows go to a new run of the service.
+    row is therefore sent only after a checkpoint of its step or of a later step. If this run deletes rows that the
+    service already has, the sink creates a new run in the service, and sends all rows that ``metrics.jsonl`` still has.
 
     ``NAME_run.json`` in the run folder stores how many rows were sent. The next start of the run sends the missing
     rows, even if the run is complete.

@@ -1,4 +1,4 @@
-"""Send the rows to Weights & Biases. With ``WANDB_MODE=offline``, the rows are written into the run folder."""
+"""Send a run's rows of metrics to W&B. With ``WANDB_MODE=offline``, they are written into the run folder."""
 
 import secrets
 import shutil
