@@ -52,7 +52,7 @@ class Chunk:
 
     @property
     def record_file(self) -> str:
-        """Return the name of the file with the ``ChunkRecord``. It is written after the chunk's shards."""
+        """Return the name of the file with the ``ChunkRecord``. This file is written after the chunk's shards."""
         return f"{RECORDS_FOLDER}{self.name}.json"
 
     @property

@@ -38,7 +38,7 @@ _ENDINGS = {
 
 
 class HuggingFaceSource:
-    """One split of a dataset. Its documents are not copied to a cache."""
+    """One split of a Hugging Face dataset. The documents are not copied to a cache."""
 
     def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
         """Choose a dataset.

@@ -179,7 +179,10 @@ class Backend(ABC):
 
     @staticmethod
     def weighted(loss: Tensor, factor: Tensor | float) -> Tensor:
-        """Return ``loss * factor``. A loss that is not finite gives NaN gradients, so every rank skips the step."""
+        """Return ``loss * factor``, or NaN if the loss is not finite.
+
+        If one rank returns NaN, the gradients of all ranks become NaN, so every rank skips the step.
+        """
         return loss * (factor + loss.detach() * 0.0)
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to release

@@ -63,10 +63,10 @@ class Picture:
 def draw(chart: Chart, *, names_runs: bool = False) -> Picture:
     """Draw a chart as PNG in light colors, and as SVG with the colors of the reader's theme, light or dark.
 
-    The SVG names its colors with CSS variables, which the page defines.
+    The SVG names its colors with CSS variables. The HTML page of the report defines these variables.
 
     Args:
-        names_runs: draw a legend even if there is only one curve, because the page shows several runs.
+        names_runs: draw a legend even if there is only one curve. Set this if the report compares several runs.
     """
     names = len(chart.curves) if len(chart.curves) > 1 or names_runs else 0
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.name}):

@@ -11,8 +11,8 @@ CHART_COLUMNS = 50  # of the bar at the peak
 def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
     """Return the learning rate of the optimizer step that comes after ``step`` finished steps.
 
-    The rate rises linearly for ``warmup_steps`` steps. Later, it falls from its peak to ``min_lr_ratio`` times the
-    peak.
+    The rate rises linearly to its peak for ``warmup_steps`` steps. Later, it falls to the minimum, which is
+    ``min_lr_ratio`` times the peak.
 
     With ``wsd``, the rate is below the peak at the first step of the decay, and at the minimum at the last step of the
     run. With ``cosine`` and ``linear``, the rate is at the peak at the first step of the decay, and above the minimum

@@ -13,9 +13,9 @@ log = logging.getLogger(__name__)
 
 
 class Console(Sink):
-    """Logs the rows that have a loss, with the time of day and the estimated time left.
+    """Logs the rows of metrics that have a loss, with the time of day and the estimated time left.
 
-    On a terminal, it also shows a progress bar.
+    On a terminal, this sink also shows a progress bar.
     """
 
     def __init__(self) -> None:
