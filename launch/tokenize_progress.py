@@ -21,7 +21,10 @@ _WINDOW_TOKENS = 1024  # GPT-2's context
 
 
 class ProgressDisplay(Observer):
-    """Shows the progress on standard error: a progress bar on a terminal, otherwise a line every 30 seconds."""
+    """Shows the progress of a tokenize request on standard error.
+
+    On a terminal, this is a progress bar. Otherwise, it is a line every 30 seconds.
+    """
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()

@@ -47,7 +47,10 @@ def run_chunks(
 
 
 def prepare_workers(request: TokenizeRequest, chunks: Sequence[Chunk]) -> None:
-    """Begin to start the workers on this machine. Do not wait for them."""
+    """Start the process from which this machine's workers will be forked. Do not wait until it is ready.
+
+    If no workers are needed, do nothing.
+    """
     if request.engine == "local" and min(workers_of(request), len(chunks)) > 1:
         start_server(_PRELOAD)
 

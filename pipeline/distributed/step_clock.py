@@ -71,7 +71,10 @@ class StreamClock:
         self._stream = torch.cuda.current_stream()
 
     def mark(self) -> Mark | None:
-        """Record an event in the clock's stream, and return it. If the caller uses another stream, return None."""
+        """Record an event in the clock's stream, and return it.
+
+        If another stream is current, record nothing and return None.
+        """
         if torch.cuda.current_stream() != self._stream:
             return None
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -68,7 +68,7 @@ class Writer:
     ) -> Iterator[str]:
         """Yield the completion of a prompt of token ids, in pieces of text.
 
-        The completion ends before a token of ``ends``.
+        The completion ends before the first token that is in ``ends``.
         """
         for _, piece in self._generate([prompt], sample, seed, ends):
             yield piece

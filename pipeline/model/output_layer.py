@@ -84,7 +84,7 @@ class OutputLayer(nn.Linear):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Return the cross-entropy of each target in nats, fp32 of shape (N,). For ``IGNORE_INDEX``, it is 0.
+    """Return the cross-entropy of each target in nats, fp32 of shape (N,). A target ``IGNORE_INDEX`` gives 0.
 
     Args:
         logits: shape (N, padded vocabulary size), in any dtype. Columns from ``vocab_size`` on are padding.

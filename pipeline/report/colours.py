@@ -1,4 +1,4 @@
-"""Define the colors of the page and the charts."""
+"""Define the colors of the report and its charts."""
 
 from dataclasses import dataclass
 

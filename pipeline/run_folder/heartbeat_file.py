@@ -41,9 +41,9 @@ class HeartbeatFile:
 
     @contextmanager
     def starting(self, step: int) -> Iterator[None]:
-        """Return a context manager for the whole run. At its beginning, it writes the state ``starting``.
+        """Return a context manager for the whole run. Before its ``with`` block, it writes the state ``starting``.
 
-        If the ``with`` block fails before the state changes, the context manager restores the earlier file.
+        If the block fails while the state is still ``starting``, the context manager restores the earlier file.
         """
         before = self._path.read_bytes() if self._path and self._path.exists() else None
         self.enter("starting", step)

@@ -55,7 +55,7 @@ class Trainer:
     :func:`pipeline.training.run.train` creates a trainer from a config.
 
     Args:
-        state: the progress of the run. It must belong to the weights and the optimizer state in the backend.
+        state: the progress of the run. The weights and the optimizer state in the backend must have the same progress.
         tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
         heartbeat_file: writes ``heartbeat.json``. If None, the trainer does not write this file.
     """

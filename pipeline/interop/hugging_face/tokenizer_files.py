@@ -58,10 +58,9 @@ def _printer() -> Callable[[bytes], str]:
 
 
 def describe_other_tokenizer(folder: Path) -> str | None:
-    """Return a line for the user if the tokenizer in a folder is not GPT-2's, and None otherwise.
+    """Return a message for the user if the tokenizer in a folder lacks a token of GPT-2 or gives it another id.
 
-    If the tokenizer has all of GPT-2's tokens and additional tokens, the result is None. If the folder has no
-    tokenizer, or if GPT-2's vocabulary cannot be loaded, the result is also None.
+    Otherwise, return None. If the folder has no tokenizer, or if GPT-2's vocabulary cannot be loaded, also return None.
 
     Raises:
         CheckpointError: a file of the tokenizer is malformed.
