@@ -156,7 +156,7 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
 
 
 def fit_steps(config: Config, step_s: float, left_s: float) -> int:
-    """Return how many steps fit into the remaining time.
+    """Return how many steps of ``step_s`` seconds fit into the remaining ``left_s`` seconds.
 
     If one pass over the data has fewer steps, return the number of steps of one pass. The result is at
     least ``FEWEST_STEPS``.

@@ -146,7 +146,8 @@ class SkippedRows:
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     """Divide a source into chunks.
 
-    If the request limits the documents or the bytes, read the documents until the limit is reached.
+    If the request limits the number of documents or bytes, the function reads the documents of the source until the
+    limit is reached, and the last chunk ends there.
     """
     text_bytes = source.text_bytes()
     chunk_bytes = _chunk_bytes(text_bytes, request)

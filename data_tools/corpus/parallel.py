@@ -87,12 +87,12 @@ def _map_in_this_process(
 
 
 def finished(outcome: Result | Unfinished[Result]) -> Result:
-    """Return a result. If it is ``Unfinished``, finish it first."""
+    """Return the result ``outcome``. If ``outcome`` is ``Unfinished``, finish it first."""
     return outcome.finish() if isinstance(outcome, Unfinished) else outcome
 
 
 def start_server(preload: tuple[str, ...]) -> None:
-    """Begin to start the process from which ``unordered_map`` forks its workers. Do not wait for it."""
+    """Start the process from which ``unordered_map`` forks its workers. Do not wait until it is ready."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         _context(preload)
         with suppress(OSError):  # the start of the first worker raises the same error, with an explanation

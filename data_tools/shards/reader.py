@@ -126,7 +126,7 @@ class _Pieces:
 def open_split(folder: Path | str, split: str) -> TokenStream:
     """Open a split of a folder of token shards.
 
-    Only the sizes of the shards are checked. To check their contents, call ``verify``.
+    Only the formats and sizes of the shards are checked. To check their contents, call ``shards.verification.verify``.
 
     Raises:
         DataError: the manifest cannot be used, the split is missing or empty, or a shard is missing or has the wrong

@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_manifest(manifest: dict[str, Any], path: Path | str) -> dict[str, Any]:
-    """Check the content of a ``manifest.json``. Return it with the keys of the newest format version.
+    """Check the content of a ``manifest.json``. Return the manifest with the keys of the newest format version.
 
     Raises:
         CheckpointError: the manifest is damaged or has an unknown format version. The message begins with ``path``.

@@ -88,7 +88,7 @@ def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
 
 
 def data_sha256(datasets: Sequence[TokenDataset]) -> str:
-    """Return a hash of the datasets' manifests, and of the weights of a mixture.
+    """Return a hash of the datasets' manifests and, for a mixture, of the weights of its datasets.
 
     Tokenizing again with the same options does not change the hash.
     """

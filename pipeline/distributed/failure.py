@@ -28,10 +28,11 @@ def report(error: BaseException) -> int:
 
     A ``UserError`` is printed as one line, any other error with a traceback.
 
-    A user error, such as a wrong config, usually occurs on all ranks. Rank 0 prints it at once. The other ranks wait
-    for two seconds, so that the launcher can end them before they print.
+    A wrong config usually causes the same ``UserError`` on all ranks. Therefore, rank 0 prints a ``UserError`` at once.
+    The other ranks wait for two seconds, so that the launcher can end them before they print.
 
-    With up to 64 ranks, every rank prints a ``LostRankError`` at once. With more ranks, two ranks per node print it.
+    No rank waits before it prints a ``DataError`` or a ``LostRankError``. With up to 64 ranks, every rank prints a
+    ``LostRankError``. With more ranks, two ranks per node print it.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):
@@ -69,7 +70,7 @@ def _wait_for_end() -> None:
 
 
 def printable(text: str) -> str:
-    """Replace control characters in a text by escape sequences, except line breaks and tabs."""
+    """Replace the control characters in a text, except line breaks and tabs, by escape sequences."""
     return "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )

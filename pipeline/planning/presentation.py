@@ -88,7 +88,10 @@ def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
 
 
 def format_verdict(plans: Sequence[Plan]) -> str:
-    """Return one line: whether the model fits, and the fastest backend and micro-batch size."""
+    """Return one line that says whether any plan fits in memory.
+
+    If so, the line describes the fastest plan. Otherwise, it describes the plan that needs the least memory.
+    """
     if plan := fastest_plan(plans):
         assert plan.days is not None
         return f"fits: {plan.backend}, micro-batch {plan.micro_batch_size}, {format_days(plan.days)}"

@@ -43,11 +43,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Return a context manager that records signals. Inside its block, only a second Ctrl-C ends the process.
+        """Return a context manager that records signals which ask the run to stop.
 
-        If the block raises a ``RuntimeError``, signals are still recorded after the block. The cause of the error may
-        be a lost rank. In this case, the launcher sends SIGTERM to this process, and the process must print which rank
-        is lost before it ends.
+        Inside the block, such a signal does not end the process. Only a second Ctrl-C ends it.
+
+        If the block raises a ``RuntimeError``, signals are still recorded after the block, because a lost rank may have
+        caused the error. In this case, the launcher sends SIGTERM to this process, and the process must print which
+        rank is lost before it ends.
         """
         thread = SignalThread(self._record)
         thread.start()
