@@ -35,9 +35,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, decay: float, grad_norm: Tensor | float) -> None:
-        """Replace each average a by decay * a + (1 - decay) * w. Here, w is the current value of the weight.
+        """Replace the average a of each master w by decay * a + (1 - decay) * w.
 
-        If the gradient norm is not finite, nothing changes. On a GPU, the host does not wait for the norm.
+        If the gradient norm is not finite, nothing changes. If the norm is on a GPU, the host does not wait for it.
         """
         if isinstance(grad_norm, Tensor) and grad_norm.is_cuda:
             weight = torch.where(torch.isfinite(grad_norm), 1.0 - decay, 0.0).float()
@@ -49,7 +49,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Swap each master with its average, bit for bit."""
+        """Swap the values of each master and its average, without rounding."""
         for average, master in self._elements():
             pieces = (torch.split(tensor, _SWAPPED_ELEMENTS) for tensor in (average, master))
             for piece, piece_of_master in zip(*pieces, strict=True):

@@ -38,7 +38,10 @@ def abandon(run_folder: Path, step: int) -> None:
 
 
 def is_abandoned(run_folder: Path, url: str, step: int) -> bool:
-    """Return whether the checkpoint of ``step`` at a URL is abandoned: the run has continued from an earlier step."""
+    """Return whether the checkpoint of ``step`` at a URL is abandoned.
+
+    It is abandoned if the run has continued from a checkpoint of an earlier step.
+    """
     first = _read(run_folder)["abandoned_from"].get(url)
     return first is not None and step >= first
 

@@ -97,7 +97,7 @@ class StepGuard:
         """Judge a finished step, update the state of the guard, and return the verdict.
 
         Raises:
-            TrainingError: too many steps in a row were skipped, or there were too many rollbacks.
+            TrainingError: too many steps in a row were skipped, or the step is a spike and no rollback is left.
         """
         if not finished.scored_targets:
             self._count_without_targets(finished)
