@@ -86,8 +86,10 @@ class FileLock:
 def acquire_lock(path: Path, content: bytes | None) -> FileLock:
     """Acquire a lock on a lock file. The caller must release the lock.
 
-    If ``content`` is None, the lock is shared. Otherwise, it is exclusive, and ``content`` is written into the file. A
-    call for a shared lock waits while another process has a lock from ``FileLock.make_exclusive``.
+    If ``content`` is None, the lock is shared. Otherwise, it is exclusive, and ``content`` is written into the file.
+
+    A lock from ``FileLock.make_exclusive`` is held only briefly. A call for a shared lock waits until another process
+    has released such a lock, and does not raise LockHeldError.
 
     Raises:
         LockHeldError: another process holds a lock that excludes this one.

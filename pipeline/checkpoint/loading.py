@@ -208,7 +208,7 @@ class LoadedModel:
 
     @property
     def run_folder(self) -> Path:
-        """Return the folder for results: the run folder, or the checkpoint folder if there is no run folder."""
+        """Return the folder for evaluation results: the run folder, or the checkpoint folder if there is no run folder."""
         return run_folder_of(self.checkpoint)
 
 

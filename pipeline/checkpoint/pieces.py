@@ -75,7 +75,9 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] | None = None) -> PieceIndex:
-    """Return the index of the pieces (stored ranges of parameters) in a checkpoint. Reads only headers.
+    """Return the index of the pieces (stored ranges of parameters) in a checkpoint.
+
+    From the tensor files, only the headers are read.
 
     Args:
         files: the names of the tensor files to read. If None, all files are read, and every element must be stored

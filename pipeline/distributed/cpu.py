@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
     By default, malloc gets each block of more than 32 MiB, such as logits and gradients, from the operating system,
-    which fills it with zeros. This would take a fifth of each training step.
+    which fills it with zeros. Such allocations would take a fifth of the time of each training step.
 
     All threads then use the main arena of malloc, because only this arena can keep large blocks.
     """

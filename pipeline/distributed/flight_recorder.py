@@ -70,7 +70,7 @@ def summarize(record: Mapping[str, Any], now_ns: int) -> str:
 
     Args:
         record: torch's dump of the flight recorder in format version 2.
-        now_ns: nanoseconds since the epoch.
+        now_ns: the current time, in nanoseconds since the epoch.
     """
     entries = record.get("entries", [])
     if not entries:

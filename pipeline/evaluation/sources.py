@@ -166,7 +166,7 @@ def _parse_parquet(content: bytes, path: Path) -> list[Row]:
 
 
 def read_hub(data: HubData, world: World) -> Rows:
-    """Read a split of a dataset on the hub. Every rank must call this function.
+    """Read a split of a dataset on the Hugging Face Hub. Every rank must call this function.
 
     Raises:
         DataError: the dataset cannot be loaded.

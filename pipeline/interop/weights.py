@@ -54,7 +54,7 @@ def locate_weights(place: Path | str) -> Path:
 
 
 def open_weights(path: Path) -> WeightSource:
-    """Open the weights at a path that ``locate_weights`` has returned, without verifying their hashes again.
+    """Open the weights at a path that ``locate_weights`` has returned. Their hashes are not verified again.
 
     Raises:
         CheckpointError: the weights cannot be read, or are not those of a GPT-2.

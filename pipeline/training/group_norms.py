@@ -49,7 +49,7 @@ class GroupNorms:
         self._before = [(f.weight.clone(), f.state[_moment(f.state)].clone()) for f in backend.fragments()]
 
     def measure(self, grad_norm: float) -> dict[str, float]:
-        """Return the norms of every layer group, or an empty dict if the step was skipped.
+        """Return the norms of every layer group, or an empty dict if ``grad_norm`` is not finite.
 
         Every rank must call this.
 
