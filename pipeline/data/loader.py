@@ -189,8 +189,9 @@ def validation_batches(
     Every rank gets the same number of batches, because forward passes are collective under FSDP and ZeRO-3. The last
     batches may contain padding, which is not scored.
 
-    If ``max_batches`` is None, all ranks together get each target once. Otherwise, all ranks together get at most
-    ``max_batches`` batches without padding, whose windows are evenly spread over the split.
+    If the split has at most ``max_batches`` batches, or if ``max_batches`` is None, all ranks together get each target
+    once. Otherwise, all ranks together get ``max_batches`` batches, and their windows are evenly spread over the split.
+    Batches that contain only padding do not count.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

@@ -71,7 +71,7 @@ class Progress:
     def move(self) -> None:
         """Record progress of this rank, so that it does not count as stuck.
 
-        Unlike for ``pass_mark``, the other ranks need not make the same call.
+        Other ranks need not make the same call.
         """
         self._restart_clock()
         self.moves += 1

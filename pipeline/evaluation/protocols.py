@@ -1,4 +1,4 @@
-"""Define two kinds of tasks: examples with choices, and examples with one continuation."""
+"""Define two kinds of tasks: their examples have either several choices or one continuation."""
 
 import logging
 from collections.abc import Callable, Sequence

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def rolling_windows(tokens: list[int], first: int, context_length: int, stride: int) -> Iterator[Request]:
-    """Split a text into windows that score each token once.
+    """Split a text into windows, so that each token is scored exactly once.
 
     The token ``first`` is the context of the text's first token. The first window scores at most ``context_length``
     tokens. Each later window scores the next ``stride`` tokens. Earlier tokens fill the rest of the window.

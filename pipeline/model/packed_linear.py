@@ -1,7 +1,8 @@
 """Define linear layers for fast inference on a CPU.
 
 In generation, a matrix product takes about as long as reading its weight from memory. On some CPUs, torch reads weights
-faster. On other CPUs, oneDNN does. Therefore, this module measures both, and stores the weights for the faster one.
+faster. On other CPUs, oneDNN does. Therefore, this module measures torch and oneDNN, and stores the weights for the
+faster one.
 """
 
 import time

@@ -6,7 +6,7 @@ GROUP_MARK = "/"  # in the name of a plan, between the backend and the size of t
 
 
 def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> dict[str, Config]:
-    """Return one copy of the FSDP2 config per possible size of a shard group, by the name of its plan.
+    """Return plan name -> copy of the FSDP2 config, with one copy per possible size of the shard groups.
 
     A shard group is a set of ranks that together hold one copy of the weights. A size is possible if it is the number
     of ranks on 1, 2, 4, 8, ... nodes, is smaller than the world size, and divides the world size. An example of a

@@ -75,9 +75,9 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
 
 
 def cluster_of(device: Device, world_size: int) -> Cluster:
-    """Return a cluster of nodes with this device.
+    """Return a cluster whose nodes contain devices of this type.
 
-    A link of the cluster has ``LINK_EFFICIENCY`` times the bandwidth that the vendor publishes. We assume that
+    Each link of the cluster has ``LINK_EFFICIENCY`` times the bandwidth that the vendor publishes. We assume that
     collectives reach this bandwidth.
     """
     return Cluster(
