@@ -4,7 +4,7 @@ All ranks pass the same *marks* in the same order, such as phases, micro-batches
 rank is the number of marks that it has passed. A stuck rank passes no mark, and shows one of two signs:
 
 - It is *still*: it uses no CPU time, for example because a file system does not answer.
-- It *loops*: since its last mark, it has used much more CPU time than before between any two marks. A smaller amount
+- It *loops*: since its last mark, it has used much more CPU time than between any two earlier marks. A smaller amount
   is no sign of a loop, because waiting for a GPU also uses CPU time.
 
 A healthy rank shows the same signs while it waits for a stuck rank. Therefore, ``find_stuck`` also compares positions.

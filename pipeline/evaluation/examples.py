@@ -175,8 +175,8 @@ def lambada(row: Row) -> Example:
     """Read ``text``, whose last word becomes the continuation; or ``context`` and ``continuation``.
 
     Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. A LAMBADA
-    continuation is one word. If it has several words, the file may contain finished prompts, so ``rendered_by_file`` is
-    True.
+    continuation is one word. If a continuation has several words, the file may contain finished prompts, so
+    ``rendered_by_file`` is True.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
