@@ -22,9 +22,10 @@ def available_cores() -> int:
 
 
 def lock_bars_among_threads() -> None:
-    """Make tqdm's progress bars use a lock for threads only.
+    """Make tqdm's progress bars use a lock that only works between threads.
 
-    tqdm's default is a semaphore. If a process ends abruptly, Python prints a warning about the semaphore.
+    By default, tqdm also uses a semaphore, which works between processes. If a process ends abruptly, Python prints a
+    warning about the semaphore.
     """
     tqdm.set_lock(threading.RLock())
 

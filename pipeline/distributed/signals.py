@@ -13,7 +13,7 @@ class SignalThread:
     a collective, can take minutes. Call all methods of this object from the main thread.
 
     Args:
-        hear: is called in this thread, with the number of the signal.
+        hear: the function. The ``SignalThread`` calls it with the number of the signal.
     """
 
     def __init__(self, hear: Callable[[int], None]) -> None:

@@ -18,7 +18,10 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class View:
-    """What one rank sees: its run folder, whether this folder has rank 0's file, and the hash of the training data."""
+    """What one rank sees: its run folder, the hash of the training data, and whether the folder has rank 0's file.
+
+    Rank 0 writes this file into its run folder, to test whether all ranks see the same folder.
+    """
 
     host: str
     folder: str  # absolute
