@@ -22,7 +22,7 @@ def available_cores() -> int:
 
 
 def lock_bars_among_threads() -> None:
-    """Make tqdm's progress bars use a lock that only works between threads.
+    """Make tqdm's progress bars use a lock that works between threads but not between processes.
 
     By default, tqdm also uses a semaphore, which works between processes. If a process ends abruptly, Python prints a
     warning about the semaphore.

@@ -13,7 +13,7 @@ class SignalThread:
     a collective, can take minutes. Call all methods of this object from the main thread.
 
     Args:
-        hear: the function. The ``SignalThread`` calls it with the number of the signal.
+        hear: this function. Its argument is the number of the signal. The main thread does not call it.
     """
 
     def __init__(self, hear: Callable[[int], None]) -> None:
