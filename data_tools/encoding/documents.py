@@ -72,8 +72,8 @@ def fingerprint_of(document: Document, utf8: bytes) -> bytes:
 def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     """Return the tokens of a document, with ``END_OF_TEXT`` before its text.
 
-    The ``END_OF_TEXT`` before a dialogue is scored. In the shards, this token follows the last answer of the previous
-    dialogue. Therefore, the model learns to end an answer with this token.
+    In a dialogue, this ``END_OF_TEXT`` counts in the loss. In the shards, it follows the last answer of the previous
+    dialogue, so the model learns to end an answer with it.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
     pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]

@@ -130,15 +130,15 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
     """Build the input of one forward pass that scores the requests in the trees.
 
-    A tree contains the tokens of several requests (see ``Tree``). A *pair* consists of a token in a tree and the next
-    token of a request, if this next token must be scored. The model returns one score per pair. The score of a request
-    is the sum of the scores of its pairs. A pair can belong to several requests.
+    A tree contains the tokens of several requests (see ``Tree``). For each token to score, there is a *pair*: this
+    token, and the token before it. The model returns one score per pair. The score of a request is the sum of the
+    scores of its pairs. A pair can belong to several requests.
 
     Returns:
         The input, in host memory, with one row per tree, padded on the right.
 
-        An int64 tensor of shape (2, links). Each column says that a pair belongs to a request: it contains the number
-        of the request and the index of the pair's score.
+        The pairs of each request, as an int64 tensor with two rows. Each column contains the number of a request, and
+        the index of the score of one of its pairs.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)
