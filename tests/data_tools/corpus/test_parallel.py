@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,15 @@ def fail_while_finishing_three(number: int, report: Report) -> Unfinished[int]:
 
 
 def always_die_while_finishing_three(number: int, report: Report) -> Unfinished[int]:
-    return Unfinished(lambda: always_die_at_three(number, report))
+    """Items 0 and 4 do not end, so that one worker always has items 3 and 4."""
+
+    def finish() -> int:
+        time.sleep(0.1)  # the parent sends item 4
+        return always_die_at_three(number, report)
+
+    if number != 3:
+        time.sleep(60)
+    return Unfinished(finish)
 
 
 def ignore(*values: object) -> None:
@@ -154,11 +162,15 @@ def test_a_worker_that_dies_in_the_middle_of_a_message_is_replaced(tmp_path: Pat
     assert list(unordered_map(work, range(3), 2, ignore)) == [b"x" * 100_000] * 3
 
 
-@pytest.mark.parametrize("work", [always_die_at_three, always_die_while_finishing_three])
-def test_workers_that_die_again_and_again_at_one_item_end_the_run(work: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("work", "items"), [(always_die_at_three, range(10)), (always_die_while_finishing_three, [0, 3, 4])]
+)
+def test_workers_that_die_again_and_again_at_one_item_end_the_run(
+    work: Callable[..., Any], items: Iterable[int]
+) -> None:
     """The error names this item, although a worker begins the next item while it finishes one."""
     with pytest.raises(DataError) as caught:
-        list(unordered_map(work, range(10), 2, ignore))
+        list(unordered_map(work, items, 2, ignore))
     assert str(caught.value).startswith("the worker process died 3 times at 3 (killed, or out of memory?); ")
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()
