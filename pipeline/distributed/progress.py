@@ -80,8 +80,7 @@ class Progress:
     def patience(self) -> Iterator[None]:
         """Return a context manager for rare work that can take minutes. This call is not collective.
 
-        Inside the ``with`` block, this rank may spend at least ``PATIENCE_S`` seconds without progress before it counts
-        as stuck.
+        Inside the ``with`` block, this rank does not count as stuck before ``PATIENCE_S`` seconds without progress.
         """
         before = self.is_patient, self.repeats
         self.move()

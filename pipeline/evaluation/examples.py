@@ -172,11 +172,10 @@ def winogrande(row: Row) -> Example:
 
 
 def lambada(row: Row) -> Example:
-    """Read ``text``, whose last word becomes the continuation; or ``context`` and ``continuation``.
+    """Read ``text``, or instead ``context`` and ``continuation``. The continuation of ``text`` is its last word.
 
-    Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. A LAMBADA
-    continuation is one word. If a continuation has several words, the file may contain finished prompts, so
-    ``rendered_by_file`` is True.
+    Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. A continuation of several words
+    sets ``rendered_by_file``, because it is not LAMBADA's format: the file may contain complete prompts.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
