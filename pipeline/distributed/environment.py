@@ -14,7 +14,11 @@ _MASTER_ADDR, _MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 _GLOO_CONNECTS_LATE = "TORCH_GLOO_LAZY_INIT"
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch still reads the older, second name
+_OPENMP_WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MASTER_ADDR, _MASTER_PORT)
+
+#: The number of checks of a waiting OpenMP thread before it sleeps. See docs/performance.md.
+DEFAULT_SPINS = 10_000
 
 
 def launched_rank() -> int:
@@ -142,6 +146,19 @@ def set_openmp_threads(threads: int) -> None:
     Call this function before such a library is loaded. ``torch.set_num_threads`` has no effect on such libraries.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def set_openmp_default() -> None:
+    """Set how long a waiting thread of OpenMP stays on its core, unless the user has chosen it.
+
+    Call this function before torch is imported, because OpenMP reads the variable when it is loaded.
+
+    A thread that waits for another thread first checks a variable in a loop. After ``DEFAULT_SPINS`` checks, it sleeps
+    until it is woken. GNU's OpenMP, which torch uses on Linux, makes 300,000 checks by default, which takes several
+    milliseconds. If other processes use the same cores, the loop takes the time that the other thread needs.
+    """
+    if not any(name in os.environ for name in _OPENMP_WAIT_VARIABLES):
+        os.environ[_OPENMP_WAIT_VARIABLES[0]] = str(DEFAULT_SPINS)
 
 
 def set_allocator_default(options: str) -> None:

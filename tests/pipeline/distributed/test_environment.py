@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from pipeline.distributed.environment import check_launcher, launched_rank, launched_world_size, requested_threads
+from pipeline.distributed.environment import (
+    DEFAULT_SPINS,
+    check_launcher,
+    launched_rank,
+    launched_world_size,
+    requested_threads,
+    set_openmp_default,
+)
 from pipeline.errors import ConfigError
 
 
@@ -28,6 +39,26 @@ def test_torchruns_default_of_one_thread_is_ignored(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert requested_threads() == threads
+
+
+@pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_waiting_threads_sleep_early_unless_the_user_decides(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
+) -> None:
+    variables = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    for name in variables:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    set_openmp_default()
+    found = {name: os.environ[name] for name in variables if name in os.environ}
+    assert found == (chosen or {"GOMP_SPINCOUNT": str(DEFAULT_SPINS)})
+
+
+def test_commands_set_the_default_before_they_load_openmp() -> None:
+    code = "import sys, os, launch; sys.exit('torch' in sys.modules or 'GOMP_SPINCOUNT' not in os.environ)"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("GOMP_", "OMP_"))}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_plain_python_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
