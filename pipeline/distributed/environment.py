@@ -153,9 +153,9 @@ def set_openmp_default() -> None:
 
     Call this function before torch is imported, because OpenMP reads the variable when it is loaded.
 
-    A waiting thread checks a variable ``DEFAULT_SPINS`` times before it sleeps. GNU's OpenMP, which torch uses on Linux,
-    checks it 300,000 times by default. If other processes use the same cores, these checks take time that other threads
-    of this process need.
+    A waiting thread checks a variable ``DEFAULT_SPINS`` times before it sleeps. In GNU's OpenMP, which torch uses on
+    Linux, the default is 300,000. If other processes use the same cores, these checks take time that other threads of
+    this process need.
     """
     if not any(name in os.environ for name in _OPENMP_WAIT_VARIABLES):
         os.environ[_OPENMP_WAIT_VARIABLES[0]] = str(DEFAULT_SPINS)
