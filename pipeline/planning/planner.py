@@ -1,4 +1,4 @@
-"""Estimate for a run on N devices: the peak memory, the largest micro-batch that fits, and the speed."""
+"""Estimate the peak memory, the largest micro-batch that fits, and the speed of a run on N devices."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
