@@ -109,7 +109,8 @@ def measure_store(ranks: int, processes: int, seconds: float, timeout_s: float) 
 
         searched = group.run("search")
         assert all(each["named"] == each["ranks"] for each in searched), searched
-        yield "a rank is lost, and the launcher stops the others: until all others name it", _longest(searched, "seconds")
+        row = "a rank is lost, and the launcher stops the others: until all others name it"
+        yield row, _longest(searched, "seconds")
 
         lost = group.run("lost")
         assert all(each["named"] == each["ranks"] for each in lost), lost
