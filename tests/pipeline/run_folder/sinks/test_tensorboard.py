@@ -52,11 +52,19 @@ def events(folder: Path) -> EventAccumulator:
     return accumulator
 
 
-@pytest.mark.parametrize("module", ["torch.utils.tensorboard", "tensorboard.plugins.hparams.metadata"])
-def test_a_damaged_installation_is_one_line_at_the_start(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "cure"),
+    [("torch.utils.tensorboard", "-e "), ("tensorboard.plugins.hparams.metadata", "--force-reinstall ")],
+)
+def test_a_damaged_installation_is_one_line_at_the_start(
+    module: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing package needs no reinstallation, but a damaged one does."""
     check_sinks(["jsonl", "tensorboard"], "project")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match="logging.sinks: tensorboard cannot be imported .*pip install") as caught:
+    with pytest.raises(
+        ConfigError, match=f"logging.sinks: tensorboard cannot be imported .*pip install.* {cure}"
+    ) as caught:
         check_sinks(["jsonl", "tensorboard"], "project")
     assert "\n" not in str(caught.value)
     check_sinks(["jsonl"], "project")
