@@ -80,7 +80,7 @@ class UploadRounds:
         return shares[0]
 
     def collect(self) -> list[str]:
-        """Wait until the other ranks have finished the round. Return their problems, at most a few."""
+        """Wait until the other ranks have finished the round. Return the problems of at most ``NAMED_RANKS`` ranks."""
         keys = [_RESULT.format(rank=rank) for rank in range(1, self._size)]
         finished = _FINISHED.format(round=self._round)
         while self._store.add(finished, 0) < len(keys) and time.monotonic() < self._deadline:
