@@ -1,6 +1,6 @@
 """Call a function for many items in worker processes. Workers that die are replaced.
 
-A worker can write a result to files in a second thread, while it already processes the next item.
+While a worker processes an item, its second thread can write the result of the previous item to files.
 """
 
 from __future__ import annotations

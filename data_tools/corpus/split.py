@@ -88,9 +88,9 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
 def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
     """Divide a text into two pieces. Yield the first piece for training and the second piece for validation.
 
-    The second piece has at least the fraction ``val_fraction`` of the characters, and at most about twice as many. The
-    cut is after a paragraph if possible, otherwise after a line or a word. If there is no such place, the whole
-    text is for training.
+    The second piece has at least ``val_fraction`` and at most about ``2 * val_fraction`` of the characters. The cut is
+    after a paragraph if possible, otherwise after a line or a word. If there is no such place, the whole text is for
+    training.
     """
     ideal = int(len(text) * (1 - val_fraction))
     earliest = max(1, 2 * ideal - len(text))  # A cut here gives validation twice the fraction.

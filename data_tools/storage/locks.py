@@ -88,8 +88,8 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
 
     If ``content`` is None, the lock is shared. Otherwise, it is exclusive, and ``content`` is written into the file.
 
-    A lock from ``FileLock.make_exclusive`` is held only briefly. A call for a shared lock waits until another process
-    has released such a lock, and does not raise LockHeldError.
+    A lock from ``FileLock.make_exclusive`` is held only briefly. If another process holds such a lock, a call for a
+    shared lock waits until the lock is released, instead of raising LockHeldError.
 
     Raises:
         LockHeldError: another process holds a lock that excludes this one.

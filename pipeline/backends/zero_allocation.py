@@ -19,10 +19,10 @@ def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
 
 
 class AllocatedOnRead(nn.Module):
-    """A module whose parameters ``deepspeed.zero.Init`` shards. It allocates each parameter when ``Init`` reads it.
+    """A module that allocates each parameter of a model only when ``deepspeed.zero.Init`` reads the parameter.
 
     ``Init`` shards each parameter before it reads the next one, so at most one whole parameter is in memory at a time.
-    Call ``use_placeholders`` first. It replaces the model's weights by placeholders that need almost no memory.
+    Before you create this module, call ``use_placeholders(model, dtype)``.
     """
 
     def __init__(self, model: GPT2, device: torch.device) -> None:

@@ -85,7 +85,7 @@ class BackgroundSaver:
         return saved
 
     def poll(self) -> list[SaveOutcome]:
-        """Return the outcome of the last save in a list.
+        """Return a list with the outcome of the last save.
 
         The list is empty while the save is running, or if ``poll`` or ``wait`` has already returned the outcome. Ranks
         can finish a save at different times, so the result can differ between ranks.
@@ -93,7 +93,10 @@ class BackgroundSaver:
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:
-        """Wait for the last save. Return its outcome in a list, or an empty list if it was already returned."""
+        """Wait for the last save. Return a list with its outcome.
+
+        The list is empty if ``poll`` or ``wait`` has already returned the outcome.
+        """
         if self._in_flight is None:
             return []
         step, pause_s, future = self._in_flight

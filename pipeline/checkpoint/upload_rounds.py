@@ -107,7 +107,7 @@ class UploadRounds:
     # Methods of the other ranks
 
     def next_share(self) -> Share | None:
-        """Return the share of this rank in a new round, or None if there is none. Does not wait.
+        """Return the share of this rank in a new round. If no new round has begun, return None at once.
 
         A rank that is late gets only the newest round. After the last round, ``have_ended`` becomes True.
         """

@@ -90,7 +90,7 @@ def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
 def newest_good_checkpoint(run_folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint (see ``find_damage``), or None.
 
-    Log each damaged checkpoint that is newer.
+    Log each damaged checkpoint that is newer than the result.
     """
     for folder in reversed(list_checkpoints(run_folder)):
         problem = find_damage(folder)

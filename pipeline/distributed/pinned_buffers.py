@@ -1,7 +1,8 @@
 """Allocate buffers in host memory, into which tensors are copied. Buffers for tensors on a GPU are pinned.
 
-torch rounds each pinned allocation up to a power of two. With one allocation per tensor, GPT-2 would need up to 1.7
-times the memory. Therefore, several buffers share one allocation (a *slab*), whose size is a power of two.
+torch rounds each pinned allocation up to a power of two. With one allocation per tensor, the buffers for
+GPT-2 would need up to 1.7 times the size of the tensors. Therefore, several buffers share one allocation (a *slab*),
+whose size is a power of two.
 """
 
 from collections.abc import Mapping, Sequence

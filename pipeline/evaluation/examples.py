@@ -194,7 +194,7 @@ class Settings:
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the settings for one task. If ``limits`` contains the task, its value there becomes ``limit``."""
+        """Return the settings for one task. If ``limits`` has a value for the task, use this value as ``limit``."""
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:

@@ -16,9 +16,9 @@ _LONGEST_GIT_S = 10.0  # git can be slow in a large repository on a network disk
 
 
 def describe_process() -> dict[str, Any]:
-    """Return the current time, this process's command, host, launcher and packages, and the working folder's commit.
+    """Describe this process: the time, the command, the host, the launcher, the packages, and the git commit.
 
-    ``launcher`` and ``git`` can be null.
+    The values of the keys ``launcher`` and ``git`` can be None.
     """
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
