@@ -162,7 +162,7 @@ class OutputFolder:
         return manifest
 
     def abandon(self) -> None:
-        """Remove the files of unfinished chunks, so that the same request can continue later.
+        """Remove the files of unfinished chunks. The same request can continue later.
 
         If no chunk is finished, also remove the plan. If other processes use the folder, or if the method ``plan``
         failed, remove nothing.

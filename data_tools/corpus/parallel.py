@@ -87,7 +87,7 @@ def _map_in_this_process(
 
 
 def finished(outcome: Result | Unfinished[Result]) -> Result:
-    """Return the result ``outcome``. If ``outcome`` is ``Unfinished``, finish it first."""
+    """Return ``outcome.finish()`` if ``outcome`` is ``Unfinished``, otherwise ``outcome``."""
     return outcome.finish() if isinstance(outcome, Unfinished) else outcome
 
 

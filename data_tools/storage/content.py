@@ -59,8 +59,8 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
 def describe_decoded(content: bytes) -> str | None:
     """Return why a file is not text, for an error message, or None if nothing is wrong.
 
-    Call this for a file that can be decoded as UTF-8. The function recognizes tar archives, zeros, and ASCII characters
-    that are encoded as UTF-16. ``content`` is the beginning of the file.
+    Call this for a file that can be decoded as UTF-8. The function recognizes tar archives, files that
+    contain only NUL bytes, and ASCII text in UTF-16. ``content`` is the beginning of the file.
     """
     kind = _recognize(content[:_HEAD_BYTES])
     return _KINDS[kind][1] if kind in _DECODED_KINDS else None

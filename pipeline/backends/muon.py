@@ -133,6 +133,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def divide_parameters(parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the parameters that Muon updates, and all other parameters. The keys are canonical names."""
+    """Return the parameters that Muon updates, and all other parameters.
+
+    The keys are names such as ``h.0.attn.c_attn.weight``.
+    """
     muon = {name: parameter for name, parameter in parameters.items() if belongs_to_muon(name, parameter.shape)}
     return muon, {name: parameter for name, parameter in parameters.items() if name not in muon}

@@ -116,7 +116,7 @@ def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "tr
 
 
 def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) -> dict[str, list[Piece]]:
-    """Return the stored pieces of each parameter, by canonical name.
+    """Return the stored pieces of each parameter, by names such as ``h.0.attn.c_attn.weight``.
 
     A piece is a stored range of a parameter's flattened elements.
 

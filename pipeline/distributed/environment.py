@@ -149,13 +149,13 @@ def set_openmp_threads(threads: int) -> None:
 
 
 def set_openmp_default() -> None:
-    """Set how long a waiting thread of OpenMP stays on its core, unless the user has chosen it.
+    """Set how long a waiting thread of OpenMP stays on its core, unless the user has set it.
 
-    Call this function before torch is imported, because OpenMP reads the variable when it is loaded.
+    Call this function before torch is imported, because OpenMP reads its environment variables when it is loaded.
 
-    A waiting thread checks a variable ``DEFAULT_SPINS`` times before it sleeps. In GNU's OpenMP, which torch uses on
-    Linux, the default is 300,000. If other processes use the same cores, these checks take time that other threads of
-    this process need.
+    A waiting thread checks ``DEFAULT_SPINS`` times whether it can continue. Then it sleeps. Without this function,
+    GNU's OpenMP, which torch uses on Linux, would check 300,000 times. If other processes use the same cores, these
+    checks take time that other threads of this process need.
     """
     if not any(name in os.environ for name in _OPENMP_WAIT_VARIABLES):
         os.environ[_OPENMP_WAIT_VARIABLES[0]] = str(DEFAULT_SPINS)

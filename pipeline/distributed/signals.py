@@ -13,7 +13,7 @@ class SignalThread:
     a collective, can take minutes. Call all methods of this object from the main thread.
 
     Args:
-        hear: this function. Its argument is the number of the signal. The main thread does not call it.
+        hear: the function that the thread calls. Its argument is the number of the signal.
     """
 
     def __init__(self, hear: Callable[[int], None]) -> None:

@@ -164,8 +164,9 @@ class StepClock:
     def backward_pass(self, loss: Tensor) -> Iterator[None]:
         """Return a context manager for a backward pass of DDP. It measures how long DDP waits at the end of the pass.
 
-        When the last gradients are ready, DDP queues a callback that waits for the all-reduces. Before that, this
-        method queues its own callback, which therefore runs first and records when DDP begins to wait.
+        When the last gradients are ready, DDP queues a callback that waits for the all-reduces. This method
+        queues its own callback at the start of the pass. Therefore, this callback runs first, and records when DDP
+        begins to wait.
         """
         if self._step is None:
             yield

@@ -56,8 +56,8 @@ def generate_batch(
 
     Args:
         model: the model, in evaluation mode.
-        prompts: the token ids of each prompt, at least one id. If a text is longer than the model's context,
-            the model sees only the end of the text.
+        prompts: the token ids of each prompt. A prompt has at least one id. If a prompt and its new tokens are
+            longer than the model's context, the model sees only the newest tokens.
         sample: the options for sampling. Its ``prompt`` and ``stop`` are not used.
         ends: token ids that end a row. They are not yielded.
         stopped: rows that get no further tokens. The caller may add rows to this set between two yields.

@@ -78,14 +78,16 @@ def find_device(
     """Return a device from ``DEVICES``. If the name is ``this``, measure this machine in the given precision.
 
     Args:
-        world_size: the number of ranks. Without a GPU, the ranks share this machine's CPU and memory.
+        world_size: the number of ranks. If the name is ``this`` and the machine has no GPU, the ranks share its CPU
+            and memory.
         memory_gib: replaces the memory of the device.
         tflops: replaces the speed in dense matrix products.
         per_node: replaces the number of devices per node.
         network_gbit_per_s: the bandwidth of all network adapters of a node together.
 
     Raises:
-        ConfigError: the name is unknown, or the ranks do not fill all nodes.
+        ConfigError: the name is unknown, ``memory_gib`` is too small, or the ranks need several nodes but would not
+            fill the last one.
     """
     device = _measure_this_machine(precision, world_size) if name == THIS else DEVICES.get(name)
     if device is None:

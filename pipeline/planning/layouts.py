@@ -118,7 +118,7 @@ class _Case:
 
 @cache
 def sizes_of(model: ModelConfig) -> Sizes:
-    """Return the shape of each parameter and the numbers of elements. No memory is allocated for the parameters."""
+    """Return the sizes of the model's parameters, without allocating memory for them."""
     with torch.device("meta"):
         built = GPT2(model)
     block = sum(parameter.numel() for parameter in built.h[0].parameters())

@@ -142,8 +142,8 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
     """Return the peak host memory of a rank in bytes. The memory of libraries and data does not count.
 
-    The result is the size of the offloaded state, plus the size of the rank's share of a checkpoint. The rank copies
-    this share to host memory before it writes it.
+    The result is the size of the offloaded state, plus the size of the rank's share of a checkpoint. This share is
+    copied to host memory before it is written.
     """
     offloaded = layout_of(config, plan, pins_host_memory=device.is_gpu).host
     return offloaded - (-checkpoint_bytes(config) // plan.world_size)

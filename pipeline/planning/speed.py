@@ -77,8 +77,8 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
 def cluster_of(device: Device, world_size: int) -> Cluster:
     """Return a cluster whose nodes contain devices of this type.
 
-    Each link of the cluster has ``LINK_EFFICIENCY`` times the bandwidth that the vendor publishes. We assume that
-    collectives reach this bandwidth.
+    Each link of the cluster has ``LINK_EFFICIENCY`` times its bandwidth in ``device``, because collectives do not
+    reach the whole bandwidth.
     """
     return Cluster(
         min(device.per_node, world_size),

@@ -38,7 +38,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 def is_locked(folder: Path) -> bool:
     """Return whether a process holds the lock of a run folder.
 
-    The lock file names the process. If this process is on another host, it is assumed to be alive.
+    The lock file names a process. A process on another host is assumed to be alive.
     """
     try:
         holder = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))
