@@ -44,7 +44,7 @@ def map_threads(
 
     Args:
         workers: the largest number of threads. None means one per core.
-        advance: receives 0 at the start, and then each reported number. Calls never overlap.
+        advance: receives 0 at the start, and then each reported number. Calls of ``advance`` never overlap.
 
     Raises:
         BaseException: the error of the item that failed. If several items failed, it is the error of the item that

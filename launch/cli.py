@@ -50,7 +50,7 @@ class _StoreEveryValue(argparse.Action):
 class ArgumentParser(argparse.ArgumentParser):
     """An argument parser whose ``--help`` shows an example, and whose error messages have one line.
 
-    The example is a command line of ``gpt2-pipeline``, which works with and without a checkout.
+    The example is a command line that begins with ``gpt2-pipeline``.
     """
 
     def __init__(self, *, description: str, example: str, **options: Any) -> None:

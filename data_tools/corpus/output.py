@@ -49,7 +49,7 @@ def load_complete(out: Path | str, identity: dict[str, Any]) -> Manifest | None:
     """Return the manifest of an output folder, or None if the folder is not complete.
 
     Raises:
-        DataError: a request with another identity wrote the folder, or a shard is damaged.
+        DataError: another request wrote the folder (its manifest differs from ``identity``), or a shard is damaged.
     """
     folder = open_folder(out)
     if folder.size(MANIFEST_NAME) is None:

@@ -24,7 +24,7 @@ __all__ = ["Observer", "TokenizeRequest", "find_complete", "tokenize_corpus", "t
 
 
 class Observer:
-    """Receives messages, the estimate and the progress of one ``TokenizeRequest``. This base class ignores them."""
+    """Receives messages, the ``Estimate`` and the progress of one ``TokenizeRequest``. This base class ignores them."""
 
     def noticed(self, line: str) -> None:
         """Receive a message for the user, about the input. ``planned`` is called after all calls of this method."""

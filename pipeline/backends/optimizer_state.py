@@ -23,8 +23,8 @@ from pipeline.model.parameter_state import ADAMW_STATE, EMA, WEIGHT, StateNames
 class Fragment:
     """The weights and the optimizer state on this rank for a range of one flattened parameter.
 
-    The tensors are views, so writing into them changes the training state. The fragments of all ranks contain all
-    elements. The padding rows of the vocabulary are included, and are zero.
+    The tensors are views, so writing into them changes the training state. Together, the fragments of all ranks
+    contain all elements of all parameters. The padding rows of the vocabulary are zero.
     """
 
     name: str  # the canonical name, as in GPT2.named_parameters()

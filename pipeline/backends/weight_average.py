@@ -49,7 +49,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Swap the values of each master and its average, without rounding."""
+        """Swap the values of each master weight and its average, without rounding."""
         for average, master in self._elements():
             pieces = (torch.split(tensor, _SWAPPED_ELEMENTS) for tensor in (average, master))
             for piece, piece_of_master in zip(*pieces, strict=True):

@@ -208,7 +208,7 @@ class LoadedModel:
 
     @property
     def run_folder(self) -> Path:
-        """Return the folder for evaluation results: the run folder, or without a run folder, the checkpoint folder."""
+        """Return the folder for evaluation results: the run folder if there is one, otherwise the checkpoint folder."""
         return run_folder_of(self.checkpoint)
 
 

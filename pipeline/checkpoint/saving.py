@@ -83,8 +83,8 @@ def write_checkpoint(
 
     Args:
         config: the resolved config to store in the checkpoint.
-        pinned: returns a context manager that gives the steps whose checkpoints must be kept. In its block, old
-            checkpoints are deleted.
+        pinned: returns a context manager that gives the steps whose checkpoints must be kept. This function deletes
+            old checkpoints inside the context manager's block.
 
     Raises:
         CheckpointError: a rank could not write a file, or read back different bytes. The incomplete folder is removed,

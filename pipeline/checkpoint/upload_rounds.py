@@ -62,8 +62,7 @@ class UploadRounds:
     def begin(self, step: int, files: Files) -> Files:
         """Begin a round, and return the tensor files that rank 0 uploads. ``files`` are all files of the checkpoint.
 
-        Rank r modulo the world size uploads the files of rank r, because the world size may have changed since the
-        save.
+        Rank ``r % world_size`` uploads the files that rank r saved, because the world size may have changed since then.
         """
         self._round += 1
         self._deadline = time.monotonic() + self._timeout_s

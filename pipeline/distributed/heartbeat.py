@@ -131,7 +131,7 @@ class Heartbeat:
         """Send a heartbeat and read those of the watched ranks. Return why the run must end, or None if it continues.
 
         Args:
-            number: the number of this turn, which makes every heartbeat different.
+            number: a different number in each turn. A rank counts as silent while its heartbeat does not change.
         """
         try:
             place = self._main_thread.observe(elapsed_s)

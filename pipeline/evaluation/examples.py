@@ -174,8 +174,8 @@ def winogrande(row: Row) -> Example:
 def lambada(row: Row) -> Example:
     """Read ``text``, or instead ``context`` and ``continuation``. The continuation of ``text`` is its last word.
 
-    Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. A continuation of several words
-    sets ``rendered_by_file``, because it is not LAMBADA's format: the file may contain complete prompts.
+    Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. If the continuation has
+    several words, the row is not in LAMBADA's format. ``rendered_by_file`` is then True.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")

@@ -27,8 +27,8 @@ class RankComparison:
     """Compares the step times of the ranks since the previous row of metrics. Every rank must create this object.
 
     Args:
-        slow_ratio: a rank is logged as slow if its time is more than ``slow_ratio`` times the mean time of the other
-            ranks. If None, neither slow ranks nor slow networks are logged.
+        slow_ratio: a rank is logged as slow if its time for compute and data wait is more than ``slow_ratio`` times the
+            mean of the other ranks. If None, neither slow ranks nor slow networks are logged.
     """
 
     def __init__(self, clock: StepClock, world: World, slow_ratio: float | None) -> None:

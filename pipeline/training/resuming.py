@@ -61,10 +61,9 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     are abandoned.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, or the data, seed or model has changed. Or the run folder
-            contains another run.
-        ConfigError: the checkpoint belongs to another run, and with ``config``, training would end at the
-            checkpoint's step.
+        CheckpointError: the checkpoint cannot be used, the run folder contains another run, or the data, seed or
+            model has changed.
+        ConfigError: the checkpoint belongs to another run, and ``config`` allows no training step after it.
     """
     run_folder = Path(config.run.out_dir)
     try:

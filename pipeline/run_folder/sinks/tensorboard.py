@@ -112,7 +112,7 @@ def check_tensorboard() -> None:
 class TensorBoardLog(Sink):
     """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, some events are lost.
 
-    TensorBoard hides the events of deleted rows, although they stay in the files.
+    If the run goes back to an earlier step, TensorBoard hides the events of later steps. The files still contain them.
     """
 
     def __init__(self, run_folder: Path) -> None:
