@@ -47,7 +47,7 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """Return the index as text, with at least five digits."""
+        """Return the index of the chunk as text, with at least five digits."""
         return f"{self.index:05d}"
 
     @property
@@ -62,7 +62,7 @@ class Chunk:
 
     @property
     def repeated_file(self) -> str:
-        """Return the name of the file that lists which documents of the chunk are repeated documents.
+        """Return the name of the file that lists the chunk's repeated documents.
 
         A repeated document equals an earlier document of the source. The file contains the positions of repeated
         documents in the chunk: int64 of shape (repeated,).

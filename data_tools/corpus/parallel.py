@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Unfinished(Generic[Result]):
-    """The result of a work item, whose files are not written yet. ``finish`` writes them and returns the result."""
+    """Returned by ``work`` if the item's files are not written yet. ``finish`` writes them and returns the result."""
 
     finish: Callable[[], Result]
 

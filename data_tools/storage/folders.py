@@ -145,7 +145,7 @@ class RemoteFolder:
         return content
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """Return bytes ``start`` to ``stop - 1`` of a file, or fewer if the file ends before."""
+        """Return bytes ``start`` to ``stop - 1`` of a file, or fewer if the file is shorter."""
         with self._one_line_errors():
             content: bytes = self._files.cat_file(name, start=start, end=stop)
         return content

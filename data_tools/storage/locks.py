@@ -37,7 +37,7 @@ class FileLock:
     def acquire(self, content: bytes | None) -> bool:
         """Lock the file, and return True. If another process has removed the file, return False.
 
-        ``content`` and the errors are those of ``acquire_lock``.
+        ``acquire_lock`` describes ``content`` and the errors.
         """
         operation = fcntl.LOCK_SH if content is None else fcntl.LOCK_EX
         while not _try_flock(self._descriptor, operation):

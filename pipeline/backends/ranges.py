@@ -22,7 +22,7 @@ class Range:
 
     @property
     def stop(self) -> int:
-        """Return the index after the last element, in the flattened parameter."""
+        """Return the index after the range's last element, in the flattened parameter."""
         return self.start + self.length
 
     def of(self, tensor: Tensor) -> Tensor:

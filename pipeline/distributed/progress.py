@@ -122,7 +122,7 @@ class Place:
 
         Args:
             timeout_s: the seconds that a rank may be still. During work that can take minutes (``is_patient``), a rank
-                may be still for ``PATIENCE_S`` seconds if this is longer.
+                may be still for at least ``PATIENCE_S`` seconds.
         """
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
         return self.still_s > allowed_s or self.loops(timeout_s)

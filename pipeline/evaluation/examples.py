@@ -219,9 +219,7 @@ def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[
     """Convert the rows of a task to examples, and draw few-shot examples.
 
     Returns:
-        The examples.
-
-        For each example, the text of its few-shot examples, or "" if ``--shots`` is 0.
+        The examples, and for each example the text of its few-shot examples. If ``--shots`` is 0, each text is "".
 
     Raises:
         DataError: a row lacks a column, an answer is empty, or there are too few rows for the few-shot examples.

@@ -1,4 +1,4 @@
-"""Define two kinds of tasks: their examples have either several choices or one continuation."""
+"""Define tasks with several choices per example, and tasks with one right continuation per example."""
 
 import logging
 from collections.abc import Callable, Sequence

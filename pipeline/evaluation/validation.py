@@ -42,8 +42,8 @@ def validate(
 
     Returns:
         A dict with ``val_loss``, ``val_perplexity``, and one ``val_loss_<name>`` per dataset of a mixture. The dict is
-        empty without the task ``validation`` or without a validation split. If a loss mask excludes all targets of a
-        dataset, its loss is None and does not count in the mixture.
+        empty if the task ``validation`` is not selected, or if no dataset has a validation split. If a loss mask
+        excludes all targets of a dataset, the dataset's loss is None and does not count in the loss of the mixture.
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}

@@ -50,8 +50,8 @@ def load_writer(
 class Writer:
     """Completes prompts with a model and GPT-2's tokenizer.
 
-    The attribute ``sample`` contains the sampling options from the run's config. The methods use these options only if
-    the caller passes them as an argument.
+    The attribute ``sample`` contains the sampling options from the run's config. The methods ignore this attribute,
+    and use the options that the caller passes.
     """
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:

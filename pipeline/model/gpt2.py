@@ -140,7 +140,7 @@ class GPT2(nn.Module):
     def score(self, batch: ScoringBatch) -> Tensor:
         """Return each target's log-probability in nats, and whether the target is the most likely token.
 
-        The result is fp32 of shape (2, N). The second row contains 1 for True and 0 for False.
+        The result is fp32 of shape (2, number of targets). The second row contains 1 for True and 0 for False.
         """
         hidden = self.hidden_states(
             batch.tokens,

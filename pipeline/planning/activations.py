@@ -1,8 +1,8 @@
 """Compute the activation memory of one micro-batch, by tracing the real model with fake tensors.
 
 Fake tensors have shapes and dtypes but no memory. The program runs one forward and backward pass, and counts the bytes
-of all live storages. The fake tensors are on the CPU. The estimate for a GPU assumes that
-the GPU needs the same tensors.
+of all live storages. The fake tensors are on the CPU. The estimate for a GPU assumes that the GPU needs the same
+tensors.
 """
 
 import weakref
@@ -45,7 +45,7 @@ class Peak:
 class Request:
     """The model and the micro-batch whose activations are traced.
 
-    ``precision`` matters only if ``compute`` is "autocast".
+    ``precision`` is the precision of autocast. It has no effect for other values of ``compute``.
     """
 
     model: ModelConfig

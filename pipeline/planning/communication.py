@@ -54,7 +54,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective that each rank issues once, with the other ranks of its group."""
+    """A collective that each rank issues with the other ranks of its group."""
 
     kind: Kind
     size: int  # n, in bytes

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
-    The constructor deletes the rows of steps after ``resumed_step``. Each row lists those keys of ``backend.deepspeed``
-    that change the results compared with other backends.
+    The constructor deletes the rows of steps after ``resumed_step``. If keys of ``backend.deepspeed`` can make the
+    results differ from those of other backends, each row lists these keys.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
@@ -86,7 +86,7 @@ class RunRecord:
                     sink.settle(outcome.step)
 
     def write_uploads(self, outcomes: list[UploadOutcome]) -> None:
-        """Write one row per upload of a checkpoint that succeeded or failed.
+        """Write one row per outcome of an upload.
 
         A failed upload is also logged, except if the previous upload failed for the same reason.
         """
