@@ -98,7 +98,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the checkpoint of a trained model, its weights and the device."""
+    """Add the options that select a checkpoint, its trained or averaged weights, and the device."""
     from pipeline.config.schema import Device
 
     parser.add_argument(

@@ -75,8 +75,8 @@ class FolderReport:
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
     """Return a report on token files of any format, without reading the tokens.
 
-    The arguments are those of ``open_collection``. If the folder has a manifest, damaged shards raise no error (see
-    ``FolderReport.problem``).
+    The arguments are those of ``open_collection``. If the folder has a manifest, a shard that is missing or has the
+    wrong size raises no error (see ``FolderReport.problem``).
 
     Raises:
         DataError: the format is not recognized, or the split of a file is unknown.

@@ -130,7 +130,7 @@ class OptimizerState(ABC):
 class ParameterState(OptimizerState):
     """The state of a backend whose optimizer updates the parameters of the model directly.
 
-    The parameters are therefore the masters. If a parameter is a DTensor, each rank has whole rows of it.
+    The parameters are therefore the master weights. If a parameter is a DTensor, each rank has whole rows of it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames) -> None:

@@ -53,8 +53,8 @@ class Progress:
 
         Args:
             is_patient: whether a healthy rank can spend minutes in this phase without recording progress.
-            repeats: whether the run repeats this phase. If True, the CPU times of this phase count for ``longest_s``,
-                from which ``Place.loops`` computes its limit.
+            repeats: whether the run repeats this phase. If True, the CPU times of this phase count for
+                ``Place.longest_s``, from which ``Place.loops`` computes its limit.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats
