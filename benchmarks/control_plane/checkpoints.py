@@ -69,7 +69,7 @@ def measure_checkpoint(ranks: int, folder: Path, shapes: dict[str, list[int]]) -
     yield "checkpoint: rank 0 verifies all files", f"{clock.seconds['verify']:.1f} s"
     with clock.measuring("delete"):
         delete_checkpoint(target)
-    yield "checkpoint: rank 0 deletes it", f"{clock.seconds['delete']:.1f} s"
+    yield "checkpoint: rank 0 deletes all files", f"{clock.seconds['delete']:.1f} s"
 
 
 def groups_of(rank: int, ranks: int, shapes: dict[str, list[int]]) -> TensorGroups:

@@ -109,13 +109,14 @@ def measure_store(ranks: int, processes: int, seconds: float, timeout_s: float) 
 
         searched = group.run("search")
         assert all(each["named"] == each["ranks"] for each in searched), searched
-        row = "a rank is lost, and the launcher stops the others: until all others name it"
+        row = "lost rank: from the launcher's SIGTERM until all other ranks have found out which rank is lost"
         yield row, _longest(searched, "seconds")
 
         lost = group.run("lost")
         assert all(each["named"] == each["ranks"] for each in lost), lost
-        yield f"silent rank (limit {timeout_s:.0f} s): until rank 0 names it", f"{lost[0]['noticed_s']:.1f} s"
-        yield f"silent rank (limit {timeout_s:.0f} s): until all ranks name it", _longest(lost, "all_noticed_s")
+        row = f"silent rank (limit {timeout_s:.0f} s): until {{}} found out which rank is silent"
+        yield row.format("rank 0 has"), f"{lost[0]['noticed_s']:.1f} s"
+        yield row.format("all ranks have"), _longest(lost, "all_noticed_s")
 
 
 def _longest(measured: list[dict[str, float]], key: str) -> str:
