@@ -72,7 +72,7 @@ def build_parser() -> ArgumentParser:
         type=positive_number,
         default=4.0,
         metavar="M",
-        help="time for all stages together (default: %(default)g)",
+        help=f"time for all stages together; at least {FEWEST_STEPS} steps are trained (default: %(default)g)",
     )
     parser.add_argument(
         "--set",
@@ -108,11 +108,13 @@ def choose_settings(given: Sequence[str], config: Config, deadline: float) -> li
     if any(value.startswith("schedule.max_steps=") for value in given):
         return settings
     step_s, start_s = measure_step(settings)
-    steps = fit_steps(config, step_s, deadline - time.perf_counter() - STARTS_AFTER_PROBE * start_s)
-    print(f"\n{step_s:.2f} s per step: {steps} steps will take {steps * step_s:.0f} s", flush=True)
-    return _with_defaults(
-        settings, {"schedule.max_steps": steps, "evaluation.every_steps": math.ceil(steps / EVALUATIONS)}
-    )
+    left_s = deadline - time.perf_counter() - STARTS_AFTER_PROBE * start_s
+    steps = fit_steps(config, step_s, left_s)
+    remark = f", and the command longer than --minutes allows: at least {FEWEST_STEPS} steps are trained"
+    is_late = steps * step_s > max(left_s, 0)
+    print(f"\n{step_s:.2f} s per step: {steps} steps will take {steps * step_s:.0f} s{remark * is_late}", flush=True)
+    every_steps = steps if is_late else math.ceil(steps / EVALUATIONS)
+    return _with_defaults(settings, {"schedule.max_steps": steps, "evaluation.every_steps": every_steps})
 
 
 def _with_defaults(given: Sequence[str], defaults: Mapping[str, object]) -> list[str]:

@@ -32,13 +32,21 @@ def choose(config: Config, given: list[str], monkeypatch: pytest.MonkeyPatch, le
     return dict(setting.split("=", 1) for setting in settings)
 
 
-def test_the_steps_fill_the_time(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_steps_fill_the_time(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["batch.tokens_per_step=256", "batch.micro_batch_size=1"]  # the corpus has enough samples of this size
     chosen = choose(load_config(CONFIGS, [*given, f"data.path={config.data.path}"]), given, monkeypatch)
     starts = quickstart.STARTS_AFTER_PROBE * 5.0
     assert int(chosen["schedule.max_steps"]) == pytest.approx((60 - starts) / 0.5, abs=1)
     assert int(chosen["evaluation.every_steps"]) * quickstart.EVALUATIONS >= int(chosen["schedule.max_steps"])
     assert chosen["run.precision"] == "bf16"
+    assert "longer than --minutes allows" not in capsys.readouterr().out
+    late = choose(
+        load_config(CONFIGS, [*given, f"data.path={config.data.path}"]), given, monkeypatch, left_s=starts + 1
+    )
+    assert late["schedule.max_steps"] == late["evaluation.every_steps"] == str(quickstart.FEWEST_STEPS)
+    assert "longer than --minutes allows: at least 20 steps are trained" in capsys.readouterr().out
 
 
 def test_at_least_some_steps_and_at_most_one_pass_over_the_data(config: Config) -> None:
