@@ -56,7 +56,7 @@ def prepare_workers(request: TokenizeRequest, chunks: Sequence[Chunk]) -> None:
 
 
 def workers_of(request: TokenizeRequest) -> int:
-    """Return the number of worker processes on this machine."""
+    """Return how many worker processes to start on this machine: the number in the request, or one per core."""
     return request.workers or available_cores()
 
 
