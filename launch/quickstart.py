@@ -44,11 +44,6 @@ EVALUATIONS = 4
 BOX_WIDTH = 80
 BAR_WIDTH = 60
 
-#: Trains the same model on two processes.
-OTHER_BACKEND = (
-    "torchrun --standalone --nproc_per_node=2 -m launch.train --config fsdp quickstart --set run.out_dir=runs/fsdp"
-)
-
 
 def main() -> None:
     started = time.perf_counter()
@@ -197,7 +192,7 @@ def summarize(config: Config, text: str, seconds: float, report: str) -> str:
         ("loss curves", report),
         ("complete a text", command("generate", "--checkpoint", run_folder, "--prompt", "import ")),
         ("train longer", command("quickstart", "--minutes", "20", "--set", "run.out_dir=runs/longer")),
-        ("two processes", OTHER_BACKEND),
+        ("two processes", other_backend(config)),
         ("your own text", command("tokenize", "--source", "text", "--input", "FOLDER", "--out", "data/mine")),
     ]
     width = max(len(name) for name, _ in lines)
@@ -213,6 +208,17 @@ def summarize(config: Config, text: str, seconds: float, report: str) -> str:
             *(f"{name:<{width}}  {value}" for name, value in lines),
         ]
     )
+
+
+def other_backend(config: Config) -> str:
+    """Return the command that trains the same model with FSDP2 on two processes. Without two GPUs, it uses the CPU."""
+    import torch
+
+    settings = [f"data.path={config.data.path}", "run.out_dir=runs/fsdp"]
+    if torch.cuda.device_count() < 2:
+        settings.append("run.device=cpu")
+    launcher = "torchrun --standalone --nproc_per_node=2 -m launch.train --config fsdp quickstart --set"
+    return f"{launcher} {shlex.join(settings)}"
 
 
 def draw_losses(losses: Mapping[int, float]) -> list[str]:

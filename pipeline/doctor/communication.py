@@ -37,7 +37,11 @@ def check_collectives() -> Finding:
 def check_host_name() -> Finding:
     """Check that the name of this machine resolves to one of its own addresses. Ranks connect to this name."""
     name = socket.gethostname()
-    cure = f'echo "127.0.1.1 {name}" >> /etc/hosts; for several nodes, use IP addresses: --master-addr=10.0.0.1'
+    cure = (
+        f'echo "127.0.1.1 {name}" >> /etc/hosts; for several nodes, use the IP address of the first one: torchrun '
+        "--nnodes=N --node-rank=I --master-addr=10.0.0.1 --master-port=29500 (without --rdzv options), or deepspeed "
+        "--master_addr=10.0.0.1"
+    )
     try:
         address = socket.gethostbyname(name)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -76,6 +77,16 @@ def test_bf16_must_be_worthwhile(bf16_flops: float, expected: str, monkeypatch: 
     speeds = {torch.bfloat16: bf16_flops, torch.float32: 1e11}
     monkeypatch.setattr(pipeline.distributed.device, "measure_matmul_ceiling", lambda device, dtype: speeds[dtype])
     assert choose_precision("cpu") == expected
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cpu"), (2, "auto")])
+def test_the_command_for_two_processes_fits_the_machine(
+    gpus: int, device: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    _, settings = quickstart.other_backend(config).split(" --set ")
+    run = load_config(["fsdp", "quickstart"], shlex.split(settings))
+    assert (run.run.device, run.data.path) == (device, config.data.path)
 
 
 def test_the_bars_are_as_long_as_the_losses() -> None:

@@ -101,8 +101,9 @@ def check_tensorboard() -> None:
         import_module("torch.utils.tensorboard")
         import_module("tensorboard.plugins.hparams.metadata")
     except Exception as error:  # noqa: BLE001 - a damaged package may raise anything
-        is_missing = isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("tensorboard.")
-        repair = "python -m pip install --force-reinstall --no-deps tensorboard"  # pip keeps damaged files otherwise
+        # Pip keeps damaged files unless it is forced. The second command restores the versions that this project needs.
+        repair = f"python -m pip install --force-reinstall --no-deps tensorboard protobuf && {install_command()}"
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name in ("tensorboard", "torch.utils.tensorboard")
         raise ConfigError(
             f"logging.sinks: tensorboard cannot be imported ({one_line(error)}): "
             f"{install_command() if is_missing else repair}, or leave tensorboard out of logging.sinks"

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -330,6 +331,8 @@ class TestStop:
         def evaluate() -> None:
             if trainer.state.step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
+                while not trainer.stop_request.received:  # another thread receives the signal
+                    time.sleep(0.01)
             plain()
 
         trainer.evaluate = evaluate  # type: ignore[method-assign]
