@@ -156,7 +156,9 @@ def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.Pr
     others = [rank for rank in range(group.size()) if rank != own]
     if not others:
         return
+    record = dist.barrier(group=group, async_op=True)  # torch's flight recorder does not record transfers of gloo
     receive = [dist.P2POp(dist.irecv, received[rank], group=group, group_peer=rank) for rank in others]
     send = [dist.P2POp(dist.isend, sent[rank], group=group, group_peer=rank) for rank in others]
     for transfer in dist.batch_isend_irecv(receive + send):
         transfer.wait()
+    record.wait()

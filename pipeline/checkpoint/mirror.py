@@ -34,7 +34,7 @@ from pipeline.run_folder.layout import METRICS_FILE
 log = logging.getLogger(__name__)
 
 #: The pause between two requests of a rank that waits for a round. It grows until the next save or round.
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S, _PAUSE_GROWTH = 0.5, 10.0, 1.25
+_SHORTEST_PAUSE_S, _LAST_PAUSE_S, _LONGEST_PAUSE_S, _PAUSE_GROWTH = 0.5, 1.0, 10.0, 1.25
 _FILE_POLL_S = 0.1
 _VISIBLE_S = 10.0  # a network file system may show a new file late on other hosts
 
@@ -281,8 +281,9 @@ class Mirror:
                 elif self._due.wait(pause_s):  # this rank has saved a checkpoint, so a round begins soon
                     self._due.clear()
                     pause_s = _SHORTEST_PAUSE_S
-                else:
-                    pause_s = min(_PAUSE_GROWTH * pause_s, _LONGEST_PAUSE_S)
+                else:  # when the run ends, rank 0 may end together with the store
+                    longest_s = _LAST_PAUSE_S if self._ending.is_set() else _LONGEST_PAUSE_S
+                    pause_s = min(_PAUSE_GROWTH * pause_s, longest_s)
 
     def _upload_share(self, step: int, files: Files) -> str:
         """Upload this rank's tensor files. Returns the problem in one line, or ""."""

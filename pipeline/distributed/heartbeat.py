@@ -271,7 +271,10 @@ def find_lost(world: World) -> str | None:
     in time, one of the waiting ranks reads the heartbeats.
     """
     search, found = "", None
+    deadline = time.monotonic() + 2 * _STORE_TIMEOUT_S
     while found is None:
+        if time.monotonic() > deadline:
+            return _LOST_STORE
         otherwise: tuple[str, str | None] = (search, _LOST_STORE)
         search, found = _within_store_timeout(partial(_search_or_wait, world, search), otherwise)
     return found or None

@@ -366,7 +366,7 @@ class TestTwoRanks:
     def test_a_rank_that_waits_asks_less_and_less_often(
         self, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The pauses begin at half a second, also after a save, and grow to ten seconds."""
+        """The pauses begin at half a second, also after a save, and grow to ten seconds, or to one when the run ends."""
         world = World(1, 2, 1, torch.device("cpu"), HashStore())
         mirror = Mirror(url, tmp_path, world, keep_last=2, timeout_s=30.0)
         pauses: list[float] = []
@@ -374,6 +374,8 @@ class TestTwoRanks:
         def wait(pause_s: float) -> bool:
             pauses.append(pause_s)
             if len(pauses) == 40:
+                mirror._ending.set()
+            if len(pauses) == 44:
                 UploadRounds(replace(world, rank=0), 30.0).end()
             return len(pauses) == 20  # a save
 
@@ -382,7 +384,7 @@ class TestTwoRanks:
         for begin in (0, 20):
             assert pauses[begin : begin + 2] == [0.5, 0.625]
             assert pauses[begin : begin + 20] == sorted(pauses[begin : begin + 20])
-        assert pauses[-1] == 10.0
+        assert pauses[39] == 10.0 and set(pauses[40:]) == {1.0}
 
     def test_a_rank_that_does_not_answer(self, url: str, folders: list[Path]) -> None:
         outcomes = self.upload(url, folders[:1], timeout_s=1.0)

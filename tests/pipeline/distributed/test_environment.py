@@ -47,9 +47,9 @@ def test_waiting_threads_sleep_early_unless_the_user_decides(
 ) -> None:
     variables = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     for name in variables:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in chosen.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, chosen.get(name, ""))  # so that pytest restores it
+        if name not in chosen:
+            monkeypatch.delenv(name)
     set_openmp_default()
     found = {name: os.environ[name] for name in variables if name in os.environ}
     assert found == (chosen or {"GOMP_SPINCOUNT": str(DEFAULT_SPINS)})
