@@ -89,7 +89,7 @@ setup(
             "moto[s3]>=5",  # a server of S3; it needs flask and flask-cors too
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ray>=2.40",
             "s3fs>=2024.2",
             "setuptools>=70.1",  # builds wheels by itself

@@ -19,6 +19,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of whole runs and commands before the tests of single modules, so that processes end together."""
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] in ("pipeline", "data_tools"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests with the marker ``gpu`` on a machine without a CUDA device."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -366,7 +366,7 @@ class TestTwoRanks:
     def test_a_rank_that_waits_asks_less_and_less_often(
         self, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The pauses begin at half a second, also after a save, and grow to ten seconds, or to one when the run ends."""
+        """The pauses begin at half a second, also after a save, and grow to ten seconds, or to one at the end."""
         world = World(1, 2, 1, torch.device("cpu"), HashStore())
         mirror = Mirror(url, tmp_path, world, keep_last=2, timeout_s=30.0)
         pauses: list[float] = []
