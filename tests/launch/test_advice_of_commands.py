@@ -233,7 +233,7 @@ CASES: dict[str, Case] = {
     ),
     "no manifest": Case(
         ["shards verify empty"],
-        r"make one with launch/(\w+)_corpus\.py",
+        r"make one with gpt2-pipeline (\w+)",
         [r"\1 --workers 1 --source text --input docs.txt --out empty", "shards verify empty"],
     ),
     "a damaged shard": Case(
@@ -253,7 +253,7 @@ CASES: dict[str, Case] = {
     ),
     "characters of nanoGPT": Case(
         ["shards inspect characters"],
-        r"tokenize the text with launch/(\w+)_corpus",
+        r"tokenize the text with gpt2-pipeline (\w+)",
         [r"\1 --workers 1 --source text --input docs.txt --out out"],
     ),
     # Evaluate
@@ -290,7 +290,7 @@ CASES: dict[str, Case] = {
     ),
     "no data": Case(
         [f"{E} validation"],
-        r"(does not exist); make one with launch/",
+        r"(does not exist); make one with gpt2-pipeline tokenize",
         [f"{TOKENIZED}", f"{E} validation --data validation=out"],
     ),
     "compressed examples": Case(
@@ -400,7 +400,7 @@ CASES: dict[str, Case] = {
     ),
     "scoring an export": Case(
         ["export --checkpoint run --out exported", "evaluate --device cpu --checkpoint exported"],
-        r"the folder holds a Hugging Face model; import it with launch/(\w+)\.py (--from-hf exported) --out RUN, and",
+        r"the folder holds a Hugging Face model; import it with gpt2-pipeline (\w+) (--from-hf exported) --out RUN, and",
         [r"\1 \2 --out imported", "evaluate --device cpu --checkpoint imported --tasks own --data own=choices.jsonl"],
     ),
     "pruning a checkpoint": Case(

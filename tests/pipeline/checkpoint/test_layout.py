@@ -122,7 +122,7 @@ class TestOtherPaths:
     def test_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "ckpt.pt").touch()
         message = str(no_checkpoint_error(tmp_path / "ckpt.pt"))
-        assert "no checkpoint here, it is a file;" in message and "checkpoint.py convert imports" in message
+        assert "no checkpoint here, it is a file;" in message and "gpt2-pipeline checkpoint convert imports" in message
 
     def test_a_step_of_a_checkpoint(self, folder: Path) -> None:
         """A damaged manifest does not make the folder something else."""
