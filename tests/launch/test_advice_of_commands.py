@@ -400,7 +400,7 @@ CASES: dict[str, Case] = {
     ),
     "scoring an export": Case(
         ["export --checkpoint run --out exported", "evaluate --device cpu --checkpoint exported"],
-        r"the folder holds a Hugging Face model; import it with gpt2-pipeline (\w+) (--from-hf exported) --out RUN, and",
+        r"the folder holds a Hugging Face model; import it with gpt2-pipeline (\w+) (--from-hf exported) --out RUN",
         [r"\1 \2 --out imported", "evaluate --device cpu --checkpoint imported --tasks own --data own=choices.jsonl"],
     ),
     "pruning a checkpoint": Case(
