@@ -64,7 +64,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.register("action", None, _StoreEveryValue)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parse a command line. Options that an earlier call has parsed do not count as repeated."""
+        """Parse a command line. Forget the values that an earlier call has collected."""
         for action in self._actions:
             if isinstance(action, _StoreEveryValue):
                 action.was_given = False

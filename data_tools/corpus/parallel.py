@@ -30,12 +30,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Unfinished(Generic[Result]):
-    """Returned by ``work`` if the item's files are not written yet. ``finish`` writes them and returns the result."""
+    """The result of a ``Work`` function that has not written its files yet. A thread calls ``finish`` to write them."""
 
     finish: Callable[[], Result]
 
 
-#: ``work(item, report)``. If it returns ``Unfinished``, a thread calls ``finish``.
+#: ``work(item, report)``, the function that a worker calls for an item.
 Work = Callable[[Item, Callable[..., None]], Result | Unfinished[Result]]
 
 _ATTEMPTS = 3

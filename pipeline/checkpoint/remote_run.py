@@ -113,7 +113,7 @@ class RemoteRun:
     ) -> dict[int, dict[str, int]]:
         """Complete a checkpoint: check the sizes of all uploaded files, and write the manifest.
 
-        ``files`` has the manifest's entries by file name. Returns the file sizes of all checkpoints, like ``list``.
+        ``files`` has the manifest's entries by file name. Returns what ``self.list`` returns.
         """
         found = self.list()
         sizes = found.setdefault(step, {})

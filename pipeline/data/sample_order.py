@@ -86,8 +86,8 @@ class Mixture:
     """Assigns the samples of a run to datasets in proportion to their weights.
 
     Let s be a dataset's entry in ``shares``. The dataset provides n * s of the first n samples, with an error of less
-    than two samples, because the datasets are the leaves of a Huffman tree (Huffman 1952). The dataset of a sample
-    depends only on the weights and the sample's number.
+    than two samples. The datasets are the leaves of a Huffman tree (Huffman 1952). The dataset of a sample depends only
+    on the weights and the sample's number.
 
     Attributes:
         shares: the exact fraction of the samples from each dataset.
