@@ -79,8 +79,8 @@ class KeyValueCache:
         The caller counts the position of a token from this slot.
 
         Args:
-            starts: for each new token, the slot where its document begins, or 0 if the document began in an earlier
-                call. The cache remembers the slots of these documents. Shape (B, T).
+            starts: the same slots, shape (B, T), except for documents that began in an earlier call. Their slots are
+                0, and this method fills them in.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1
