@@ -111,7 +111,7 @@ class TextStream:
 
     Args:
         token_bytes: the bytes of each token, by token id.
-        stops: texts before which the stream ends.
+        stops: texts that end the stream. They are not part of the output.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
