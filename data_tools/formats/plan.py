@@ -89,7 +89,7 @@ class PlannedFile:
 def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_bytes: bool) -> list[PlannedFile]:
     """Return the files that a conversion must write.
 
-    ``knows_bytes`` says whether the bytes of text can be computed from the tokens (only for GPT-2's tokenizer).
+    ``knows_bytes`` says whether the tokens are from GPT-2's tokenizer, so that their text can be measured in bytes.
 
     Raises:
         DataError: the new format cannot store all information, or a split has no tokens.

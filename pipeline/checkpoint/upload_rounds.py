@@ -106,9 +106,9 @@ class UploadRounds:
     # Methods of the other ranks
 
     def next_share(self) -> Share | None:
-        """Return the share of this rank in a new round. If no new round has begun, return None at once.
+        """Return the files that this rank uploads in a new round. If no new round has begun, return None at once.
 
-        A rank that is late gets only the newest round. After the last round, ``have_ended`` becomes True.
+        A late rank skips all rounds but the newest. After the last round, ``have_ended`` becomes True.
         """
         changes = self._store.add(_CHANGES, 0)
         if changes == self._changes:
