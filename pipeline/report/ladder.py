@@ -30,7 +30,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Rung:
-    """The result of one branch, which continues a long run from a step. A loss is None if it was not measured."""
+    """The result of one decay, a run that continues a long run from a milestone. A loss that was not measured is None."""
 
     milestone: int
     steps: int

@@ -28,7 +28,7 @@ class RankComparison:
 
     Args:
         slow_ratio: a rank is logged as slow if its time for compute and data wait is more than ``slow_ratio`` times the
-            mean of the other ranks. If None, neither slow ranks nor slow networks are logged.
+            mean of the other ranks. If None, the log names neither slow ranks nor slow links between hosts.
     """
 
     def __init__(self, clock: StepClock, world: World, slow_ratio: float | None) -> None:
