@@ -35,7 +35,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, decay: float, grad_norm: Tensor | float) -> None:
-        """Replace the average a of each master w by decay * a + (1 - decay) * w.
+        """Set each average to ``decay * average + (1 - decay) * master``.
 
         If the gradient norm is not finite, nothing changes. If the norm is on a GPU, the host does not wait for it.
         """

@@ -137,8 +137,8 @@ def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
     Returns:
         The input, in host memory, with one row per tree, padded on the right.
 
-        The pairs of each request, as an int64 tensor with two rows. Each column contains the number of a request, and
-        the index of the score of one of its pairs.
+        The pairs of each request, as an int64 tensor with two rows. Each column contains the index of a request, and
+        the index of one of its pairs.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

@@ -118,7 +118,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def fastest_ways(model: GPT2, dtype: torch.dtype, rows: int) -> dict[tuple[int, int], Way]:
-    """Measure each ``Way`` to compute the model's linear layers. Return the fastest one per weight shape (out, in).
+    """Time each ``Way`` of computing linear layers. Return the fastest way for each weight shape (out, in).
 
     Args:
         rows: the number of rows of the measured inputs.
