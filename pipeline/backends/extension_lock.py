@@ -19,7 +19,7 @@ _POLL_S = 0.5
 
 
 def wait_for_build_elsewhere(extension: str) -> None:
-    """Wait while another host may build a C++ extension. If the build was killed, remove the build's lock file.
+    """Wait until no other host builds a C++ extension. If the build was killed, remove the build's lock file.
 
     Call this before the extension is used.
     """
@@ -27,7 +27,7 @@ def wait_for_build_elsewhere(extension: str) -> None:
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Wait while another host may build a C++ extension. If the build was killed, remove its lock file ``lock``.
+    """Wait until no other host builds a C++ extension. If the build was killed, remove its lock file ``lock``.
 
     If a process on this host has the file open, return at once, because torch itself waits for this build. Otherwise,
     wait until the file disappears. When the file is older than ``LONGEST_BUILD_S`` seconds, remove it.

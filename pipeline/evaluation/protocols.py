@@ -57,8 +57,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     """Encode a context and its continuation as one text, and split the tokens into context and continuation.
 
     White space at the end of the context first moves to the continuation, because GPT-2's tokens contain the space
-    before a word. The context gets as many tokens as if it were encoded alone. An empty context becomes
-    ``<|endoftext|>``. ``TemplateLM.loglikelihood`` of lm-evaluation-harness does the same.
+    before a word. The text is split after N tokens, where N is the number of tokens of the context alone. An empty
+    context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood`` of lm-evaluation-harness does the same.
 
     Raises:
         DataError: the continuation has no token, or the context contains only white space.
