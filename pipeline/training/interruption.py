@@ -85,7 +85,10 @@ class StopRequest:
             self._answering = threading.Thread(target=self._answer, args=(signal.Signals(number),), daemon=True)
             self._answering.start()
         elif number == signal.SIGINT and now - self._received_at > _ONE_REQUEST_S:
-            _print("error: interrupted again, stopped without saving")
+            line = "error: interrupted again, stopped without saving"
+            last = threading.Thread(target=_print, args=(line,), daemon=True)  # stderr can be a pipe that nobody reads
+            last.start()
+            last.join(timeout=_ONE_REQUEST_S)
             os._exit(128 + signal.SIGINT)  # the main thread may not run again for minutes
 
     def _answer(self, number: signal.Signals) -> None:

@@ -148,8 +148,9 @@ class TestAnswer:
     def test_a_second_ctrl_c_does_not_wait_for_the_log(
         self, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """The log can wait for the reader of a pipe."""
-        ended = threading.Event()
+        """The log and stderr can wait for the reader of a pipe."""
+        ended, is_read = threading.Event(), threading.Event()
+        monkeypatch.setattr(interruption, "_print", lambda _: is_read.wait())
         monkeypatch.setattr("os._exit", lambda status: ended.set())
         monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.0)
         caplog.handler.acquire()
@@ -159,6 +160,7 @@ class TestAnswer:
                 send(signal.SIGINT)
                 assert ended.wait(timeout=30)
         finally:
+            is_read.set()
             caplog.handler.release()
 
     @pytest.mark.parametrize(
