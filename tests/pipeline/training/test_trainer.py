@@ -30,7 +30,7 @@ from pipeline.distributed.device import LateValue
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted, TrainingError
 from pipeline.model.gpt2 import build_model
-from pipeline.run_folder.metrics import read_metrics
+from pipeline.run_folder.metrics import SAMPLE_KEY, read_metrics
 from pipeline.training import trainer as trainer_module
 from pipeline.training.resuming import load_start
 from pipeline.training.run import log_masks
@@ -313,6 +313,13 @@ class TestResume:
         assert state.seed == trainer.config.run.seed
 
 
+class ReceivesASignal(World):
+    """The main rank of two. The other rank has received SIGTERM."""
+
+    def max(self, value: int) -> int:
+        return max(value, signal.SIGTERM)
+
+
 class TestStop:
     def test_a_signal_stops_after_the_step_with_a_checkpoint(self, make_trainer: MakeTrainer) -> None:
         trainer = make_trainer()
@@ -339,6 +346,28 @@ class TestStop:
         with pytest.raises(Interrupted, match=f"SIGTERM received: stopped after step 5 of {STEPS}, "):
             trainer.fit()
         assert read_state(list_checkpoints(trainer.run_folder)[-1])[0].step == 5
+
+    def test_a_signal_on_another_rank_ends_a_completion(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All ranks must stop together, because each token needs collectives."""
+        trainer = make_trainer()
+        samples = trainer.config.evaluation.model_copy(
+            update={"sample": True}
+        )  # a valid config needs GPT-2's tokenizer
+        trainer.config = trainer.config.model_copy(update={"evaluation": samples})
+        answers: list[bool] = []
+
+        def complete(*arguments: Any) -> None:
+            is_cancelled = arguments[-1]
+            answers.append(is_cancelled())
+            monkeypatch.setattr(trainer.stop_request, "_world", ReceivesASignal(0, 2, 0, trainer.world.device))
+            answers.append(is_cancelled())
+
+        monkeypatch.setattr("pipeline.training.trainer.complete_while_training", complete)
+        trainer.evaluate()
+        assert answers == [False, True]
+        assert not trainer.stop_request.received and not rows_with(trainer, SAMPLE_KEY)
 
     def test_after_a_signal_the_end_is_written_before_the_wait_for_the_upload(
         self, make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
