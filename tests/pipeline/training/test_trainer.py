@@ -352,9 +352,7 @@ class TestStop:
     ) -> None:
         """All ranks must stop together, because each token needs collectives."""
         trainer = make_trainer()
-        samples = trainer.config.evaluation.model_copy(
-            update={"sample": True}
-        )  # a valid config needs GPT-2's tokenizer
+        samples = trainer.config.evaluation.model_copy(update={"sample": True})  # a loaded config needs GPT-2's ids
         trainer.config = trainer.config.model_copy(update={"evaluation": samples})
         answers: list[bool] = []
 
