@@ -292,10 +292,8 @@ class Mirror:
             for name, entry in files.items():
                 _wait_for_file(folder / name)
                 self._open().upload(step, folder / name, entry)
-        except (UserError, OSError) as error:
-            return f"rank {self._rank}: {' '.join(str(error).split())}"
         except Exception as error:  # noqa: BLE001 - rank 0 waits for the result
-            return f"rank {self._rank}: {error!r}"
+            return f"rank {self._rank}: {_reason(error)}"
         return ""
 
 
