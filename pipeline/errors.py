@@ -28,7 +28,7 @@ class LostRankError(UserError):
 
 
 class MainRankError(UserError):
-    """The main rank has raised a ``UserError``. The other ranks raise this error, and exit without printing it."""
+    """The main rank has raised a ``UserError``. The other ranks raise a MainRankError, and exit without a message."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)

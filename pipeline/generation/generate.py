@@ -18,8 +18,8 @@ PADDING = 0  # any id: no token attends to it
 def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
     """Draw the next token at random from its logits, and return the token's id.
 
-    ``top_k`` keeps the most likely tokens. Of these tokens, ``top_p`` keeps the most likely ones until their total
-    probability reaches ``top_p``. With temperature 0, the most likely token is returned.
+    First, only the ``top_k`` most likely tokens are kept. Then only the most likely of these tokens are kept, until
+    their total probability reaches ``top_p``. With temperature 0, the most likely token is returned.
 
     Args:
         logits: fp32 of shape (V,), on the CPU.
@@ -51,8 +51,8 @@ def generate_batch(
 ) -> Iterator[dict[int, int]]:
     """Continue several prompts at the same time. Yield at most ``sample.max_new_tokens`` times.
 
-    Each prompt is a row of the batch with its own random generator. Except for rounding, the tokens of a row do not
-    depend on other rows.
+    Each prompt is a row of the batch with its own random generator. The tokens of a row do not depend on other rows,
+    apart from rounding.
 
     Args:
         model: the model, in evaluation mode.
@@ -103,7 +103,7 @@ class Decoder:
         """Return the logits for the next token of each text, fp32 of shape (B, V), on the CPU.
 
         Args:
-            texts: the token ids of each whole text. From call to call, every text must grow by one token.
+            texts: the token ids of each whole text. In each later call, every text must have one more token.
         """
         starts = [window_start(len(text), self.model.config.context_length) for text in texts]
         if starts == self._starts:
@@ -126,10 +126,10 @@ class Decoder:
 
 
 def window_start(length: int, context_length: int) -> int:
-    """Return the index of the first token that the model sees when it predicts the next token of a text.
+    """Return the index of the first token of a text that the model sees. ``length`` is the text's number of tokens.
 
-    In a text longer than the context, the index is a multiple of half the context length. The index then changes
-    rarely, which keeps the key-value cache valid. ``length`` is the number of tokens in the text.
+    If the text is longer than the context, the index is a multiple of half the context length. Such an index changes
+    rarely, so the key-value cache stays valid for many tokens.
     """
     half = max(context_length // 2, 1)
     surplus = max(length - context_length, 0)

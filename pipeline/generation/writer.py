@@ -38,7 +38,8 @@ def load_writer(
         prompts: the usual number of prompts per call. On a CPU, the model is optimized for this number.
 
     Raises:
-        CheckpointError: there is no good checkpoint, it lacks the chosen weights, or its vocabulary is not GPT-2's.
+        CheckpointError: there is no good checkpoint, the checkpoint lacks the chosen weights, or its vocabulary is not
+            GPT-2's.
     """
     loaded = load_text_model(checkpoint, device, weights)
     model = loaded.model.to(DTYPES[dtype])
@@ -50,8 +51,8 @@ def load_writer(
 class Writer:
     """Completes prompts with a model and GPT-2's tokenizer.
 
-    The attribute ``sample`` contains the sampling options from the run's config. The methods ignore this attribute,
-    and use the options that the caller passes.
+    The attribute ``sample`` contains the sampling options from the run's config. The methods use the options that the
+    caller passes, not this attribute.
     """
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:
@@ -147,7 +148,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` that is a beginning of ``stop``."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)
 
@@ -185,8 +186,8 @@ def complete_while_training(
 ) -> str | None:
     """Return the prompt in the config section ``sample``, followed by its completion.
 
-    This call is collective: every rank must make it, within ``backend.evaluation_mode()``. It is slow, because there is
-    no key-value cache while a backend wraps the model.
+    Every rank must call this function, within ``backend.evaluation_mode()``. Generation is slow here, because it uses
+    no key-value cache.
 
     Args:
         is_cancelled: called before each token. It must return the same value on all ranks. After True, the function

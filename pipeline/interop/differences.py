@@ -12,11 +12,11 @@ from pipeline.interop.foreign import model_shapes, read_padded
 from pipeline.model.gpt2 import GPT2, MLP, gelu
 from pipeline.model.parameter_state import WEIGHT
 
-#: A vocabulary up to this size counts as GPT-2's with added tokens or padding: 50257 rounded up to a multiple of 1024.
+#: 50257 rounded up to a multiple of 1024. A vocabulary of at most this size is GPT-2's with added tokens or padding.
 LARGEST_PADDED_VOCABULARY = 51_200
 
-#: "Once upon a time there was a small town by the sea. Every morning the fishermen went out in their boats, and every
-#: evening the children waited on the beach to see what they had caught." Ids need no vocabulary file.
+#: The token ids of "Once upon a time there was a small town by the sea. Every morning the fishermen went out in their
+#: boats, and every evening the children waited on the beach to see what they had caught."
 SHORT_TEXT = (
     *(7454, 2402, 257, 640, 612, 373, 257, 1402, 3240, 416, 262, 5417, 13, 3887, 3329, 262, 34955, 1816, 503, 287),
     *(511, 16659, 11, 290, 790, 6180, 262, 1751, 13488, 319, 262, 10481, 284, 766, 644, 484, 550, 4978, 13),
@@ -24,16 +24,16 @@ SHORT_TEXT = (
 
 
 def rows_of_the_tokenizer(rows: int) -> int:
-    """Return how many of the ``rows`` rows of an embedding belong to tokens of the tokenizer.
+    """Return how many rows of an embedding belong to tokens of the tokenizer. The embedding has ``rows`` rows.
 
-    If the embedding has more rows than GPT-2's tokenizer has tokens, but at most ``LARGEST_PADDED_VOCABULARY``, the
-    surplus rows are not counted. They are padding, or tokens that the other program added.
+    Rows after GPT-2's last token are not counted. They are padding, or tokens that the other program added. With more
+    than ``LARGEST_PADDED_VOCABULARY`` rows, the tokenizer is not GPT-2's, and all rows are counted.
     """
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 
 
 def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return a list with one line, which names the dtypes that are not fp32. If all are fp32, return an empty list."""
+    """Return a list with one line that names the dtypes other than fp32, or an empty list if all weights are fp32."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
     if not dtypes:
         return []
@@ -46,15 +46,15 @@ def describe_differences(
 ) -> list[str]:
     """Return one line per difference between the original model and our imported model.
 
-    Each line contains two losses on a short text: the loss of the original model, and its loss after a change that
-    removes only this difference.
+    Each line contains two losses on a short text. The first is the loss of the original model. The second is its loss
+    after a change that removes only this difference.
 
     Args:
-        config: the config of the original model, whose ``vocab_size`` counts all rows of the stored embedding.
+        config: the config of the original model. Its ``vocab_size`` counts all rows of the stored embedding.
         weights: the original model's parameters by canonical name. Weights of linear layers have shape (out, in).
             Biases may be missing.
         kept_rows: the number of rows of the embedding that our model keeps.
-        exact_gelu: whether the original model computes GELU with erf and not with the tanh approximation.
+        exact_gelu: whether the original model computes GELU with erf. Otherwise, it uses the tanh approximation.
     """
     rows = config.vocab_size
     if not exact_gelu and kept_rows == rows:

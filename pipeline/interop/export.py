@@ -27,9 +27,9 @@ ExportFunction = Callable[[Path | str, Path, str, str], Export]
 
 
 def describe_positions(config: ModelConfig, program: str) -> list[str]:
-    """Return a list with one message for the user if ``reset_positions_at`` is set. Otherwise, return an empty list.
+    """Return a message in a list if ``reset_positions_at`` is set, because ``program`` does not support this setting.
 
-    The message says that ``program`` does not support this setting.
+    Otherwise, return an empty list.
     """
     if config.reset_positions_at is None:
         return []

@@ -42,8 +42,7 @@ class ForeignModel:
     def copy_elements(self, name: str, start: int, target: Tensor) -> None:
         """Copy a range of a flattened parameter into ``target``, a tensor of shape (n,) on any device.
 
-        The range begins at element ``start``. Only the rows that contain the range are read. Elements that the file
-        lacks, such as padding rows, become zero.
+        The range begins at element ``start``. Elements that the file lacks, such as padding rows, become zero.
         """
         stored = self.weights.get(name)
         available = 0 if stored is None else min(len(target), max(0, stored.numel() - start))
@@ -73,7 +72,7 @@ class SettingsObject:
 def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
     """Load a dict from a file of ``torch.save``. The tensors are memory-mapped. No code in the file is executed.
 
-    In the result, each ``GPTConfig`` of nanoGPT is a ``SettingsObject``.
+    Each ``GPTConfig`` of nanoGPT becomes a ``SettingsObject``.
 
     Raises:
         CheckpointError: the file is damaged, or is not a dict of tensors and plain values.

@@ -120,7 +120,7 @@ def _kind_of(name: str, shape: list[int], dtype: str) -> str:
 
 
 def _to_numpy(name: str, parameter: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """Return a parameter in the dtype of the file. NumPy has no bf16, so 16-bit floats are returned as int16."""
+    """Return a parameter in the dtype of the file. 16-bit floats are returned as int16, because NumPy has no bf16."""
     converted = parameter.to(dtype).contiguous()
     if problem := describe_not_finite(converted):
         raise CheckpointError(f"{name}: {problem} in {dtype}; export with --dtype bfloat16 or float32")

@@ -76,7 +76,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
         self.scorer = Scorer(compute, self.config.model, self.world, self.rows * self.config.seq_len)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return the log-likelihood in nats of each continuation, and whether greedy decoding would generate it.
+        """Return each continuation's log-likelihood in nats, and whether greedy decoding generates this continuation.
 
         The arguments of each request are a context and a continuation.
 
@@ -104,7 +104,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood in nats of each text. Long texts are scored in windows that do not overlap.
 
-        The first argument of each request is the text.
+        Each request has the text as its first argument.
         """
         length = self.config.model.context_length
         texts = [self._tokenizer.encode(request.args[0]).tolist() for request in requests]

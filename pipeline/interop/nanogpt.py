@@ -1,7 +1,7 @@
-"""Import nanoGPT's ``ckpt.pt``: the weights, AdamW's moments, and those settings that a run config also has.
+"""Import nanoGPT's ``ckpt.pt``: the weights, AdamW's moments, and the settings that exist in a run config.
 
-The file contains a dict with the keys ``model`` and ``optimizer`` (state dicts), ``model_args``, ``iter_num`` and
-``config``. In build-nanogpt's ``model_*.pt``, ``config`` contains the sizes of the model, and ``step`` replaces
+The file contains a dict. Its keys are ``model`` and ``optimizer`` (state dicts), ``model_args``, ``iter_num`` and
+``config``. build-nanogpt's ``model_*.pt`` differs: ``config`` contains the sizes of the model, and ``step`` replaces
 ``iter_num``.
 """
 
@@ -137,7 +137,7 @@ def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, n
 def _translate_schedule(settings: Section, notes: list[str]) -> dict[str, Any]:
     """Return a schedule with the same learning rates.
 
-    The run ends with the decay, even if nanoGPT would train longer.
+    The new run ends at the end of the decay. nanoGPT may train longer.
     """
     default, max_iters = ScheduleConfig(), settings.get("max_iters", int)
     if settings.content.get("decay_lr") is False:
@@ -185,11 +185,12 @@ def _training_state(file: NanoGptFile, config: Config, updates: int | None, note
 def _read_moments(
     file: Section, stored_shapes: Mapping[str, list[int]], kept_rows: int
 ) -> tuple[dict[str, dict[str, Tensor]], int | None]:
-    """Return AdamW's moments by canonical name, and its step count, or ({}, None) if the file has no moments.
+    """Return AdamW's moments by canonical name, and AdamW's step count. Without moments, return ({}, None).
 
-    Only the first ``kept_rows`` rows of the embedding's moments are returned.
+    The result contains only the first ``kept_rows`` rows of the embedding's moments.
 
-    AdamW numbers the parameters with at least two dimensions first, then all others, each group in the model's order.
+    AdamW numbers the parameters in two groups: first those with at least two dimensions, then all others. Each group
+    has the model's order.
     """
     if file.content.get("optimizer") is None:
         return {}, None

@@ -33,7 +33,7 @@ class Section:
         return value
 
     def require(self, key: Any, kind: type[Any]) -> Any:
-        """Return the value of a key. Raises CheckpointError if the key is missing or its value is not a ``kind``."""
+        """Return the value of a key. Raise CheckpointError if the key is missing or its value is not a ``kind``."""
         if key not in self.content:
             raise CheckpointError(f"{self.where}: has no {key!r}; {list_keys(self.content)}; expected {_EXPECTED}")
         return self.get(key, kind)

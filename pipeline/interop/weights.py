@@ -27,15 +27,15 @@ class WeightSource:
     step: int | None  # the step of the run that wrote the weights; None if the step is not known
     config: ModelConfig
     notes: list[str]  # messages for the user about differences to the model in the files
-    #: (canonical name, start, target): copies a range of a flattened parameter, with padding rows, into ``target``,
-    #: shape (n,). The range begins at element ``start``.
+    #: (canonical name, start, target): copies a range of a flattened parameter into ``target``, shape (n,). The range
+    #: begins at element ``start``. The parameter includes padding rows.
     copy_elements: Callable[[str, int, Tensor], None]
 
 
 def locate_weights(place: Path | str) -> Path:
     """Return the path to pass to ``open_weights``.
 
-    For a run folder, this is the newest undamaged checkpoint. For a URL, it is a copy on this machine.
+    For a run folder, this is the path of the newest undamaged checkpoint. For a URL, it is the path of a local copy.
 
     Raises:
         CheckpointError: the path contains no weights, or the checkpoint is damaged.
@@ -54,7 +54,7 @@ def locate_weights(place: Path | str) -> Path:
 
 
 def open_weights(path: Path) -> WeightSource:
-    """Open the weights at a path that ``locate_weights`` has returned. Their hashes are not verified again.
+    """Open the weights at a path that ``locate_weights`` has returned. The hashes are not verified again.
 
     Raises:
         CheckpointError: the weights cannot be read, or are not those of a GPT-2.

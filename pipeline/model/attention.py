@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 #: The number of query blocks in attention on a CPU. A block skips the keys after its last query.
 QUERY_BLOCKS = 4
-#: The longest window for which blocks are known to be faster. Their memory grows with the square of the length.
+#: The longest window for which blocks are known to be faster. Their memory grows with the square of the window length.
 LONGEST_IN_BLOCKS = 1024
 
 _KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
@@ -61,8 +61,8 @@ def fastest_kernel(
 ) -> Iterator[str]:
     """Return a context manager in which attention uses the fastest kernel that supports the arguments.
 
-    The ``with`` block gets torch's name for the kernel. If no fused kernel works, the name is ``MATH``. If torch
-    does not report its choice, the name is ``UNKNOWN``.
+    The ``with`` block gets torch's name for the kernel. The name is ``MATH`` if no fused kernel works, and ``UNKNOWN``
+    if torch does not report its choice.
 
     Args:
         shape: the shape (B, H, T, D) of the queries in training.
@@ -86,7 +86,7 @@ def fastest_kernel(
 def kernels_for_any_length() -> Iterator[None]:
     """Return a context manager in which attention does not use cuDNN's kernel.
 
-    For each new shape, cuDNN's kernel needs up to 0.4 s of preparation.
+    That kernel needs up to 0.4 s of preparation for each new shape.
     """
     with sdpa_kernel(list(_KERNELS), set_priority=True):
         yield
@@ -105,7 +105,7 @@ def _preferred(device: torch.device) -> list[SDPBackend]:
 
 
 def _choose(kernels: list[SDPBackend], q: Tensor, dropout: float) -> SDPBackend | None:
-    """Return the kernel that torch chooses. Returns None if torch cannot report it for this device, such as MPS."""
+    """Return the kernel that torch chooses, or None if torch does not report it. On MPS, torch does not report it."""
     with sdpa_kernel(kernels, set_priority=True), suppress(NotImplementedError):
         return SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=dropout, is_causal=True))
     return None

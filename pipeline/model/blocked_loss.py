@@ -1,7 +1,8 @@
-"""Compute the output layer and the loss in blocks of the vocabulary. The logits never exist as a whole.
+"""Compute the output layer and the loss in blocks of the vocabulary, so that not all logits are in memory at once.
 
-The logits would be the largest tensor of a training step. The forward pass keeps each row's largest logit and sum of
-exponentials (Milakov and Gimelshein 2018). The backward pass computes the logits of each block again.
+All logits together would be the largest tensor of a training step. The forward pass keeps only two values per row: the
+largest logit and the sum of exponentials (Milakov and Gimelshein 2018). The backward pass computes each block's logits
+again.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,10 +66,10 @@ class _BlockedCrossEntropy(torch.autograd.Function):
 def compute_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, compiles: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return each row's loss and the log-sum-exp of each row's logits, both fp32 of shape (N,).
+    """Return the loss of each row and the log-sum-exp of its logits, both fp32 of shape (N,).
 
     Args:
-        targets: (N,) int64 ids. The value -1 means that the target is not scored and has the loss 0.
+        targets: (N,) int64 ids. A target of -1 is not scored: its loss is 0.
     """
     add_block = _compiled(_add_block) if compiles else _add_block
     largest = hidden.new_full(hidden.shape[:1], torch.finfo(torch.float32).min, dtype=torch.float32)
@@ -126,7 +127,9 @@ def _blocks_of_logits(hidden: Tensor, weight: Tensor, vocab_size: int) -> Iterat
 def _add_block(
     logits: Tensor, columns: Tensor, largest: Tensor, total: Tensor, chosen: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's largest logit, sum of exponentials (relative to this logit) and target logit, with this block.
+    """Update each row's largest logit, sum of exponentials and target logit with a block. Return the new values.
+
+    The exponentials are relative to the largest logit.
 
     Args:
         columns: (N,) int64, the target's column in this block. Targets in other blocks have columns outside this block.

@@ -138,9 +138,9 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden_states(tokens), method="logits")
 
     def score(self, batch: ScoringBatch) -> Tensor:
-        """Return each target's log-probability in nats, and whether the target is the most likely token.
+        """Return each target's log-probability in nats, and whether the target is the most likely token (1 or 0).
 
-        The result is fp32 of shape (2, number of targets). The second row contains 1 for True and 0 for False.
+        The result is fp32 of shape (2, number of targets).
         """
         hidden = self.hidden_states(
             batch.tokens,
@@ -153,7 +153,7 @@ class GPT2(nn.Module):
         """Return the logits for the next token of each row, shape (B, V), in the compute dtype.
 
         Args:
-            tokens: if the cache is empty, whole rows (B, T), padded on the right. Otherwise, (B, 1).
+            tokens: whole rows (B, T), padded on the right. If the cache is not empty, one new token per row, (B, 1).
             lengths: the number of new tokens per row, without padding.
             cache: the cache with all earlier tokens. The new tokens are appended to it.
         """
@@ -227,7 +227,7 @@ def build_model(config: ModelConfig, seed: int) -> GPT2:
 
 
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
-    """Return the number of parameters. The weight that embedding and output layer share is counted once.
+    """Return the number of parameters. The weight that the embedding shares with the output layer is counted once.
 
     Args:
         padded: whether to include the padding rows of the shared weight.
@@ -242,7 +242,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Return the model FLOPs of the forward and backward pass per token: 6 N + 12 L C T.
 
     N is the number of parameters without the position embedding. L is ``n_layer``, C is ``n_embd``, and T is
-    ``seq_len``. Recomputing activations does not count. The formula is from Chowdhery et al. 2022, appendix B.
+    ``seq_len``. FLOPs of recomputed activations do not count (Chowdhery et al. 2022, appendix B).
     """
     n = parameter_count(config, padded=True) - config.context_length * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * seq_len

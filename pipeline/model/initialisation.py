@@ -1,4 +1,4 @@
-"""Draw the initial weights. Any rank can draw any range of a parameter, and always gets the same values."""
+"""Draw the initial weights. Any rank can draw any range of a parameter, and all ranks get the same values."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
     stream, the standard deviation is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and
     LayerNorm weights are 1.
 
-    A random generator cannot skip values, so all values before the range are also drawn.
+    All values before the range are also drawn, because a random generator cannot skip values.
 
     Args:
         shape: the shape of the whole parameter.
@@ -50,8 +50,8 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
 def _normal_blocks(count: int, stop: int, std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first value, values) for blocks of a parameter, until element ``stop`` is reached.
 
-    Each block overwrites the block before. No block is shorter than the first one, because torch draws fewer than 16
-    values differently.
+    Each block overwrites the previous block. The last block is at least as long as the others, because torch draws
+    fewer than 16 values in another way.
     """
     values = torch.empty(min(count, 2 * BLOCK_ELEMENTS))
     first = 0

@@ -14,7 +14,7 @@ class KeyValueCache:
     """The keys and values of a batch of texts. The memory is allocated once.
 
     Each text is one row with one slot per token. Rows can have different lengths. The first call of ``append`` adds
-    whole texts, padded on the right. Each later call adds one token per row, and overwrites padding. Attention ignores
+    whole texts, padded on the right. Each later call adds one token per row, in place of padding. Attention ignores
     padding.
 
     Args:
@@ -51,7 +51,7 @@ class KeyValueCache:
         """Return a context manager that appends tokens. In its block, every layer must call ``attend`` once.
 
         Args:
-            lengths: the number of new tokens per row, without padding. If the cache is not empty, each must be 1.
+            lengths: the number of new tokens per row, without padding. If the cache is not empty, all must be 1.
         """
         assert lengths == [1] * len(self.lengths) or not any(self.lengths), "only an empty cache takes whole rows"
         self._new = lengths
@@ -79,8 +79,8 @@ class KeyValueCache:
         The caller counts the position of a token from this slot.
 
         Args:
-            starts: the same slots, shape (B, T), except for documents that began in an earlier call. Their slots are
-                0, and this method fills them in.
+            starts: the same slots, shape (B, T). For a document that began in an earlier call, the slot is 0. This
+                method replaces the 0.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -26,9 +26,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 class OutputLayer(nn.Linear):
-    """The linear layer that computes logits from hidden states, together with the loss.
-
-    Because the layer and the loss are in one module, torch.compile can fuse them.
+    """The linear layer that computes logits from hidden states, and the loss. torch.compile can fuse them.
     """
 
     __call__: Callable[..., Tensor]
@@ -42,7 +40,7 @@ class OutputLayer(nn.Linear):
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
         """Call the method ``loss``, ``logits`` or ``score`` with ``inputs``, and return its result.
 
-        Do not call these methods directly: FSDP2, DeepSpeed and torch.compile would have no effect.
+        Do not call these methods directly. FSDP2, DeepSpeed and torch.compile work only in ``forward``.
         """
         result: Tensor = getattr(self, method)(*inputs)
         return result
@@ -69,7 +67,9 @@ class OutputLayer(nn.Linear):
         return self._padded_logits(hidden)[..., : self.vocab_size]
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return fp32 (2, N): each target's log-probability in nats, and 1 if it is the most likely token, else 0.
+        """Return each target's log-probability in nats, and whether the target is the most likely token (1 or 0).
+
+        The result is fp32 of shape (2, N).
 
         Args:
             hidden: shape (N, C).
@@ -97,7 +97,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
 
 
 class _CompiledCrossEntropy(torch.autograd.Function):
-    """Cross-entropy for compiled code. torch's own backward pass would also sum the rows of the one-hot targets."""
+    """Cross-entropy for compiled code. torch's backward pass also sums the one-hot targets, which this class omits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -122,7 +122,9 @@ class _CompiledCrossEntropy(torch.autograd.Function):
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return fp32 (2, n): each target's log-probability in nats, and 1 if it is the most likely token, else 0.
+    """Return each target's log-probability in nats, and whether the target is the most likely token (1 or 0).
+
+    The result is fp32 of shape (2, n).
 
     Args:
         logits: shape (n, V).

@@ -1,8 +1,8 @@
 """Define linear layers for fast inference on a CPU.
 
 In generation, a matrix product takes about as long as reading its weight from memory. On some CPUs, torch reads weights
-faster. On other CPUs, oneDNN does. Therefore, this module measures torch and oneDNN, and stores the weights for the
-faster one.
+faster than oneDNN. On other CPUs, oneDNN is faster. Therefore, this module measures both, and stores each weight for
+the faster one.
 """
 
 import time
@@ -17,13 +17,13 @@ from torch import Tensor
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.output_layer import OutputLayer
 
-#: The number of rows to which an input can be filled up. On some CPUs, oneDNN reads fp32 weights faster for four rows
-#: than for one to three rows.
+#: An input with fewer rows can be filled up to this number. On some CPUs, oneDNN reads fp32 weights faster for four
+#: rows than for one to three rows.
 FILLED_ROWS = 4
 ROUNDS = 5
-MEASURED_BLOCKS = 2  # so many that the weights do not stay in the caches of the CPU
+MEASURED_BLOCKS = 2  # enough that the weights do not stay in the caches of the CPU
 MEASURED_OUTPUTS = 8192  # of the output layer
-LEAST_GAIN = 0.05  # the share of time that a way must save to replace the usual one
+LEAST_GAIN = 0.05  # the least share of time that another way must save to replace the usual way
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Way:
         return F.linear(x, stored, bias)
 
 
-#: The ways to measure per dtype, the usual one first. Ways round bf16 differently, so a choice could change the text
-#: that a repeated command generates.
+#: The ways to measure per dtype, the usual way first. bf16 has only one way, because ways round bf16 differently: a
+#: repeated command could then generate another text.
 WAYS = {
     torch.float32: (Way(is_packed=True), Way(is_packed=True, fewest_rows=FILLED_ROWS), Way(is_packed=False)),
     torch.bfloat16: (Way(is_packed=True),),
@@ -86,12 +86,12 @@ class InferenceLinear(nn.Module):
 def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None) -> None:
     """Replace the linear layers of a model by layers for fast inference on a CPU.
 
-    Nothing changes on a GPU, or if oneDNN does not support the dtype on this CPU.
+    The model does not change if it is on a GPU, or if oneDNN does not support the dtype on this CPU.
 
     Args:
-        rows: the number of rows in most inputs. Each layer uses the ``Way`` that is the fastest for this number in a
-            measurement. If None, each layer uses the first ``Way`` in ``WAYS``, so that the rounding is the same each
-            time.
+        rows: the number of rows in most inputs. The ways are measured with this number, and each layer uses the
+            fastest ``Way``. If None, each layer uses the first ``Way`` in ``WAYS``. The rounding is then the same in
+            each call.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return

@@ -23,8 +23,8 @@ StateNames = Mapping[str, Iterable[str]]
 def state_names_of(shapes: Mapping[str, Sequence[int]], config: Config) -> dict[str, tuple[str, ...]]:
     """Return the names of the tensors that each parameter has in addition to its weight.
 
-    These are the optimizer tensors, such as ``exp_avg``, and ``ema`` if ``averaging.ema`` is set. The result is the
-    same for every backend and rank.
+    These are the optimizer tensors, such as ``exp_avg``. If ``averaging.ema`` is set, ``ema`` is one of the names. The
+    result is the same for every backend and rank.
     """
     uses_muon = config.optimizer.name == "muon"
     muon = {name for name, shape in shapes.items() if uses_muon and belongs_to_muon(name, shape)}

@@ -1,4 +1,4 @@
-"""Run the model in one of the precisions below. A precision has the same dtypes in every backend.
+"""Run the model in one of these precisions. A precision uses the same dtypes in every backend.
 
 ``fp32``                    fp32 for everything
 ``amp_bf16``, ``amp_fp16``  fp32 weights and ``torch.autocast``; ``amp_fp16`` also scales the loss
@@ -34,10 +34,10 @@ class ComputeModel(nn.Module):
 
 
 class AutocastModel(ComputeModel):
-    """A model that uses autocast inside its ``forward``, except in the precision ``fp32``.
+    """A model that uses autocast inside its ``forward``. In the precision ``fp32``, it uses no autocast.
 
-    This works with DeepSpeed, too, although DeepSpeed turns off autocast that is active outside of ``forward``. We do
-    not use DeepSpeed's option ``torch_autocast``, because it clips fp16 gradients before it unscales them.
+    Autocast inside of ``forward`` also works with DeepSpeed, which turns off autocast that is active outside.
+    DeepSpeed's option ``torch_autocast`` is not used, because it clips fp16 gradients before it unscales them.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:
@@ -62,5 +62,5 @@ class Bf16ViewModel(ComputeModel):
 
 
 def replicated_compute(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
-    """Wrap a model in a module that computes in the given precision. This rank must hold the whole fp32 model."""
+    """Wrap a model in a module that computes in the given precision. The rank must hold the whole fp32 model."""
     return Bf16ViewModel(model) if precision == "bf16" else AutocastModel(model, precision, device)

@@ -18,8 +18,8 @@ def recompute_blocks(model: GPT2) -> None:
 
     All modules and parameters keep their names.
     """
-    # Otherwise, compiled blocks would not draw dropout masks from the seeds of the micro-batches. The setting applies
-    # to the whole process.
+    # Without this setting, compiled blocks would not draw dropout masks from the seeds of the micro-batches. The
+    # setting applies to the whole process.
     functorch_config.graphsafe_rng_functionalization = False
     for layer, block in enumerate(model.h):
         assert isinstance(block, Block)

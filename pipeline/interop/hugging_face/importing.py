@@ -58,7 +58,7 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
 
     Raises:
         CheckpointError: the model is missing, damaged or not a GPT-2, or the run folder cannot be used.
-        ConfigError: the config of the model is not valid for a run, or another process is using the run folder.
+        ConfigError: the model's config is not valid for a run, or another process is using the run folder.
     """
     require_new_run_folder(run_folder)
     folder = find_folder(source)

@@ -35,9 +35,9 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
 
 
 def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return GPT-2's vocabulary (token to id) and its merges, in which each byte is written as a printable character.
+    """Return GPT-2's vocabulary (token to id) and its merges. A merge is a pair of tokens that form a longer token.
 
-    A merge is a pair of tokens that form a longer token.
+    Each byte of a token is written as a printable character.
     """
     tokens = load_tokenizer().token_bytes
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -58,9 +58,10 @@ def _printer() -> Callable[[bytes], str]:
 
 
 def describe_other_tokenizer(folder: Path) -> str | None:
-    """Return a message for the user if the tokenizer in a folder lacks a token of GPT-2 or gives it another id.
+    """Return a message for the user if the tokenizer in a folder lacks a token of GPT-2, or gives a token another id.
 
-    Otherwise, return None. If the folder has no tokenizer, or if GPT-2's vocabulary cannot be loaded, also return None.
+    Otherwise, return None. The result is also None if the folder has no tokenizer, or if GPT-2's vocabulary cannot be
+    loaded.
 
     Raises:
         CheckpointError: a file of the tokenizer is malformed.
@@ -82,7 +83,7 @@ def describe_other_tokenizer(folder: Path) -> str | None:
 
 
 def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Return the path and the ids by token of a folder's vocabulary. Without a vocabulary, the ids are None."""
+    """Return the path of a folder's vocabulary, and the id of each token. Without a vocabulary, the ids are None."""
     path = folder / VOCABULARY_FILE
     if path.is_file():
         return path, read_json_object(path)
