@@ -4,8 +4,9 @@ Masters are fp32 weights that a backend keeps in addition to the weights that th
 masters, the optimizer updates them. If ranks need different amounts of memory, the results are for the rank that needs
 the most.
 
-The formulas describe the backends with torch 2.13 and DeepSpeed 0.19.8. ``docs/planning.md`` gives their sources.
-``make plan-check`` compares the results with measurements.
+The formulas describe the backends with torch 2.13 and DeepSpeed 0.19.8. Their sources are torch's reducer (ddp) and
+``fully_shard`` (fsdp), and these files of DeepSpeed: ``runtime/engine.py`` (zero0), ``zero/stage_1_and_2.py`` (zero1,
+zero2) and ``zero/stage3.py`` (zero3). ``make plan-check`` compares the results with measurements.
 """
 
 import math
