@@ -53,7 +53,7 @@ TaskName = Literal[
     "winogrande",
     "core",
 ]
-#: DeepSpeed's key for the number of consecutive ranks that share secondary shards of all weights (ZeRO++ hpZ).
+#: DeepSpeed's key for ZeRO++ hpZ: the number of consecutive ranks that share secondary shards of the weights.
 HPZ = "zero_hpz_partition_size"
 TASK_NAME = re.compile(r"[\w.-]+")  # a task's name is also the name of its result file
 SinkName = Literal["jsonl", "tensorboard", "console", "csv", "wandb", "mlflow"]
@@ -74,10 +74,10 @@ MODEL_SIZES = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
 
 
 def describe_model(model: Mapping[str, Any]) -> str:
-    """Return a text: a model's preset, and the sizes that differ from this preset.
+    """Return a text with a model's preset, and the sizes that differ from this preset.
 
     Args:
-        model: the section ``model`` of a resolved config. Keys may be missing if another version wrote the config.
+        model: the section ``model`` of a resolved config. Keys may be missing.
     """
     preset = str(model.get("preset", "unknown"))
     sizes = next((sizes for name, sizes in MODEL_PRESETS.items() if name == preset), {})
@@ -114,45 +114,45 @@ class RunConfig(Section):
     device: Device = Field("auto", description="`auto` chooses cuda if available, else mps, else cpu.")
     precision: Precision = Field(
         "amp_bf16",
-        description="`amp_*` keeps fp32 weights and computes under autocast. `bf16` computes with bf16 weights and "
-        "updates fp32 master weights.",
+        description="`amp_*` keeps fp32 weights and computes under autocast. `bf16` computes with bf16 weights. Its "
+        "optimizer updates fp32 master weights.",
     )
     compile: Annotated[Literal["auto", True, False], BeforeValidator(_number_as_text)] = Field(
         "auto",
-        description="Compile model and loss with torch.compile. `auto` compiles on CUDA, and on a CPU if the "
-        "run will take more than ten minutes. If no compiler works, the model is not compiled.",
+        description="Compile the model and the loss with torch.compile. `auto` compiles every run on CUDA, and runs of "
+        "more than ten minutes on a CPU. Without a working compiler, the model is not compiled.",
     )
     loss_in_blocks: bool = Field(
         False,
-        description="Compute the logits and the loss in blocks of the vocabulary, so that a step needs less memory. "
-        "The backward pass then computes the logits again.",
+        description="Compute the logits and the loss in blocks of the vocabulary. This saves memory, but computes the "
+        "logits twice.",
     )
     working_dir: NonEmptyText | None = Field(
         None,
-        description="Folder in which the run was started (set by the program). If a relative path of data does "
-        "not exist in the current folder, it is searched in this folder.",
+        description="Folder in which the run was started. The program sets this key. It looks for relative data paths "
+        "in the current folder, then in this folder.",
     )
     rank_timeout_s: PositiveInt = Field(
         60,
-        description="If a rank sends no heartbeat or makes no progress for this number of seconds, the run ends "
-        "and names the rank.",
+        description="Longest time in seconds that a rank may be silent or make no progress. After this time, the run "
+        "ends and names the rank.",
     )
 
     @property
     def compiles(self) -> bool:
-        """Return whether torch.compile compiles the model. If ``compile`` is still ``auto``, the result is False."""
+        """Return whether torch.compile compiles the model. Returns False if ``compile`` is ``auto``."""
         return self.compile is True
 
 
 class ModelConfig(Section):
-    """The architecture of the model. The preset gives the sizes that the config does not set."""
+    """The architecture of the model."""
 
-    preset: Preset = Field("gpt2", description="The preset for all sizes that the config does not set.")
+    preset: Preset = Field("gpt2", description="The preset gives all sizes that the config does not set.")
     n_layer: PositiveInt = Field(description="Number of transformer blocks.")
-    n_head: PositiveInt = Field(description="Number of attention heads. It must divide n_embd.")
+    n_head: PositiveInt = Field(description="Number of attention heads. `n_embd` must be a multiple of it.")
     n_embd: PositiveInt = Field(description="Width of the residual stream.")
     context_length: PositiveInt = Field(
-        description="Number of learned position embeddings, which is the longest context in tokens."
+        description="Longest context in tokens, which is the number of learned position embeddings."
     )
     vocab_size: PositiveInt = Field(
         GPT2_VOCAB_SIZE, description="Vocabulary size of the tokenizer. The model pads it to a multiple of 128."
@@ -160,14 +160,13 @@ class ModelConfig(Section):
     dropout: Fraction = Field(0.0, description="Dropout of embeddings, attention weights and residual branches.")
     reset_positions_at: NonNegativeInt | None = Field(
         None,
-        description="Token id at which positions restart from 0 in training, evaluation and generation (50256 "
-        "is GPT-2's end of text). Attention still includes earlier tokens. If `null`, positions "
-        "never restart inside a window.",
+        description="Token id at which positions restart from 0. GPT-2's end of text is 50256. Attention still "
+        "includes earlier tokens. `null`: positions do not restart.",
     )
     activation_checkpointing: bool | PositiveInt = Field(
         False,
-        description="Recompute the activations of some blocks in the backward pass instead of keeping them: "
-        "`true` for all blocks, a number n for the first of every n blocks.",
+        description="Recompute activations in the backward pass to save memory. `true`: in all blocks. A number n: in "
+        "the first of every n blocks.",
     )
 
     @model_validator(mode="before")
@@ -215,27 +214,27 @@ class ModelConfig(Section):
 
 
 class TokenizeConfig(Section):
-    """The options with which the command ``run`` starts the command ``tokenize``.
+    """Options that the command ``run`` passes to the command ``tokenize``.
 
-    If a value is null, ``tokenize`` uses its own default.
+    With `null`, ``tokenize`` uses its own default.
     """
 
-    source: SourceKind = Field("fineweb-edu", description="Kind of source of the documents.")
+    source: SourceKind = Field("fineweb-edu", description="Where the documents come from.")
     input: list[PathText] = Field([], description="Files, folders, or the name of a dataset.")
     format: ShardFormat | None = Field(None, description="File format of the shards.")
     val_fraction: Fraction | None = Field(None, description="Fraction of the documents held out for validation.")
-    shard_tokens: PositiveInt | None = Field(None, description="Largest number of tokens in a shard.")
+    shard_tokens: PositiveInt | None = Field(None, description="Largest number of tokens per shard.")
     deduplicate: Deduplication | None = Field(
-        None, description="`exact` leaves out every document that is equal to an earlier document."
+        None, description="`exact` leaves out documents that are equal to an earlier document."
     )
     on_bad_rows: BadRows | None = Field(
         None,
-        description="`skip` leaves out rows that cannot be read, and reports them. `stop` ends at the first such row.",
+        description="What to do with a row that cannot be read. `skip` reports it and continues. `stop` ends.",
     )
-    workers: PositiveInt | None = Field(None, description="Number of encoding processes.")
+    workers: PositiveInt | None = Field(None, description="Number of processes that encode documents.")
     limit_documents: PositiveInt | None = Field(None, description="Largest number of documents to tokenize.")
     limit_bytes: PositiveInt | None = Field(
-        None, description="Stop after the document with which the texts reach this number of UTF-8 bytes."
+        None, description="Stop when the documents together have at least this many UTF-8 bytes."
     )
 
 
@@ -243,7 +242,7 @@ class MixtureComponent(Section):
     """One dataset of a mixture."""
 
     path: PathText = Field(description="A folder with a manifest.json.")
-    weight: PositiveFloat = Field(description="The dataset's share of the samples, relative to the other weights.")
+    weight: PositiveFloat = Field(description="The dataset's share of the samples is weight / sum of all weights.")
     name: str = Field(pattern=r"^[\w.-]+$", description="Name in the metrics (default: the folder's name).")
 
     @model_validator(mode="before")
@@ -255,19 +254,18 @@ class MixtureComponent(Section):
 
 
 class DataConfig(Section):
-    """The token shards to train on."""
+    """The tokenized datasets to train on."""
 
-    path: PathText | None = Field("data/fineweb-edu", description="A folder with a manifest.json.")
+    path: PathText | None = Field("data/fineweb-edu", description="Dataset folder, which has a `manifest.json`.")
     mixture: list[MixtureComponent] | None = Field(
         None,
         min_length=1,
         description='Several datasets instead of `path`: a list of {"path": folder, "weight": number, "name": text}. '
-        "Samples are drawn in proportion to the weights. Metrics show the names (default: the folders' names).",
+        "Samples are drawn in proportion to the weights. Metrics show the names. The default name is the folder's "
+        "name.",
     )
-    seq_len: PositiveInt | None = Field(None, description="Tokens per sample (default: model.context_length).")
-    verify: bool = Field(
-        True, description="Check the hash of every shard before training. Each rank checks some of the shards."
-    )
+    seq_len: PositiveInt | None = Field(None, description="Tokens per sample. `null`: `model.context_length`.")
+    verify: bool = Field(True, description="Check the hash of every shard before training.")
 
     @model_validator(mode="before")
     @classmethod
@@ -292,7 +290,7 @@ class DataConfig(Section):
 
     @property
     def components(self) -> list[MixtureComponent]:
-        """Return the datasets of the mixture. Without a mixture, this is the one dataset at ``path``."""
+        """Return the datasets of the mixture, or the dataset at ``path`` if there is no mixture."""
         if self.mixture is not None:
             return self.mixture
         assert self.path is not None
@@ -300,74 +298,74 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    """The batch size. The number of micro-steps is computed from these values and the world size."""
+    """The batch size. The program computes the number of gradient accumulation steps."""
 
     tokens_per_step: PositiveInt = Field(
-        524_288, description="Target tokens per optimizer step, on all ranks together."
+        524_288,
+        description="Tokens per optimizer step, over all ranks. It must be a multiple of `micro_batch_size` x "
+        "`data.seq_len` x number of ranks.",
     )
-    micro_batch_size: PositiveInt = Field(16, description="Sequences per rank and micro-step.")
+    micro_batch_size: PositiveInt = Field(16, description="Samples per forward pass on each rank.")
 
 
 class MuonConfig(Section):
     """Settings for Muon, which updates the matrices of the transformer blocks."""
 
     momentum: Fraction = Field(0.95, description="Decay rate of the running mean of the gradients.")
-    nesterov: bool = Field(True, description="Add the newest gradient to the momentum once more (Nesterov momentum).")
-    iterations: PositiveInt = Field(5, le=20, description="Newton-Schulz iterations that orthogonalize a matrix.")
+    nesterov: bool = Field(True, description="Use Nesterov momentum.")
+    iterations: PositiveInt = Field(5, le=20, description="Newton-Schulz iterations per matrix.")
     split_qkv: bool = Field(
-        True, description="Orthogonalize the projections to queries, keys and values as three matrices instead of one."
+        True, description="Orthogonalize the projections to queries, keys and values as three matrices, not as one."
     )
 
 
 class OptimizerConfig(Section):
-    """The optimizer. Weight decay applies only to tensors with two or more dimensions."""
+    """The optimizer."""
 
     name: Literal["adamw", "muon"] = Field(
         "adamw",
-        description="`adamw` for all parameters, or `muon` for the matrices of the blocks and AdamW for the rest. The "
-        "learning rate and the weight decay of AdamW also suit Muon.",
+        description="`adamw` updates all parameters with AdamW. `muon` updates the matrices of the transformer blocks "
+        "with Muon, and all other parameters with AdamW. The same learning rate and weight decay suit both.",
     )
     learning_rate: PositiveFloat = Field(6e-4, description="Peak learning rate, reached after warm-up.")
     betas: tuple[Fraction, Fraction] = Field(
         (0.9, 0.95), strict=False, description="Decay rates of AdamW's two moments."
     )
-    eps: PositiveFloat = Field(1e-8, description="Term that AdamW adds to the square root of the second moment.")
+    eps: PositiveFloat = Field(1e-8, description="AdamW adds this number to the square root of the second moment.")
     weight_decay: NonNegativeFloat = Field(
         0.1, description="Decoupled weight decay. It does not apply to biases and LayerNorm weights."
     )
-    grad_clip: NonNegativeFloat = Field(1.0, description="Largest global gradient norm. 0 turns clipping off.")
+    grad_clip: NonNegativeFloat = Field(1.0, description="Clip the global gradient norm to this value. `0`: off.")
     muon: MuonConfig = MuonConfig()
 
 
 class AveragingConfig(Section):
-    """The average of the weights over the steps of training. The training itself does not use the average."""
+    """An average of the weights over the training steps. The average does not affect training."""
 
     ema: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Decay per step of an exponential moving average of the fp32 weights, such as 0.999. The average "
-        "needs 4 bytes per parameter, sharded like the weights. At the beginning of a run, the decay is smaller. "
-        "`null`: no average.",
+        description="Keep an exponential moving average of the fp32 weights, with this decay per step (for example "
+        "0.999). It needs 4 bytes per parameter, sharded like the weights. The decay is smaller at the beginning of a "
+        "run. `null`: no average.",
     )
 
 
 class ScheduleConfig(Section):
-    """The learning rate schedule and the length of the run.
-
-    The default run trains on 10B tokens with the default batch size.
-    """
+    """The learning rate schedule and the length of the run. By default, a run trains on 10B tokens."""
 
     name: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "cosine",
         description="The curve after the warm-up. `cosine` and `linear` decay over all remaining steps. `wsd` "
-        "(warm-up, stable, decay) keeps the peak and decays over the last `decay_steps`. `constant` keeps the peak.",
+        "(warm-up, stable, decay) stays at the peak, then decays over the last `decay_steps` steps. `constant` stays "
+        "at the peak.",
     )
     warmup_steps: NonNegativeInt = Field(715, description="Optimizer steps of linear warm-up.")
     max_steps: PositiveInt = Field(19_073, description="Optimizer steps of the whole run.")
     decay_steps: PositiveInt | None = Field(
         None,
-        description="For `wsd`: number of steps of the decay, which ends at `max_steps`. `null`: a fifth of the run.",
+        description="For `wsd`: number of steps of the decay. `null`: a fifth of the run.",
     )
     decay_shape: Literal["linear", "cosine", "1-sqrt"] | None = Field(
         None, description="For `wsd`: the curve of the decay. `null`: `linear`."
@@ -376,16 +374,16 @@ class ScheduleConfig(Section):
         0.1,
         ge=0,
         le=1,
-        description="Learning rate at the end of the decay, divided by the peak. `constant` does not use it.",
+        description="Learning rate at the end of the decay, as a fraction of the peak. `constant` ignores it.",
     )
 
     stop_at_val_loss: PositiveFloat | None = Field(
-        None, description="End the run after an evaluation with this validation loss or less. `null` turns this off."
+        None, description="End the run when the validation loss is at most this value. `null` turns this off."
     )
     stop_after_evaluations: PositiveInt | None = Field(
         None,
-        description="End the run if this number of evaluations in a row gives no new lowest validation loss. "
-        "`null` turns this off.",
+        description="End the run after this many evaluations in a row without a new lowest validation loss. `null` "
+        "turns this off.",
     )
 
     @model_validator(mode="after")
@@ -434,27 +432,27 @@ class FsdpConfig(Section):
 
     reshard_after_forward: bool = Field(
         True,
-        description="Free a block's gathered weights after its forward pass. If `false`, a step gathers each "
-        "weight only once.",
+        description="Free a block's gathered weights after its forward pass. `false` needs more memory, but gathers "
+        "each weight only once per step.",
     )
     shard_group_size: PositiveInt | None = Field(
         None,
-        description="Number of consecutive ranks that shard one copy of the model, such as the GPUs of a node. Each "
-        "group of this size has its own copy. It must divide the number of ranks. `null`: all ranks share one copy.",
+        description="Number of consecutive ranks that together hold one copy of the model, for example the GPUs of "
+        "one node. The number of ranks must be a multiple of it. `null`: all ranks together hold one copy.",
     )
 
 
 class BackendConfig(Section):
     """The library that distributes the training. All libraries give the same results."""
 
-    name: Literal["ddp", "fsdp", "deepspeed"] = Field("ddp", description="The library.")
+    name: Literal["ddp", "fsdp", "deepspeed"] = Field("ddp", description="PyTorch's DDP or FSDP2, or DeepSpeed ZeRO.")
     ddp: DdpConfig = DdpConfig()
     fsdp: FsdpConfig = FsdpConfig()
-    deepspeed: dict[str, Any] = Field({}, description="DeepSpeed's own JSON config, which is passed to DeepSpeed.")
+    deepspeed: dict[str, Any] = Field({}, description="A config in DeepSpeed's own JSON format, for DeepSpeed.")
     allow_different_numbers: bool = Field(
         False,
-        description="Accept keys of `backend.deepspeed` that change the results, such as quantized communication. The "
-        "log, every row of metrics, evaluation results, reports and model cards then name these keys.",
+        description="Accept keys of `backend.deepspeed` that change the results, such as quantized communication. "
+        "Logs, metrics, evaluation results, reports and model cards then name these keys.",
     )
 
     @property
@@ -467,16 +465,13 @@ class BackendConfig(Section):
 
     @property
     def hpz_group_size(self) -> int:
-        """Return the number of consecutive ranks that share a secondary copy of the weights (ZeRO++ hpZ).
-
-        Without hpZ, the result is 1.
-        """
+        """Return the number of consecutive ranks that share secondary weight shards (ZeRO++ hpZ), or 1 without hpZ."""
         return int(self.zero.get(HPZ, 1)) or 1
 
     def ranks_per_copy(self, world_size: int) -> int:
         """Return the number of consecutive ranks that together hold one copy of the optimizer state.
 
-        Under DDP and ZeRO-0, each rank holds the whole state, so the result is 1.
+        Under DDP and ZeRO-0, the result is 1.
         """
         if self.name == "ddp" or (self.name == "deepspeed" and self.zero_stage == 0):
             return 1
@@ -485,50 +480,50 @@ class BackendConfig(Section):
         return world_size
 
     def offloads(self, what: Literal["optimizer", "param"]) -> bool:
-        """Return whether DeepSpeed offloads ``what``, which is the optimizer state or the parameters."""
+        """Return whether DeepSpeed offloads the optimizer state or the parameters to the host."""
         return bool(self.zero.get(f"offload_{what}", {}).get("device", "none") != "none")
 
 
 class CheckpointConfig(Section):
-    """Settings for saving checkpoints, deleting old checkpoints, and starting from a checkpoint."""
+    """How a run saves, deletes and loads checkpoints."""
 
     every_steps: PositiveInt = Field(1000, description="Steps between checkpoints. The last step is always saved.")
     keep_last: PositiveInt = Field(
-        2, description="Number of checkpoints to keep. An older checkpoint is deleted after a new one is verified."
+        2, description="Number of newest checkpoints to keep. Older ones are deleted after a new one is verified."
     )
     keep_every_steps: PositiveInt | None = Field(
         None,
-        description="Also save a checkpoint after every multiple of this number of steps, and never delete it. Another "
-        "run can branch off from such a milestone. `null`: no milestones.",
+        description="Steps between milestones, which are additional checkpoints that are never deleted. `null`: no "
+        "milestones.",
     )
     keep_best: bool = Field(
         False,
-        description="Also save a checkpoint after each evaluation with a new lowest validation loss, and keep the "
-        "checkpoint with the lowest one.",
+        description="Also save a checkpoint after each evaluation with a new lowest validation loss. The checkpoint "
+        "with the lowest loss is kept.",
     )
     resume: PathText = Field(
         "auto",
-        description="`auto` resumes from the run's newest good checkpoint, on the disk or at `remote`. `none` starts "
-        "from scratch. A path or a URL resumes from this checkpoint.",
+        description="`auto` resumes from the run's newest undamaged checkpoint, on the disk or at `remote`. `none` "
+        "starts from scratch. A path or a URL names the checkpoint to resume from.",
     )
     init_from: PathText | None = Field(
         None,
         description="Start a new run from the weights at this path: a run folder, a checkpoint, a Hugging Face "
-        "folder, or a nanoGPT file. Step count, optimizer state, schedule and data start from the "
-        "beginning. The weights are not loaded again when the run resumes from its own checkpoints.",
+        "folder, or a nanoGPT file. Steps, optimizer state, schedule and data start from the beginning. This key has "
+        "no effect when the run resumes from its own checkpoint.",
     )
     asynchronous: bool = Field(
-        True, description="Copy the state to host memory and write the copy while training continues."
+        True, description="Copy the state to host memory, then write the copy while training continues."
     )
     remote: str | None = Field(
         None,
-        description="A URL such as `s3://bucket/run`. Each checkpoint is uploaded there while training continues. Old "
-        "checkpoints are deleted there by the same rules as on the disk. `null`: no uploads.",
+        description="Upload each checkpoint to this URL, such as `s3://bucket/run`, while training continues. Old "
+        "checkpoints are deleted there as on the disk. `null`: no uploads.",
     )
     remote_timeout_s: PositiveFloat = Field(
         1800.0,
-        description="If the upload of a checkpoint takes longer than this, it has failed. At its end, a run waits at "
-        "most this long for its last upload.",
+        description="Longest time in seconds for the upload of one checkpoint. A longer upload counts as failed. At "
+        "the end of a run, the program waits at most this long for the last upload.",
     )
 
     @field_validator("remote")
@@ -551,43 +546,45 @@ class CheckpointConfig(Section):
 
 
 class GuardConfig(Section):
-    """The limits for bad steps. A step whose gradients are not finite is always skipped."""
+    """What a run does after bad steps. A step is always skipped if a gradient is NaN or infinite."""
 
-    max_bad_steps: PositiveInt = Field(10, description="Number of skipped steps in a row after which the run stops.")
+    max_bad_steps: PositiveInt = Field(10, description="Stop the run after this many skipped steps in a row.")
     spike_zscore: PositiveFloat | None = Field(
         None,
-        description="A step is a spike if its loss or gradient norm is more than this number of standard "
-        "deviations above the mean of the last steps. After a spike, the run continues from the "
-        "last checkpoint and skips the samples of the spike. `null` turns this off.",
+        description="A step is a spike if its loss or gradient norm is more than this many standard deviations above "
+        "the mean of the last `spike_window` steps. After a spike, the run goes back to the last checkpoint and skips "
+        "the samples of the spike. `null` turns this off.",
     )
     spike_window: int = Field(100, ge=10, description="Number of previous steps with which a step is compared.")
-    max_rollbacks: NonNegativeInt = Field(5, description="Number of spikes after which the next spike stops the run.")
+    max_rollbacks: NonNegativeInt = Field(
+        5, description="Largest number of spikes in a run. The next spike stops the run."
+    )
 
 
 class EvaluationConfig(Section):
-    """Settings for the validation and the evaluation tasks during training."""
+    """The evaluation tasks that run during training."""
 
     every_steps: PositiveInt = Field(
         250, description="Steps between evaluations. A run also evaluates before the first and after the last step."
     )
     tasks: list[str] = Field(
         ["validation"],
-        description=f"Tasks to run: {', '.join(f'`{name}`' for name in get_args(TaskName))}, or a name in "
-        "evaluation.data.",
+        description=f"Tasks to run: {', '.join(f'`{name}`' for name in get_args(TaskName))}, or names from "
+        "`evaluation.data`.",
     )
     data: dict[Annotated[str, Field(pattern=f"^{TASK_NAME.pattern}$")], PathText] = Field(
-        {}, description="Maps a task to its file (default: the task's dataset on the Hugging Face hub)."
+        {}, description="Maps task names to files. The default is the task's dataset on the Hugging Face hub."
     )
     max_batches: PositiveInt | None = Field(
         40,
-        description="Largest number of validation batches on all ranks together. They are spread evenly over "
-        "the split. `null` uses the whole split.",
+        description="Largest number of validation batches, over all ranks. They are spread evenly over the validation "
+        "split. `null` uses the whole split.",
     )
     max_examples: PositiveInt | None = Field(
-        500, description="Largest number of examples per task, from the beginning. `null` uses all examples."
+        500, description="Use only this many examples of each task, from the beginning. `null` uses all examples."
     )
     sample: bool = Field(
-        False, description="Also generate a completion with the settings of `sample`. TensorBoard shows it under TEXT."
+        False, description="Also generate text with the settings in section `sample`. TensorBoard shows it under TEXT."
     )
 
     @model_validator(mode="after")
@@ -600,39 +597,38 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Settings for the metrics and profiles that a run writes during training."""
+    """The metrics and profiles that a run writes during training."""
 
-    every_steps: PositiveInt = Field(10, description="Optimizer steps between logged rows.")
+    every_steps: PositiveInt = Field(10, description="Optimizer steps between rows of metrics.")
     sinks: list[SinkName] = Field(
         ["jsonl", "tensorboard", "console"],
-        description="Where the rows go: `jsonl` (`metrics.jsonl`), `tensorboard`, `console`, `csv` (`metrics.csv`), "
-        "`wandb`, `mlflow`. "
-        "`jsonl` is always written, also if it is not in the list, because resuming, reports and other sinks read it.",
+        description="Where to write the rows: `jsonl` (`metrics.jsonl`), `tensorboard`, `console`, `csv` "
+        "(`metrics.csv`), `wandb`, `mlflow`. `jsonl` is always written, even if the list does not contain it.",
     )
     project: NonEmptyText = Field("gpt2-pipeline", description="Name of the W&B project and of the MLflow experiment.")
     wait_for_checkpoint: bool = Field(
         True,
-        description="W&B and MLflow cannot delete rows. `true` sends a row when a checkpoint at or after its step is "
-        "saved, so that each step appears once, also after a crash. `false` sends each row at once. If the run then "
-        "goes back to a checkpoint, it continues in a new run of W&B or MLflow, which gets all rows again.",
+        description="When to send rows to W&B and MLflow, which cannot delete rows. `true`: when the next checkpoint "
+        "is saved, so each step appears only once, even after a crash. `false`: at once. A run that goes back to a "
+        "checkpoint then starts a new W&B or MLflow run and sends all rows again.",
     )
     norms_every_steps: NonNegativeInt = Field(
         0,
-        description="Steps between rows with the gradient norm, weight norm and update ratio of each layer group. `0` "
-        "turns this off.",
+        description="Steps between rows that show the gradient norm, the weight norm and the update ratio of each "
+        "layer group. `0` turns this off.",
     )
     slow_rank_ratio: float | None = Field(
         1.2,
         gt=1,
-        description="Log a line when a rank needs this many times as long per step as the mean of the other ranks, in "
-        "three consecutive rows. The time in which the rank waits for other ranks does not count. If all ranks wait "
-        "for more than half of the time and there are several hosts, the run also measures the links between the hosts "
-        "and logs the slowest one. `null` turns both off.",
+        description="Name a rank in the log if its steps take this many times as long as the mean of the other ranks, "
+        "in three consecutive rows. Time in which a rank waits for other ranks does not count. This key also turns on "
+        "a network check for runs on several hosts. If all ranks wait for more than half of the time, the log names "
+        "the slowest link between the hosts. `null` turns both off.",
     )
     profile_steps: NonNegativeInt = Field(
         0,
-        description="Number of optimizer steps to profile after the first five steps. The profile is written to "
-        "`profile/` in the run folder. Same as --profile.",
+        description="Profile this many optimizer steps, after the first five steps. The profile is in `profile/` in "
+        "the run folder. Same as --profile.",
     )
 
     @model_validator(mode="before")
@@ -655,10 +651,7 @@ class LoggingConfig(Section):
 
 
 class SampleConfig(Section):
-    """Settings for the completions that a run generates in evaluations and at the end of the command ``run``.
-
-    These settings are also the defaults of the command ``generate``.
-    """
+    """How evaluations and the commands ``run`` and ``generate`` generate text."""
 
     prompt: NonEmptyText = Field("The meaning of life is", description="Text that the model continues.")
     max_new_tokens: PositiveInt = Field(64, description="Largest number of tokens to generate.")
@@ -673,7 +666,7 @@ class SampleConfig(Section):
         description="Sample from the smallest set of most likely tokens whose probabilities sum to at least "
         "this number. `null` samples from all tokens.",
     )
-    stop: list[NonEmptyText] = Field([], description="The completion ends before the first of these texts.")
+    stop: list[NonEmptyText] = Field([], description="End the generated text before any of these texts.")
 
 
 class Config(Section):
