@@ -1,6 +1,6 @@
 """Measure CORE: the mean centered accuracy over the tasks of nanochat's folder ``eval_bundle``.
 
-The centered accuracy is 0 for random answers, and 1 if all answers are right (Li et al. 2024, DataComp-LM, arXiv
+A task's centered accuracy is 0 for random answers, and 1 if all answers are right (Li et al. 2024, DataComp-LM, arXiv
 2406.11794). Examples are scored as in ``nanochat/core_eval.py``.
 """
 
@@ -24,7 +24,7 @@ BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip
 
 _PROTOCOL = "nanochat core_eval: choices by mean loss of tokens, continuations greedy; mean of centered accuracies"
 _NORMAL = "95%, normal, from the accuracies"
-_ITEMS_AT_ONCE = 256  # the requests of more examples would need gigabytes: some tasks have 10,000 examples
+_ITEMS_AT_ONCE = 256  # some tasks have 10,000 examples, whose requests together would need gigabytes
 
 
 @dataclass(frozen=True)

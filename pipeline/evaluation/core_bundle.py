@@ -68,13 +68,13 @@ class BundleTask:
     items: list[Item]
 
     def centered(self, accuracy: float) -> float:
-        """Return the accuracy on a scale from 0 for random answers to 1 for only right answers."""
+        """Return the centered accuracy: 0 for random answers, 1 if all answers are right."""
         return (accuracy - self.baseline) / (1 - self.baseline)
 
     def prefix(self, number: int) -> str:
-        """Return the text of few-shot examples for the item with the index ``number``.
+        """Return the text of the few-shot examples for the item with the index ``number``.
 
-        The examples are drawn from the other items of the task. The seed of the draw depends on ``number``.
+        They are drawn from the other items of the task. ``number`` determines the seed of the draw.
         """
         others = [i for i in range(len(self.items)) if i != number]
         drawn = random.Random(_SHOTS_SEED + number).sample(others, self.shots)
@@ -126,8 +126,7 @@ class BundleTask:
     def answer(self, requests: Sequence[Request], scores: Sequence[Score]) -> int:
         """Return the index of the choice whose request has the highest mean log-likelihood per scored token.
 
-        If there is only one request, return 0 (right) if greedy decoding generates its continuation, otherwise 1
-        (wrong).
+        With only one request, return 0 (right) if greedy decoding generates its continuation, and 1 (wrong) otherwise.
         """
         if len(scores) == 1:
             return int(not scores[0].is_greedy)
@@ -139,7 +138,7 @@ def read_bundle(folder: Path, limit: int | None) -> tuple[list[BundleTask], list
     """Read and check the tasks of a bundle. Return the tasks, and the paths of all files that were read.
 
     Args:
-        limit: use only this number of examples per task, the first ones in nanochat's shuffled order. None means all.
+        limit: the number of examples per task, taken from the start of nanochat's shuffled order. None means all.
 
     Raises:
         DataError: a file is missing or cannot be used.

@@ -28,7 +28,7 @@ class Example:
     gold: int = 0
     choices: tuple[str, ...] = ()  # acc_norm divides each log-likelihood by the choice's length
     solved: str | None = None  # the example in few-shot prompts; if None, the right context and continuation
-    rendered_by_file: bool = False  # the prompt may differ from that of the task
+    rendered_by_file: bool = False  # the file contains the prompt, which may differ from the task's usual prompt
 
     @property
     def shot(self) -> str:
@@ -61,7 +61,7 @@ def any_choices(row: Row) -> Example:
 def any_continuation(row: Row) -> Example:
     """Read ``context`` and ``continuation``.
 
-    If there is no white space between them, the continuation gets a space at its beginning.
+    If no white space separates them, the continuation gets a space at its beginning.
     """
     return Example((_joined(text_field(row, "context"), text_field(row, "continuation")),))
 
@@ -69,7 +69,7 @@ def any_continuation(row: Row) -> Example:
 def any_contexts(row: Row) -> Example:
     """Read ``contexts``, ``continuation``, ``gold``: contexts, a continuation, and the index of the right context.
 
-    If there is no white space between a context and the continuation, a space is inserted.
+    If no white space separates a context from the continuation, a space is inserted.
     """
     contexts, continuation = texts_field(row, "contexts"), text_field(row, "continuation")
     pairs = tuple(_joined(context, continuation) for context in contexts)
@@ -112,8 +112,8 @@ def arc(row: Row) -> Example:
 def _question(row: Row, counts: range) -> Example:
     """Read ``query``, ``choices``, ``gold`` of a task whose prompts begin with "Question: " and end with "Answer:".
 
-    A missing "Answer:" is added. If "Question: " is missing, or ``counts`` lacks the number of choices, the query stays
-    as it is, and ``rendered_by_file`` is True.
+    A missing "Answer:" is added. If "Question: " is missing, the query does not change, and ``rendered_by_file`` is
+    True. The same is true if ``counts`` does not contain the number of choices.
     """
     example = any_choices(row)
     question = row["query"].removesuffix("\nAnswer:").removesuffix("\n")
@@ -125,8 +125,8 @@ def _question(row: Row, counts: range) -> Example:
 def hellaswag(row: Row) -> Example:
     """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    In the first form, the context consists of the first three columns, and markup in brackets, such as ``[title]``, is
-    removed from the context and the endings.
+    In the first form, the context consists of the first three columns. Markup in brackets, such as ``[title]``, is then
+    removed from the context and from the endings.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
@@ -194,11 +194,11 @@ class Settings:
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the settings for one task. If ``limits`` has a value for the task, use this value as ``limit``."""
+        """Return the settings for one task. Its value in ``limits``, if any, replaces ``limit``."""
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:
-        """Return the name for the results of a task: ``task`` and all options that differ from their defaults."""
+        """Return the name for a task's results: ``task``, followed by all options that differ from their defaults."""
         shots = f"_{self.shots}shot" if self.shots else ""
         limit = f"_first{self.limit}" if self.limit else ""
         stride = f"_stride{self.stride}" if self.stride else ""
@@ -259,8 +259,8 @@ def draw_shots(
     The seed is fixed, as in lm-evaluation-harness.
 
     Args:
-        spare: whether the pool can contain the example to score. If so, ``count + 1`` examples are drawn, and the
-            example to score is removed. If it was not drawn, the last example is removed.
+        spare: whether the pool can contain the example to score. If True, ``count + 1`` examples are drawn, and one of
+            them is removed: the example to score, or the last example if the example to score was not drawn.
 
     Raises:
         DataError: the pool contains too few examples.

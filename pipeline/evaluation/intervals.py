@@ -29,7 +29,7 @@ def wilson(successes: int, trials: int) -> Interval:
 def normal_mean(values: Sequence[float]) -> Interval:
     """Return the 95% interval of the mean of the values, by the normal distribution.
 
-    If there is only one value, both bounds are equal to it.
+    With only one value, both bounds are this value.
     """
     mean = float(np.mean(values))
     half = Z_95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0

@@ -1,8 +1,8 @@
 """Define scoring requests, and pack requests into batches.
 
-The requests of one example often begin with the same context. A tree of tokens stores a common beginning once, so the
-model processes it only once. All tokens of a tree are one row of a batch. An attention mask lets each token attend only
-to itself and to the tokens before it in the same request.
+The requests of one example often begin with the same context. A tree of tokens stores this common beginning once, so
+the model processes it only once. A tree is one row of a batch. An attention mask lets each token attend only to itself
+and to the tokens before it in the same request.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline.model.gpt2 import ScoringBatch
 
-#: The fraction of tokens that a tree must save. If it saves less, masked attention costs more time than the tree saves.
+#: The least fraction of tokens that a tree must save. A tree that saves less is slower than separate requests, because
+#: masked attention is slow.
 LEAST_SAVING = 0.1
 
 
@@ -28,8 +29,8 @@ class Request:
     def inputs(self, context_length: int) -> tuple[int, ...]:
         """Return the tokens that the model must read to score the continuation.
 
-        These are the context, and the continuation without its last token. If they are more than ``context_length``
-        tokens, the first tokens are left out.
+        These are the context, and the continuation without its last token. Only the last ``context_length`` of these
+        tokens are returned.
         """
         return (self.context + self.continuation)[:-1][-context_length:]
 
@@ -40,7 +41,7 @@ class Request:
 
 @dataclass
 class Tree:
-    """The tokens of several requests. Each node is one token. If requests begin equally, they share nodes."""
+    """The tokens of several requests. Each node is one token. Requests with a common beginning share its nodes."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)  # the node of the previous token; -1 for the first token
@@ -51,7 +52,7 @@ class Tree:
 
     @property
     def is_chain(self) -> bool:
-        """Return whether the tree has no branches, so that the normal causal mask fits."""
+        """Return whether the tree has no branches. The normal causal mask is then right."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:
@@ -90,8 +91,8 @@ def build_trees(
 ) -> list[Tree]:
     """Build one ``Tree`` of tokens per group of requests.
 
-    If a tree saves less than the fraction ``LEAST_SAVING`` of the group's tokens, each request of the group gets its
-    own tree.
+    If the tree of a group would save less than the fraction ``LEAST_SAVING`` of the group's tokens, each request gets a
+    tree of its own.
 
     Args:
         groups: the indices of each group's requests in ``requests``.
@@ -130,15 +131,13 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
     """Build the input of one forward pass that scores the requests in the trees.
 
-    A tree contains the tokens of several requests (see ``Tree``). For each token to score, there is a *pair*: this
-    token, and the token before it. The model returns one score per pair. The score of a request is the sum of the
-    scores of its pairs. A pair can belong to several requests.
+    A *pair* is a token to score and the token before it. The model returns one score per pair. The score of a request
+    is the sum of the scores of its pairs. A pair can belong to several requests.
 
     Returns:
         The input, in host memory, with one row per tree, padded on the right.
 
-        The pairs of each request, as an int64 tensor with two rows. Each column contains the index of a request, and
-        the index of one of its pairs.
+        An int64 tensor with two rows. Each column contains the index of a request, and the index of one of its pairs.
     """
     width = max(len(tree.tokens) for tree in trees)
     tokens = np.zeros((len(trees), width), dtype=np.int64)

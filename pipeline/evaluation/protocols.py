@@ -57,7 +57,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     """Encode a context and its continuation as one text, and split the tokens into context and continuation.
 
     White space at the end of the context first moves to the continuation, because GPT-2's tokens contain the space
-    before a word. The text is split after N tokens, where N is the number of tokens of the context alone. An empty
+    before a word. The context alone has N tokens, and the tokens of the whole text are split after N tokens. An empty
     context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood`` of lm-evaluation-harness does the same.
 
     Raises:
@@ -98,8 +98,8 @@ class ChoiceTask:
     choice.
 
     Args:
-        normalised_by: the unit of the length: "characters" (as in lm-evaluation-harness), "tokens", or None for no
-            ``acc_norm``.
+        normalised_by: the unit of the length: "characters" (as in lm-evaluation-harness) or "tokens". If None, the
+            results have no ``acc_norm``.
     """
 
     protocol: str
@@ -147,7 +147,7 @@ class ChoiceTask:
         """Return the index of the most likely choice for each example, under the keys ``acc`` and ``acc_norm``.
 
         For ``acc_norm``, each log-likelihood is first divided by the length of its choice, in the unit
-        ``normalised_by``. If several choices are equally likely, the first of them counts.
+        ``normalised_by``. If several choices are equally likely, return the first of them.
         """
         rows = [np.array([score.log_likelihood for score in group]) for group in scores]
         answers = {"acc": [int(row.argmax()) for row in rows]}
@@ -223,7 +223,7 @@ def _read_and_encode(data: TaskData, read: Callable[[Row], Example], encode: Enc
 
 
 def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
-    """Return the name of the protocol. If a file contains prompts of its own, the name says so."""
+    """Return the name of the protocol. If the prompts come from the user's file, the name says so."""
     count = sum(example.rendered_by_file for example in examples)
     if not count:
         return protocol

@@ -10,7 +10,7 @@ from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY
 
 VALIDATION = "validation"  # the task that scores token shards; all other tasks score text
 CORE = "core"  # the task that scores nanochat's bundle of tasks
-INTERVAL = "_interval"  # a figure's key with this suffix is the key of the figure's 95% interval
+INTERVAL = "_interval"  # the suffix of the key of a 95% interval: ``acc_interval`` for ``acc``
 
 Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data and the checkpoint
 
@@ -18,7 +18,7 @@ Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data
 def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results | None:
     """Return the stored results of the tasks for the checkpoint of ``step``.
 
-    Returns None if a result is missing or belongs to another step.
+    Return None if a result is missing or belongs to another step.
     """
     results = {}
     for task in tasks:

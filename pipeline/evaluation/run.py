@@ -60,8 +60,7 @@ def run_tasks(
 
     Args:
         checkpoint: a checkpoint folder or a run folder, or its URL.
-        paths: task name -> path of its data. For a task that is not in it, the path in the run's ``evaluation.data``
-            is used.
+        paths: task name -> path of the task's data. For other tasks, the path in the run's ``evaluation.data`` is used.
         batch_size: sequences per forward pass and rank. None means the run's micro-batch size.
         precision: the precision of the forward passes. None means the value of ``run.precision`` in the run's config.
         weights: ``training``, or ``ema`` for the moving average of the weights. With ``ema``, the names of the results
@@ -132,8 +131,8 @@ def _find_files(tasks: Sequence[str], paths: Mapping[str, str], config: Config) 
 def _open_validation(config: Config, path: str | None) -> dict[str, ValidationData]:
     """Open the validation split at ``path``, or of the run's data if ``path`` is None.
 
-    Returns the splits by the names of the mixture's components, or one split with the name "". Components without
-    scored targets are ignored.
+    For a mixture, return one split per component, by the component's name. Components without scored targets are
+    ignored. Otherwise, return one split with the name "".
     """
     if path is not None or config.data.mixture is None:
         path = find_path(path or config.data.components[0].path, config.run)
@@ -181,7 +180,7 @@ def _measure_validation(
 
 
 def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
-    """Raise ConfigError, before hours of scoring, if ``path`` cannot be written."""
+    """Raise ConfigError if ``path`` cannot be written. This check comes before hours of scoring."""
     if set(tasks) == {VALIDATION}:
         raise ConfigError(f"--save-examples {path}: {VALIDATION} has no examples; leave it out, or name other --tasks")
     if path.is_dir() or not path.parent.is_dir() or not is_writable(path):
@@ -228,7 +227,7 @@ def _write_events(results: Results, loaded: LoadedModel) -> None:
 def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
     """Read and encode the examples of the tasks that a run scores during training (``evaluation.tasks``).
 
-    The result does not contain the task ``validation``. Every rank must call this function.
+    The task ``validation`` is left out. Every rank must call this function.
 
     Raises:
         ConfigError: the model's vocabulary is not GPT-2's, or a task does not support ``evaluation.max_examples``.

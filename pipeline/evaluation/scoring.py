@@ -24,7 +24,7 @@ from pipeline.model.precision import ComputeModel, replicated_compute
 
 @dataclass(frozen=True)
 class Score:
-    """The log-likelihood of a continuation in nats, and whether greedy decoding would generate it."""
+    """The log-likelihood of a continuation in nats, and whether greedy decoding generates the continuation."""
 
     log_likelihood: float
     is_greedy: bool
@@ -51,7 +51,7 @@ class Scorer:
         Every rank must call this method. All ranks get all scores.
 
         Args:
-            groups: lists of requests. Requests with the same beginning are processed faster if they are in one list.
+            groups: lists of requests. Scoring is faster if requests with the same beginning are in one list.
             label: the text next to the progress bar.
 
         Raises:
@@ -74,9 +74,9 @@ class Scorer:
         return [[scores[numbers[request]] for request in group] for group in groups]
 
     def _sum_scores(self, batches: Sequence[Sequence[Tree]], requests: int, label: str) -> list[list[float]]:
-        """Return, per request, the log-likelihood and the number of continuation tokens that are the argmax."""
+        """Return two values per request: the log-likelihood, and how many continuation tokens are the argmax."""
         world, device = self.world, self.world.device
-        # A rank without a batch scores this token, because forward passes are collective under FSDP and ZeRO-3.
+        # A rank without a batch scores this token. Under FSDP and ZeRO-3, all ranks must run each forward pass.
         idle = [Tree(tokens=[0], parents=[-1], positions=[0], pairs={(0, 0): 0})]
         # Keep the sums on the device until the end, so that no forward pass waits for the previous forward pass.
         sums = torch.zeros(2, requests, dtype=summing_dtype(device), device=device)

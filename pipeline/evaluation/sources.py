@@ -40,7 +40,7 @@ class Rows:
     sha256: str  # the hash of the file, or of the rows from the hub as JSON lines with sorted keys
 
     def where(self, number: int) -> str:
-        """Return where a row is, for error messages. The first row has number 0."""
+        """Return the place of a row as text for error messages. The first row has number 0."""
         return f"{self.origin}: row {number + 1}"
 
 
@@ -78,7 +78,7 @@ def index_field(row: Row, key: str, count: int, first: int = 0) -> int:
 
     Raises:
         KeyError: the key is missing.
-        ValueError: the value is neither an integer nor the text of an integer, or no choice has this number.
+        ValueError: the value is not an integer (as a number or as text), or no choice has this number.
     """
     match = re.fullmatch(r"(\d+)(\.0)?", str(row[key]).strip())  # Parquet files of pandas may have 1.0
     index = int(match[1]) - first if match else -1
@@ -100,8 +100,8 @@ def read_file(path: Path, *, by_line: bool = False) -> Rows:
     table. Any other file is UTF-8 text, and becomes one row with the column ``text``.
 
     Args:
-        by_line: whether each line of a text file becomes a row. If so, empty lines and white space at the end of lines
-            are left out.
+        by_line: whether each line of a text file becomes a row. If True, empty lines and white space at the end of
+            lines are left out.
 
     Raises:
         DataError: the file cannot be read, is compressed or is empty.
@@ -178,7 +178,7 @@ def read_hub(data: HubData, world: World) -> Rows:
 
 
 def _download(data: HubData) -> list[Row]:
-    import datasets  # imported here because the import takes a second, and tasks that read files do not need datasets
+    import datasets  # takes a second to import, and only this function needs it
 
     try:
         return list(datasets.load_dataset(data.address, data.config, split=data.split))

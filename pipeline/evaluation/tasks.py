@@ -31,7 +31,7 @@ Prepared = PreparedTask | PreparedCore
 def detokenize(page: str) -> str:
     """Return a WikiText article with normal spacing: ``1 @.@ 5 m ( 5 ft )`` becomes ``1.5 m (5 ft)``.
 
-    The rules and their order are those of lm-evaluation-harness, without one rule that never applies.
+    The rules and their order are those of lm-evaluation-harness.
     """
     page = page.replace("s '", "s'")
     for mark in "-,.":
@@ -77,7 +77,7 @@ def _multiple_choice(name: str, read: Callable[[Row], Example]) -> ChoiceTask:
 
 _HELLASWAG = HubData("Rowan/hellaswag", None, "validation", "train")
 
-#: All tasks except ``validation``, which scores token shards, and ``core``, which consists of several tasks.
+#: All tasks with a name, without two: ``validation`` scores token shards, and ``core`` consists of several tasks.
 NAMED_TASKS: dict[TaskName, NamedTask] = {
     "wikitext2": NamedTask(
         TextTask(
@@ -141,7 +141,7 @@ def check_tasks(
 ) -> None:
     """Raise ConfigError if a task cannot be run, or if an option would have no effect.
 
-    Each task must have a file or be one of the project's tasks (``TaskName``).
+    Each task must be one of the project's tasks (``TaskName``), or must have a file.
 
     Args:
         files: the files that the user gave with ``--data``, by task.

@@ -1,10 +1,10 @@
 """Measure the loss on the validation split.
 
-The split is divided into windows of ``seq_len`` tokens that do not overlap, so each target token is scored once. During
-training, only some windows are scored.
+The split is divided into windows of ``seq_len`` tokens. The windows do not overlap, so each target token is scored
+once. During training, only some windows are scored.
 
-Bits per byte can be compared between models with different tokenizers. They do not include the loss of
-``<|endoftext|>`` targets, because this token encodes no bytes.
+Bits per byte can be compared between models with different tokenizers. They exclude the loss of ``<|endoftext|>``
+targets, because this token encodes no bytes.
 """
 
 import math
@@ -42,8 +42,10 @@ def validate(
 
     Returns:
         A dict with ``val_loss``, ``val_perplexity``, and one ``val_loss_<name>`` per dataset of a mixture. The dict is
-        empty if the task ``validation`` is not selected, or if no dataset has a validation split. If a loss mask
-        excludes all targets of a dataset, the dataset's loss is None and does not count in the loss of the mixture.
+        empty if the task ``validation`` is not selected, or if no dataset has a validation split.
+
+        A loss mask can exclude all targets of a dataset. The loss of this dataset is then None, and the loss of the
+        mixture does not include the dataset.
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}
@@ -103,7 +105,7 @@ def score_split(
 ) -> dict[str, Any]:
     """Score a whole split. Return the loss, perplexity, bits per byte, top-1 and top-5 accuracy, and loss per position.
 
-    Every rank must call this function. All ranks return the same result, which does not depend on ``batch_size``.
+    Every rank must call this function. All ranks return the same result, for any ``batch_size``.
 
     Args:
         compute: the model, on ``world.device`` and in evaluation mode.
@@ -175,7 +177,7 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
         "loss_interval": bounds,
         "perplexity_interval": [perplexity(bound) for bound in bounds],
         "interval": WINDOWS,
-        # If a mask excludes tokens, bits per byte are not known, because the number of bytes in scored tokens is not.
+        # If a mask excludes tokens, the number of bytes in scored tokens is unknown, and so are the bits per byte.
         "bits_per_byte": None if stream.has_mask else (loss_sum - end_of_text_loss) / math.log(2) / stream.utf8_bytes,
         "top1_accuracy": top1 / targets,
         "top5_accuracy": top5 / targets,

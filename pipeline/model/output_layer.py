@@ -26,8 +26,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 class OutputLayer(nn.Linear):
-    """The linear layer that computes logits from hidden states, and the loss. torch.compile can fuse them.
-    """
+    """The linear layer that computes logits from hidden states, and the loss. torch.compile can fuse them."""
 
     __call__: Callable[..., Tensor]
 

@@ -1,8 +1,7 @@
 """Compute the activation memory of one micro-batch, by tracing the real model with fake tensors.
 
-Fake tensors have shapes and dtypes but no memory. The program runs one forward and backward pass, and counts the bytes
-of all live storages. The fake tensors are on the CPU. The estimate for a GPU assumes that the GPU needs the same
-tensors.
+Fake tensors have shapes and dtypes, but no memory. The program runs one forward and backward pass, and counts the bytes
+of all live storages. The fake tensors are on the CPU. A GPU is assumed to need the same tensors.
 """
 
 import weakref
@@ -60,9 +59,9 @@ class Request:
 def trace_activations(request: Request) -> tuple[Peak, ...]:
     """Return the peak memory in each interval (see ``Peak``) of a forward and backward pass, in order.
 
-    If the model has many blocks, the function traces two models with few blocks instead, and extrapolates their peaks.
-    The result then contains only the intervals of the first and last blocks. No interval between them has a larger
-    peak, because memory changes linearly from block to block.
+    For a model with many blocks, the function traces two models with few blocks, and extrapolates their peaks. The
+    result then contains only the intervals of the first and last blocks. Intervals between them have no larger peak,
+    because memory changes linearly from block to block.
     """
     config = request.model
     period = max(1, int(config.activation_checkpointing))
@@ -121,7 +120,7 @@ def _build(request: Request) -> tuple[GPT2, nn.Module]:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all live storages that were allocated inside this dispatch mode.
 
-    The mode also works with fake tensors. It does not see temporary memory inside a kernel.
+    The tensors can be fake. Temporary memory inside a kernel is not counted.
     """
 
     def __init__(self, vocabulary: Container[int] = ()) -> None:

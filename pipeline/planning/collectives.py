@@ -1,9 +1,8 @@
 """List the collectives that a backend issues during a step, and the computation between them.
 
 A micro-step is a list of stages. The forward pass and the backward pass each have a stage for the embeddings, for each
-block, and for the output layer. A stage begins when its weights are gathered. When a stage of the backward pass ends,
-the gradients that it has finished can be reduced. The token embedding and the output layer share one weight, whose
-gradient is finished last.
+block, and for the output layer. A stage begins when its weights are gathered. A gradient can be reduced at the end of
+the stage that finishes it. The token embedding and the output layer share one weight, whose gradient is finished last.
 
 The list describes the backends with torch 2.13 and DeepSpeed 0.19.8.
 """
@@ -124,7 +123,7 @@ class _Issuer:
 
     @property
     def _all_reduces_buckets(self) -> bool:
-        """Return whether stages 1 and 2 all-reduce a bucket. Otherwise they reduce each partition to its rank."""
+        """Return whether ZeRO stages 1 and 2 all-reduce a bucket. Otherwise, they reduce each partition to its rank."""
         zero = self.backend.zero
         return bool(zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True))
 
@@ -192,7 +191,7 @@ class _Issuer:
         """Add the reductions of buckets that are filled with finished gradients.
 
         Args:
-            is_full_after: whether a bucket is reduced after the gradient that reaches the limit. Otherwise, it is
+            is_full_after: whether a bucket includes the gradient that reaches the limit. Otherwise, the bucket is
                 reduced before the gradient that would exceed the limit.
         """
         result, bucket = [], 0

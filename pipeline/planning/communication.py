@@ -3,8 +3,8 @@
 The estimate assumes that each collective uses its fastest algorithm, as NCCL 2.12 does (``src/graph/tuning.cc``). Gloo
 is different: it always uses a ring for an all-reduce.
 
-In the formulas, n is the size of a collective's input in bytes (of its output for an all-gather), p is the number of
-ranks, and h is the number of hosts. A host has g = p / h ranks.
+In the formulas, n is the size of a collective's input in bytes. For an all-gather, n is the size of the output. p is
+the number of ranks, h is the number of hosts, and a host has g = p / h ranks.
 
 Each rank has a link within its host, with bandwidth B_host and latency a_host. Each rank also has a link to other
 hosts, with bandwidth B_net and latency a_net. On one host, B is B_host. On several hosts, NCCL's rings together use all
@@ -34,7 +34,7 @@ _SENT_SHARES: dict[Kind, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatt
 
 @dataclass(frozen=True)
 class Link:
-    """The connection of one rank to other ranks. The bandwidth is for one direction."""
+    """The connection of one rank to other ranks. The bandwidth is that of one direction."""
 
     bytes_per_s: float
     latency_s: float
@@ -84,7 +84,7 @@ class Cluster:
         return min(self.seconds_by_algorithm(collective).values(), default=0.0)
 
     def seconds_by_algorithm(self, collective: Collective) -> dict[str, float]:
-        """Return the seconds that a collective takes, by algorithm. If its group has one rank, the result is empty."""
+        """Return the seconds that a collective takes, by algorithm. For a group of one rank, the result is empty."""
         size, group = collective.size, collective.group
         hosts = self.hosts_of(group)
         if group.size == 1:

@@ -48,9 +48,9 @@ class Device:
 
 
 #: Dense TFLOP/s and NVLink or PCIe bandwidths are from NVIDIA's data sheets. The network bandwidths are those of DGX
-#: H100, H200 and A100. We assume that eight small cards share 100 Gbit/s. llm.c reports an MFU of 0.40 for GPT-2 on
-#: eight H100, and of 0.60 on eight A100, for which we assume 0.50. Other MFUs are guesses. The latencies are those in
-#: ``src/graph/tuning.cc`` of NCCL 2.12 (rings, large messages).
+#: H100, H200 and A100. Eight small cards are assumed to share 100 Gbit/s. For GPT-2, llm.c reports an MFU of 0.40 on
+#: eight H100, and of 0.60 on eight A100. The table has 0.50 for A100. Other MFUs are guesses. The latencies are those
+#: in ``src/graph/tuning.cc`` of NCCL 2.12 (rings, large messages).
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
@@ -86,8 +86,8 @@ def find_device(
         network_gbit_per_s: the bandwidth of all network adapters of a node together.
 
     Raises:
-        ConfigError: the name is unknown, ``memory_gib`` is too small, or the ranks need several nodes but would not
-            fill the last one.
+        ConfigError: the name is unknown, ``memory_gib`` is too small, or the ranks would not fill the last of several
+            nodes.
     """
     device = _measure_this_machine(precision, world_size) if name == THIS else DEVICES.get(name)
     if device is None:
@@ -115,8 +115,8 @@ def find_device(
 def _measure_this_machine(precision: str, world_size: int) -> Device:
     """Return the first GPU with measured speeds. Without a GPU, return a rank's share of the CPU.
 
-    The bandwidth between GPUs is that of a copy from the first to the second GPU. For a single device, it is that of a
-    copy from the host.
+    The bandwidth between GPUs is that of a copy from the first to the second GPU. With a single device, it is that of
+    a copy from the host to the device.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -129,7 +129,7 @@ def _measure_this_machine(precision: str, world_size: int) -> Device:
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size
-        # The measurement uses a rank's threads. All ranks together have no more than all cores.
+        # The measurement uses the threads of one rank. All ranks together cannot use more than all cores.
         share = min(1.0, (os.cpu_count() or 1) / (torch.get_num_threads() * world_size))
         tflops, host_gb_per_s, node_gb_per_s = tflops * share, host_gb_per_s / world_size, node_gb_per_s / world_size
     return Device(

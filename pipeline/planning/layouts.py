@@ -1,8 +1,7 @@
 """Compute how many bytes of memory a rank needs for weights, masters, optimizer state, gradients and buffers.
 
-Masters are fp32 weights that a backend keeps in addition to the weights that the model computes with. If there are
-masters, the optimizer updates them. If ranks need different amounts of memory, the results are for the rank that needs
-the most.
+The *compute weights* are the weights that the model computes with. *Masters* are fp32 weights that some backends also
+keep, for the optimizer to update. All results are for the rank that needs the most memory.
 
 The formulas describe the backends with torch 2.13 and DeepSpeed 0.19.8. Their sources are torch's reducer (ddp) and
 ``fully_shard`` (fsdp), and these files of DeepSpeed: ``runtime/engine.py`` (zero0), ``zero/stage_1_and_2.py`` (zero1,
@@ -38,7 +37,7 @@ class Layout:
     """The bytes of memory that one rank needs for each kind of state.
 
     The bytes for gradients and buffers change during the backward pass. Therefore, ``gradients`` and ``buffers`` are
-    functions. Their argument is the number of elements in all parameters whose gradients are finished.
+    functions. Their argument is the number of elements whose gradients are finished.
     """
 
     compute: Compute
@@ -88,7 +87,7 @@ class _Case:
 
     @property
     def compute(self) -> Compute:
-        """Return which weights a backend computes with if it keeps bf16 weights in the precision ``bf16``."""
+        """Return the kind of compute weights of a backend that keeps bf16 weights in the precision ``bf16``."""
         return "bf16_weights" if self.is_bf16 else "autocast"
 
     def growing(self, total: int) -> Callable[[int], int]:
@@ -157,7 +156,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def exchange_bytes(config: Config, world_size: int) -> int:
-    """Return the bytes of memory in which one rank exchanges and orthogonalizes Muon's matrices, or 0 for AdamW."""
+    """Return the bytes that one rank needs to exchange and orthogonalize Muon's matrices, or 0 for AdamW."""
     if config.optimizer.name != "muon":
         return 0
     shapes = sizes_of(config.model).shapes
@@ -228,7 +227,7 @@ def _fsdp(case: _Case) -> Layout:
 
 
 def _overlapping_bytes(case: _Case, bytes_of: Callable[[int], int]) -> int:
-    """Return the bytes of all parameters that overlap a rank's partition, for the rank with most."""
+    """Return the bytes of all parameters that overlap a rank's partition, for the rank with the most bytes."""
     largest = 0
     for group, partition, _ in case.partitions():
         overlapping = [0] * case.world_size
@@ -267,7 +266,7 @@ def _zero1(case: _Case) -> Layout:
 
 
 def _shard_after_backward(case: _Case, shard: int) -> Callable[[int], int]:
-    """Return the bytes of buffers: buckets in the backward pass, then the fp32 gradients of the partition."""
+    """Return the bytes of buffers: buckets during the backward pass, and then fp32 gradients of the partition."""
     buckets = _reduce_buckets(case)
     return lambda finished: FP32 * shard if finished == case.sizes.total else buckets
 
@@ -275,8 +274,8 @@ def _shard_after_backward(case: _Case, shard: int) -> Callable[[int], int]:
 def _zero2(case: _Case) -> Layout:
     """Return the layout of ZeRO-2: as ZeRO-1, with partitioned gradients.
 
-    With bf16 weights, a rank keeps the gradients of its partition on the device, even with offload. Otherwise, it keeps
-    the gradients of all parameters that overlap the partition. With offload, they are accumulated in host memory.
+    With bf16 weights, a rank keeps the gradients of its partition on the device, also with offload. With fp32 weights,
+    it keeps the gradients of all parameters that overlap the partition. Offload accumulates these in host memory.
     """
     sizes, width = case.sizes, case.width
     shard = sum(partition for _, partition, _ in case.partitions())
@@ -301,7 +300,7 @@ def _zero2(case: _Case) -> Layout:
 
 
 def _pinned_partitions(case: _Case) -> int:
-    """Return the bytes of masters, their gradients and compute weights that ZeRO-2 keeps on the host."""
+    """Return the bytes of masters, master gradients and compute weights that ZeRO-2 keeps on the host."""
     partitions = [partition for _, partition, _ in case.partitions()]
     return sum(2 * case.pinned(FP32 * count) + case.pinned(case.width * count) for count in partitions)
 

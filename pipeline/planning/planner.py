@@ -38,11 +38,11 @@ class Plan:
     backend: str
     batch: BatchPlan
     memory: Memory
-    host_bytes: int  # of each rank, see ``host_memory``
+    host_bytes: int  # host memory per rank, see ``host_memory``
     usable_bytes: int
-    least_bytes: int  # the peak with the config's micro-batch if it fits, otherwise with one sequence
-    largest_micro_batch: int  # the largest that fits and divides the batch; 0 if none fits
-    micro_batch_size: int  # of ``speed`` and ``days``: that of the config if it fits, otherwise the largest that fits
+    least_bytes: int  # the peak with the config's micro-batch, or with one sequence if this micro-batch does not fit
+    largest_micro_batch: int  # the largest size that fits and divides the batch; 0 if none fits
+    micro_batch_size: int  # for ``speed`` and ``days``: the config's size, or the largest if this size does not fit
     speed: Speed
     days: float | None  # until the token budget is used; None if no micro-batch fits
 
@@ -76,9 +76,9 @@ def plan_run(
     Args:
         mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of training tokens in the whole run.
-        grow_batch: whether to enlarge a batch that the ranks cannot divide equally. If True, the micro-batch size is
-            the largest divisor of the sequences per rank that does not exceed the config's micro-batch size. If this
-            size fits in memory, it is also the ``largest_micro_batch`` of the plan.
+        grow_batch: whether to enlarge a batch that the ranks cannot divide equally. If True, the plan may have a
+            smaller micro-batch than the config: the largest one that divides the sequences per rank. If this size fits
+            in memory, it is also the ``largest_micro_batch`` of the plan.
 
     Raises:
         ConfigError: ``grow_batch`` is False, and the batch cannot be divided equally among the ranks.
@@ -110,9 +110,9 @@ def plan_run(
 
 
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:
-    """Return the peak memory of a rank on its device during a step: one number per use, such as gradients.
+    """Return the peak memory of a rank on its device during a step: the bytes per use, such as gradients.
 
-    The first step may differ, because it creates the optimizer state and the buckets for gradients.
+    The first step can have another peak, because it creates the optimizer state and the buckets for gradients.
     """
     layout = layout_of(config, plan)
     request = Request(
@@ -142,8 +142,8 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
 def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
     """Return the peak host memory of a rank in bytes. The memory of libraries and data does not count.
 
-    The result is the size of the offloaded state, plus the size of the rank's share of a checkpoint. This share is
-    copied to host memory before it is written.
+    The result is the size of the offloaded state, plus the size of the rank's share of a checkpoint. A save copies this
+    share to host memory.
     """
     offloaded = layout_of(config, plan, pins_host_memory=device.is_gpu).host
     return offloaded - (-checkpoint_bytes(config) // plan.world_size)
@@ -152,8 +152,7 @@ def host_memory(config: Config, plan: BatchPlan, device: Device) -> int:
 def largest_micro_batch(config: Config, batch: BatchPlan, device: Device) -> int:
     """Return the largest micro-batch size that fits into the memory of the device, or 0 if none fits.
 
-    Only sizes that divide the number of sequences per rank and step are considered, so the tokens per step do not
-    change.
+    The size divides the number of sequences per rank and step, so the tokens per step do not change.
     """
     sequences = batch.micro_batch_size * batch.accumulation  # per rank and step
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]

@@ -80,7 +80,7 @@ def _speed_lines(plan: Plan, price: float | None) -> Iterator[str]:
 def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
     """Return the plan that needs the fewest days, or None if no plan fits.
 
-    Plans are not accurate to 1%. If several plans are within 1% of the fewest days, return the first of these plans.
+    If several plans are within 1% of the fewest days, return the first of them, because plans are not accurate to 1%.
     """
     fitting = [(plan, plan.days) for plan in plans if plan.days is not None]
     fewest = min((days for _, days in fitting), default=0.0)
@@ -90,7 +90,7 @@ def fastest_plan(plans: Sequence[Plan]) -> Plan | None:
 def format_verdict(plans: Sequence[Plan]) -> str:
     """Return one line that says whether any plan fits in memory.
 
-    If so, the line describes the fastest plan. Otherwise, it describes the plan that needs the least memory.
+    If a plan fits, the line describes the fastest plan. Otherwise, it describes the plan that needs the least memory.
     """
     if plan := fastest_plan(plans):
         assert plan.days is not None

@@ -15,9 +15,10 @@ BAR_WIDTH = 30
 def plan_scaling(configs: Mapping[str, Config], device: Device, *, mfu: float, tokens: int) -> list[Plan]:
     """Return the fastest plan for each number of ranks in ``WORLD_SIZES``.
 
-    If no plan fits in memory for a number of ranks, return the plan that needs the least memory. If the ranks cannot
-    divide the config's batch equally, the plan has a larger batch. If the config's micro-batch does not fit in memory
-    or does not divide the batch, the plan has a smaller micro-batch.
+    - If no plan fits in memory for a number of ranks, return the plan that needs the least memory.
+    - If the ranks cannot divide the config's batch equally, the plan has a larger batch.
+    - If the config's micro-batch does not fit in memory, or does not divide the batch, the plan has a smaller
+      micro-batch.
 
     Args:
         configs: backend name -> config. The configs differ only in the backend.

@@ -8,9 +8,9 @@ GROUP_MARK = "/"  # in the name of a plan, between the backend and the size of t
 def with_shard_groups(config: Config | None, world_size: int, per_node: int) -> dict[str, Config]:
     """Return plan name -> copy of the FSDP2 config, with one copy per possible size of the shard groups.
 
-    A shard group is a set of ranks that together hold one copy of the weights. A size is possible if it is the number
-    of ranks on 1, 2, 4, 8, ... nodes, is smaller than the world size, and divides the world size. An example of a
-    name is ``fsdp/8`` for groups of 8 ranks.
+    A shard group is a set of ranks that together hold one copy of the weights. A possible size is the number of ranks
+    on 1, 2, 4, 8, ... nodes. It is smaller than the world size, and divides the world size. The plan for groups of 8
+    ranks has the name ``fsdp/8``.
 
     If ``config`` is None or already sets the size of the shard groups, return an empty dict.
 

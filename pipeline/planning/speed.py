@@ -14,8 +14,8 @@ from pipeline.planning.devices import GB, Device
 from pipeline.planning.layouts import FP32, sizes_of
 
 LINK_EFFICIENCY = 0.7  # assumed fraction of a link's published bandwidth
-#: Bytes per element that CPUAdam reads (weight, moments, gradient) and writes (weight, moments). They are assumed to
-#: have the bandwidth of the link between device and host.
+#: Bytes per element that CPUAdam reads (weight, moments, gradient) and writes (weight, moments). The plan assumes that
+#: this memory traffic has the bandwidth of the link between device and host.
 CPU_ADAM_BYTES = 2 * (FP32 + 2 * FP32) + FP32
 
 
@@ -59,7 +59,7 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
     """Estimate the duration of a step from the FLOP/s and the links of a device.
 
     Args:
-        mfu: the fraction of the device's FLOP/s that the computation reaches. Time for communication does not count.
+        mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
     """
     rate = device.flops(config.run.precision) * mfu
     pass_s = plan.micro_batch_size * plan.seq_len * flops_per_token(config.model, plan.seq_len) / rate
@@ -77,8 +77,7 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
 def cluster_of(device: Device, world_size: int) -> Cluster:
     """Return a cluster whose nodes contain devices of this type.
 
-    Each link of the cluster has ``LINK_EFFICIENCY`` times its bandwidth in ``device``, because collectives do not
-    reach the whole bandwidth.
+    Each bandwidth is multiplied by ``LINK_EFFICIENCY``, because collectives do not reach the whole bandwidth of a link.
     """
     return Cluster(
         min(device.per_node, world_size),
@@ -112,9 +111,14 @@ def compute_seconds(collectives: StepCollectives, pass_s: float) -> float:
 def communication_waits(collectives: StepCollectives, pass_s: float, cluster: Cluster, *, overlaps: bool) -> Waits:
     """Return how long a rank waits for collectives in a step, by cause.
 
-    The wait is estimated three times: for the real links, for links without latency, and for links without latency and
-    with infinite bandwidth between hosts. The first estimate minus the second is the wait for latency. The
-    second minus the third is the wait for links between hosts. The third is the wait for links within hosts.
+    The function estimates the wait three times:
+
+    1. for the real links;
+    2. for links without latency;
+    3. for links without latency, and with infinite bandwidth between hosts.
+
+    The wait for latency is (1) - (2). The wait for links between hosts is (2) - (3). The wait for links within hosts is
+    (3).
 
     Args:
         pass_s: the computing time of one micro-step, without recomputation.
@@ -146,7 +150,7 @@ def micro_step_seconds(stages: Sequence[Stage], pass_s: float, cluster: Cluster,
 
     Args:
         pass_s: the computing time of one micro-step, without recomputation.
-        overlaps: whether the rank computes while a collective runs. If so, the rank issues the gathers of the next
+        overlaps: whether the rank computes while a collective runs. If True, the rank issues the gathers of the next
             stage when a stage begins, and the reductions of a stage when this stage ends. One collective runs at a
             time. The micro-step ends when the last stage and all reductions have ended.
     """
@@ -156,7 +160,7 @@ def micro_step_seconds(stages: Sequence[Stage], pass_s: float, cluster: Cluster,
     if not overlaps:
         return sum(gathers_s) + sum(reductions_s) + sum(computes_s)
     computed_s, sent_s = 0.0, gathers_s[0]  # when the rank has finished the computation and the communication so far
-    gathered_s = sent_s  # when the weights of the stage are there
+    gathered_s = sent_s  # when the weights of the stage have been gathered
     for compute_s, reduction_s, next_gather_s in zip(computes_s, reductions_s, [*gathers_s[1:], 0.0], strict=True):
         start_s = max(computed_s, gathered_s)
         if next_gather_s:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Colour:
     """A color with a light and a dark variant.
 
-    A chart is drawn with the light variants. In its SVG, the function ``draw`` then replaces each light variant by the
-    CSS variable of the color. Therefore, no two colors may have the same light variant.
+    A chart is drawn with the light variants. In the SVG, ``draw`` then replaces each light variant by the CSS variable
+    of the color. Therefore, no two colors may have the same light variant.
     """
 
     name: str

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.report.runs import Row, Run
 
-MOST_POINTS = 2000  # points per curve, more than a screen can show
+MOST_POINTS = 2000  # per curve; more than a screen can show
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _training_chart(runs: Sequence[Run], name: str, title: str, key: str, **look
 
 
 def _difference_chart(runs: Sequence[Run]) -> Chart:
-    """Return the chart of each run's training loss minus the first run's loss, at the steps that both have logged."""
+    """Return a chart of loss differences: each run's training loss minus that of the first run, at common steps."""
     reference = {row["step"]: row["loss"] for row in runs[0].rows if row.get("loss") is not None}
     curves = []
     for i, run in enumerate(runs[1:], start=1):
@@ -107,8 +107,8 @@ def _curve(run: int, label: str, rows: Sequence[Row], axis: Axis, key: str, **lo
 def thin_out(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return at most ``MOST_POINTS`` points of a curve.
 
-    If the curve has more points, divide it into ranges with equal numbers of points. From each range, return the lowest
-    and the highest point.
+    A curve with more points is divided into ranges with equal numbers of points. The result contains the lowest and the
+    highest point of each range.
     """
     if len(points) <= MOST_POINTS:
         return points

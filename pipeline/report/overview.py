@@ -17,8 +17,8 @@ from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_
 from pipeline.run_folder.lock import is_locked
 from pipeline.run_folder.metrics import read_metrics
 
-#: The states of a run that has trained. A stale run has not ended, but writes no heartbeat. A failed run was ended by
-#: an error or a kill before its last step.
+#: The states of a run that has trained. A stale run has not ended, but writes no heartbeat. A failed run has ended
+#: before its last step, because of an error or a kill.
 STATES = ("running", "stale", "finished", "interrupted", "failed")
 #: The states of a run whose checkpoints launch/train.py has not written.
 AVERAGED, NOT_STARTED = "averaged", "not started"
@@ -29,7 +29,7 @@ _LEFT_COLUMNS = (0, 1, 8)
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The state and the progress of one run. A number that the run has not written yet is None."""
+    """The state and the progress of one run. Numbers that the run has not written yet are None."""
 
     folder: str
     state: str
@@ -38,7 +38,7 @@ class RunSummary:
     loss: float | None
     val_loss: float | None
     tokens_per_s: float | None
-    age_s: float  # seconds since the last row, or since the last change of the folder without rows
+    age_s: float  # seconds since the last row; if there are no rows, since the last change of the folder
     size_bytes: int
     last_checkpoint: str | None
     last_checkpoint_step: int | None
@@ -50,7 +50,10 @@ class RunSummary:
 def summarize_runs(folder: Path) -> list[RunSummary]:
     """Return the runs in a folder and in its sub-folders, the most recently active first.
 
-    Runs without metrics are included, such as imported models. If there is no run, ReportError is raised.
+    Runs without metrics, such as imported models, are included.
+
+    Raises:
+        ReportError: there is no run.
     """
     names = (METRICS_FILE, CHECKPOINTS_FOLDER, CONFIG_FILE)
     paths = {path for depth in ("", "*/", "*/*/") for name in names for path in folder.glob(f"{depth}{name}")}

@@ -41,7 +41,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' names, with as many parent folders as are needed to make all names unique."""
+    """Return the folders' names. Parent folders are added until all names are unique."""
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         raise ReportError("a run is given twice; name each run once")

@@ -113,7 +113,7 @@ def _format(value: Any) -> str:
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
-    """Return a table of the settings in which the runs differ. A single run is compared with the defaults."""
+    """Return a table of the settings that differ between the runs, or between a single run and the defaults."""
     columns = {run.label: run.settings for run in runs}
     if len(runs) == 1:
         columns = {"default": dict(flatten(dump_config(Config()))), **columns}

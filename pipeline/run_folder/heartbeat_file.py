@@ -23,12 +23,11 @@ STALE_AFTER_S = 600.0
 class HeartbeatFile:
     """Writes the step, the state and the time to ``heartbeat.json`` in the run folder.
 
-    Only the main thread writes, so the time becomes old if this thread is stuck. A new state is written at once. While
-    the state does not change, the file is written at most every ``INTERVAL_S`` seconds. The file is not
-    fsynced, because an fsync can be slow.
+    Only the main thread writes, so the time in the file becomes old if this thread is stuck. A new state is written at
+    once. While the state does not change, the file is written at most every ``INTERVAL_S`` seconds.
 
     Args:
-        run_folder: on the main rank, the run folder. On all other ranks, None: nothing is written.
+        run_folder: the run folder on the main rank, and None on all other ranks. With None, nothing is written.
     """
 
     def __init__(self, run_folder: Path | None, now: Callable[[], float] = time.monotonic) -> None:
@@ -41,7 +40,7 @@ class HeartbeatFile:
 
     @contextmanager
     def starting(self, step: int) -> Iterator[None]:
-        """Return a context manager for the whole run. Before its ``with`` block, it writes the state ``starting``.
+        """Return a context manager for the whole run. It writes the state ``starting`` before the ``with`` block.
 
         If the block fails while the state is still ``starting``, the context manager restores the earlier file.
         """
@@ -72,7 +71,7 @@ class HeartbeatFile:
     def beat(self, step: int | None = None) -> None:
         """Write the file again if the last write was at least ``INTERVAL_S`` seconds ago.
 
-        ``step`` is the number of finished steps. If None, the number in the file does not change.
+        ``step`` is the number of finished steps. None keeps the number that is in the file.
         """
         if step is not None:
             self._step = step

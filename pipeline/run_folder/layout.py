@@ -5,7 +5,7 @@ from pathlib import Path
 CONFIG_FILE = "config.json"  # the resolved run config
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
-TABLE_FILE = "metrics.csv"  # the same rows as a table
+TABLE_FILE = "metrics.csv"  # the rows of metrics.jsonl as a table
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
 REPORT_FOLDER = "report"
@@ -18,5 +18,5 @@ REMOTE_FILE = "remote.json"  # the URLs with copies of this run's checkpoints
 
 
 def run_folder_of(checkpoint: Path) -> Path:
-    """Return the run folder of a checkpoint. If it is not in a run folder, return the checkpoint folder itself."""
+    """Return the run folder of a checkpoint, or the checkpoint folder itself if it is not in a run folder."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS_FOLDER else checkpoint

@@ -16,7 +16,7 @@ from pipeline.run_folder.layout import LOCK_FILE
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Return a context manager that locks a run folder. The kernel releases the lock of a dead process.
+    """Return a context manager that locks a run folder. If this process dies, the kernel releases the lock.
 
     Raises:
         ConfigError: another process holds the lock.
@@ -38,7 +38,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 def is_locked(folder: Path) -> bool:
     """Return whether a process holds the lock of a run folder.
 
-    The lock file names a process. A process on another host is assumed to be alive.
+    If the lock file names a process on another host, the result is True.
     """
     try:
         holder = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))

@@ -47,9 +47,9 @@ class RunLog(logging.Handler):
 
 @contextmanager
 def run_log(rank: int) -> Iterator[RunLog]:
-    """Return a context manager that gives a ``RunLog``, which receives all log lines of the block.
+    """Return a context manager whose ``with`` block gets a ``RunLog`` that receives all log lines of the block.
 
-    An error in the block is logged too: a ``UserError`` as one line, any other error with its traceback.
+    An error in the block is also logged: a ``UserError`` as one line, any other error with its traceback.
     """
     handler = RunLog(rank)
     loggers = [logging.getLogger(name) for name in LOGGED_PACKAGES]

@@ -24,14 +24,13 @@ LAYER_PREFIX = "layer_"
 #: The completion that the model has generated.
 SAMPLE_KEY = "sample"
 
-#: The config keys that make a row's numbers differ from those of other backends.
+#: Row key -> list of ``backend.deepspeed`` keys that can make the results differ from those of other backends.
 DIFFERENT_NUMBERS_KEY = "different_numbers"
 
 #: The mean loss of the steps since the previous training row.
 MEAN_LOSS_KEY = "mean_loss"
 
-#: Row key -> format on the console, which shows no other keys. Fixed widths align the columns of training rows.
-#: With the time of day and the time left, a line fits into 100 columns.
+#: Row key -> format on the console. The console shows no other keys. Fixed widths align the columns of training rows.
 _CONSOLE_FORMATS = {
     MEAN_LOSS_KEY: "loss {:7.4f}",
     "val_loss": "validation loss {:.4f}",
@@ -43,7 +42,7 @@ _CONSOLE_FORMATS = {
 
 _SPEED_KEYS = ("tokens_per_s", "step_ms", "mfu", "peak_memory_gib")
 
-#: The losses by row key. The console also shows that a loss is null.
+#: The losses by row key. The console shows them even if they are null.
 LOSSES = {MEAN_LOSS_KEY: "loss", "val_loss": "validation loss"}
 
 
@@ -66,7 +65,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
-    """Return whether a JSON value is a row: an object with a step, and numbers or null where numbers are shown."""
+    """Return whether a JSON value is a row: an object with a step. The console's values must be numbers or null."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
     numbers = ("loss", "lr", *_SPEED_KEYS, *_CONSOLE_FORMATS)

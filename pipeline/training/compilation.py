@@ -20,19 +20,18 @@ log = logging.getLogger(__name__)
 SHORTEST_COMPILED_CPU_RUN_S = 600.0
 
 _TIMED_TOKENS = 2048  # enough that the time grows with the tokens, few enough to need little memory
-_TIMED_REPEATS = 3  # after one that warms up
+_TIMED_REPEATS = 3  # after one pass that warms up
 
 
 def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
-    """Return the config with ``run.compile`` set to true or false, the same on every rank.
+    """Return the config with ``run.compile`` set to true or false. The value is the same on every rank.
 
-    Every rank must call this. If a rank has no working compiler, the run is not compiled. If ``run.compile`` is
-    ``auto``, the device decides:
+    Every rank must call this. If a rank has no working compiler, the value is false. Otherwise, ``auto`` means:
 
-    - On CUDA, the run is compiled.
-    - On MPS, the run is not compiled.
-    - On a CPU, a new run is compiled only if it will take long. A resumed run keeps its earlier choice, because
-      compilation changes rounding.
+    - On CUDA, the value is true.
+    - On MPS, the value is false.
+    - On a CPU, the value is true for a new run that will take more than ``SHORTEST_COMPILED_CPU_RUN_S``. A resumed run
+      keeps its earlier value, because compilation changes rounding.
 
     Args:
         start: the checkpoint from which the run resumes, or None.
@@ -69,7 +68,7 @@ def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: in
     Args:
         tokens: about how many tokens the measured sequences contain.
         repeats: how often to repeat the passes after the first measurement, which is slower. The result is the
-            shortest time of the repeats. If ``repeats`` is 0, the result is the first measurement.
+            shortest time of the repeats. With 0 repeats, the result is the first measurement.
     """
     sequences = min(plan.micro_batch_size, max(1, tokens // plan.seq_len))
     compute = replicated_compute(_timed_model(config), config.run.precision, torch.device("cpu"))
@@ -89,7 +88,7 @@ def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: in
 def _timed_model(config: Config) -> GPT2:
     """Return a model that does the computation of the run's model with the memory of a single block.
 
-    It fits on a rank that has only a shard of the real model.
+    It fits into the memory of a rank that holds only a shard of the real model.
     """
     model = build_model(config.model.model_copy(update={"n_layer": 1}), config.run.seed)
     (first,) = model.h

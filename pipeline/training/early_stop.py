@@ -7,8 +7,8 @@ from pipeline.config.schema import ScheduleConfig
 def early_stop_reason(schedule: ScheduleConfig, validation: ValidationHistory) -> str | None:
     """Return why the run must stop now, or None. The reason names the config key that stops the run.
 
-    The result depends only on the config and on values in checkpoints. Therefore, a stopped run does not continue when
-    it is started again.
+    The result depends only on the config and on values in checkpoints. A stopped run that is started again therefore
+    stops again.
     """
     if validation.best_loss is None:
         return None

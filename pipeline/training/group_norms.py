@@ -34,7 +34,7 @@ def layer_group(name: str) -> str:
 class GroupNorms:
     """Measures the gradient norm, the weight norm and the update ratio of each layer group for one step.
 
-    Create an object just before the step, because the constructor copies this rank's weights and first moments. Call
+    Create an object just before the step. The constructor copies this rank's weights and first moments. Call
     ``measure`` after the step.
 
     Backends keep gradients in different places. Therefore, this class computes the gradients from AdamW's first moment
@@ -54,8 +54,8 @@ class GroupNorms:
         Every rank must call this.
 
         Args:
-            grad_norm: the global gradient norm, unscaled and before clipping. The groups' gradient norms are scaled to
-                match it.
+            grad_norm: the global gradient norm, unscaled and before clipping. The gradient norms of the groups are
+                scaled to match this norm.
 
         Returns:
             Three values per group: ``layer_grad_norm/GROUP``, ``layer_weight_norm/GROUP`` (after the step) and

@@ -23,8 +23,8 @@ _POSITIONS = "wpe.weight"
 def find_initial_weights(config: Config) -> Path | str | None:
     """Return the path or URL of a new run's weights, or None if ``checkpoint.init_from`` is null.
 
-    If ``init_from`` is the URL of a run, return the URL of its newest good checkpoint. Call this function only on the
-    main rank, because it verifies the hashes of all files.
+    If ``init_from`` is the URL of a run, return the URL of the run's newest good checkpoint. Call this function only on
+    the main rank, because it verifies the hashes of all files.
 
     Raises:
         CheckpointError: the weights are missing or damaged, or do not fit the model.
@@ -35,14 +35,14 @@ def find_initial_weights(config: Config) -> Path | str | None:
     path = locate_weights(config.checkpoint.init_from)
     _require_same_sizes(open_weights(path), config.model)
     if is_remote(config.checkpoint.init_from):
-        return checkpoint_url(split_url(config.checkpoint.init_from)[0], step_of(path))  # the same for all ranks
+        return checkpoint_url(split_url(config.checkpoint.init_from)[0], step_of(path))  # a path would differ per host
     return path
 
 
 def write_initial_weights(place: Path | str | None, backend: Backend, seed: int) -> dict[str, Any] | None:
-    """Set the weights of a new run to those at ``place``. If ``place`` is None, set them to random values.
+    """Set the weights of a new run to the stored weights at ``place``, or to random values if ``place`` is None.
 
-    Returns the path and the step of the stored weights, or None for random weights. Every rank must call this.
+    Return the path and the step of the stored weights, or None for random weights. Every rank must call this.
     """
     if place is not None:
         return load_initial_weights(place, backend)
@@ -76,8 +76,8 @@ def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
 def copy_positions(source: WeightSource, start: int, target: Tensor) -> None:
     """Fill ``target``, a range of this run's position embeddings, from the position embeddings of a stored model.
 
-    If this run has a shorter context than the stored model, only the first stored rows are used. If it has a longer
-    context, the r stored rows are repeated: row i is a copy of stored row i mod r (Beltagy et al. 2020, section 5).
+    If the context of this run is shorter than that of the stored model, only the first stored rows are used. If it is
+    longer, the r stored rows are repeated: row i is a copy of stored row i mod r (Beltagy et al. 2020, section 5).
 
     Args:
         start: the first index of the range in this run's flattened position embeddings.

@@ -15,7 +15,8 @@ from pipeline.distributed.world import World
 
 log = logging.getLogger(__name__)
 
-#: Sent by schedulers, by Ctrl-C, by a terminal that closes, and by Slurm with --signal=USR1@120 before the time limit.
+#: SIGTERM comes from schedulers, SIGINT from Ctrl-C, SIGHUP from a terminal that closes, and SIGUSR1 from Slurm with
+#: --signal=USR1@120 before the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 #: torchrun forwards a Ctrl-C that the ranks have already received. A later SIGINT is a second Ctrl-C.
 _ONE_REQUEST_S = 1.0
@@ -31,7 +32,7 @@ _LAUNCHER_NOTES = {
 class StopRequest:
     """Records signals that ask a run to stop, and tells all ranks.
 
-    A thread prints an answer to the first signal at once, even while the main thread compiles the model.
+    A thread answers the first signal with a line at once, even while the main thread compiles the model.
     """
 
     def __init__(self, world: World) -> None:
@@ -43,13 +44,12 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Return a context manager that records signals which ask the run to stop.
+        """Return a context manager. Inside its block, signals that ask the run to stop are only recorded.
 
-        Inside the block, such a signal does not end the process. Only a second Ctrl-C ends it.
+        A second Ctrl-C ends the process.
 
-        If the block raises a ``RuntimeError``, signals are still recorded after the block, because a lost rank may have
-        caused the error. In this case, the launcher sends SIGTERM to this process, and the process must print which
-        rank is lost before it ends.
+        If the block raises a ``RuntimeError``, signals are still recorded after the block. A lost rank may have caused
+        the error. The launcher then sends SIGTERM to this process, which must first print which rank is lost.
         """
         thread = SignalThread(self._record)
         thread.start()
@@ -92,7 +92,7 @@ class StopRequest:
             os._exit(128 + signal.SIGINT)  # the main thread may not run again for minutes
 
     def _answer(self, number: signal.Signals) -> None:
-        """Print what happens next, on one rank per node."""
+        """Print, on one rank per node, what the run does after a signal."""
         if self._world.local_rank == 0:
             say = log.warning if self._world.is_main else _print  # other ranks log only errors
             again = "; press Ctrl-C again to stop now without saving" if number is signal.SIGINT else ""

@@ -1,7 +1,7 @@
 """Find the existing runs of a ladder, and compare their settings with those of the command.
 
-A ladder is one long run at a constant learning rate, and several branches. In a branch, the rate decays. Each branch
-starts from a step of the long run, a *milestone*.
+A ladder is one long run at a constant learning rate, and several branches. Each branch starts from a step of the long
+run, which is called a *milestone*. In a branch, the learning rate decays.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ _OF_NUMBERS = (
     "evaluation.max_batches",
 )
 _NOT_OF_NUMBERS = ("model.activation_checkpointing", "data.verify")
-#: The long run does not use these keys, except its length, which grows with new milestones.
+#: Keys of the decay. The long run uses only ``schedule.max_steps``, which grows with new milestones.
 _OF_DECAY = ("schedule.max_steps", "schedule.decay_steps", "schedule.decay_shape", "schedule.min_lr_ratio")
 
 
@@ -51,10 +51,7 @@ def check_long_run(run_folder: Path, config: Config) -> None:
 
 
 def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
-    """Raise ConfigError if the run has passed a milestone without keeping a checkpoint there.
-
-    A milestone is a step from which a branch starts.
-    """
+    """Raise ConfigError if the run has passed a milestone and has no checkpoint of this step."""
     steps = [step_of(folder) for folder in list_checkpoints(run_folder)]
     for milestone in milestones:
         if steps and max(steps) > milestone and not checkpoint_folder(run_folder, milestone).is_dir():
@@ -80,7 +77,7 @@ def choose_branch_folder(out: Path, milestone: int, config: Config) -> Path:
 
 
 def _changes(run_folder: Path, config: Config) -> dict[str, str]:
-    """Return a text for each setting that determines the numbers of a run and differs from ``config``."""
+    """Return one text per setting that affects the results of a run and differs from ``config``."""
     for folder in reversed(list_checkpoints(run_folder)):
         with suppress(CheckpointError):  # a damaged checkpoint, which the run will skip, too
             changes = changed_settings(read_state_file(folder).config, dump_config(config))

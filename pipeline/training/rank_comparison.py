@@ -27,8 +27,8 @@ class RankComparison:
     """Compares the step times of the ranks since the previous row of metrics. Every rank must create this object.
 
     Args:
-        slow_ratio: a rank is logged as slow if its time for compute and data wait is more than ``slow_ratio`` times the
-            mean of the other ranks. If None, the log names neither slow ranks nor slow links between hosts.
+        slow_ratio: a rank is slow if its time for compute and data wait is more than ``slow_ratio`` times the mean of
+            the other ranks. If None, nothing is logged about slow ranks and slow links.
     """
 
     def __init__(self, clock: StepClock, world: World, slow_ratio: float | None) -> None:
@@ -58,10 +58,8 @@ class RankComparison:
     def read(self) -> dict[str, Any]:
         """Return metrics from the times that ``start`` has collected.
 
-        If a rank was slow in several consecutive rows of metrics, log this rank.
-
-        Synchronize the device before this call. If the run has only one rank or a rank has measured no step yet, the
-        result is empty.
+        If a rank was slow in several consecutive rows of metrics, log this rank. Synchronize the device before this
+        call. The result is empty if the run has only one rank, or if a rank has measured no step yet.
         """
         times = [] if self._times is None else self._times.tolist()
         if not times or not all(compute_s for compute_s, *_ in times):
@@ -80,8 +78,8 @@ class RankComparison:
     def finds_slow_network(self) -> bool:
         """Return whether the ranks are on several hosts, and all ranks waited long in collectives.
 
-        The function uses the waits from the last call of ``read``. All ranks get the same result. After a call of
-        ``log_links``, the result is False until the ranks wait notably longer than at that call.
+        All ranks get the same result, which is based on the last call of ``read``. After a call of ``log_links``, the
+        result is False until the ranks wait notably longer than they did at that call.
         """
         if self._slow_ratio is None or len(set(self._hosts)) == 1:
             return False
@@ -103,7 +101,7 @@ class RankComparison:
             )
 
     def _log(self, rank: int, ratio: float, times: list[float]) -> None:
-        """Log one line when a rank has been slow for ``_SLOW_ROWS`` rows, but not again while it stays slow."""
+        """Log one line when a rank has been slow for ``_SLOW_ROWS`` rows. While it stays slow, do not log it again."""
         slow_rank = rank if self._slow_ratio is not None and ratio > self._slow_ratio else None
         self._slow_rows = self._slow_rows + 1 if slow_rank == self._slow_rank else 1
         self._slow_rank = slow_rank

@@ -23,12 +23,11 @@ log = logging.getLogger(__name__)
 def fetch_remote_start(config: Config, world: World) -> None:
     """If the run starts from a checkpoint at a URL, download this checkpoint into the run folder.
 
-    - If ``checkpoint.resume`` is ``auto``, download the newest checkpoint at ``checkpoint.remote``, but only if it is
-      newer than all undamaged checkpoints in the run folder.
-    - If ``checkpoint.resume`` is a URL, download the checkpoint at this URL, but only if the run folder has no
-      undamaged checkpoint.
+    - ``checkpoint.resume`` is ``auto``: download the newest checkpoint at ``checkpoint.remote`` if it is newer than all
+      undamaged checkpoints in the run folder.
+    - ``checkpoint.resume`` is a URL: download the checkpoint at this URL if the run folder has no undamaged checkpoint.
 
-    Damaged checkpoints are skipped with a warning. Every rank must call this.
+    Damaged checkpoints at the URL are skipped with a warning. Every rank must call this.
 
     Raises:
         CheckpointError: ``checkpoint.remote`` belongs to another run. Or the run folder has no undamaged checkpoint,
@@ -54,7 +53,7 @@ def fetch_remote_start(config: Config, world: World) -> None:
 
 
 def _find_candidates(options: CheckpointConfig, run_folder: Path) -> tuple[list[RemoteCheckpoint], bool]:
-    """Return the checkpoints from which the run may start, best first, and whether one is needed."""
+    """Return the checkpoints from which the run may start, best first, and whether the run needs one of them."""
     if not is_remote(options.resume) and options.remote is None:
         return [], False
     own = newest_good_checkpoint(run_folder)
@@ -70,7 +69,7 @@ def _find_newer(url: str, resume: str, run_folder: Path, own: Path | None) -> li
     Returns an empty list if ``resume`` does not ask for them.
 
     Raises:
-        CheckpointError: the URL belongs to another run, or the run cannot start without its checkpoints.
+        CheckpointError: the URL belongs to another run, or the run needs a checkpoint from the URL and cannot get one.
     """
     run = RemoteRun(url)
     is_own = own is not None and is_paired(run_folder, run.url)

@@ -28,7 +28,7 @@ from pipeline.training.schedule import lr_at
 
 log = logging.getLogger(__name__)
 
-#: Keys that say how and where a run was started, not how it trains.
+#: Keys that say how and where a run was started. They do not affect the training.
 _KEYS_OF_A_START = {"checkpoint.resume", "run.working_dir"}
 
 AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other value is a path
@@ -57,8 +57,8 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     The caller must hold the lock of the run folder. The function deletes the folders of interrupted saves.
 
     The next start must not use checkpoints that are later than the chosen one. Therefore, the function renames later
-    checkpoints in the run folder. It also records in the run folder that later checkpoints at ``checkpoint.remote``
-    are abandoned.
+    checkpoints in the run folder. For ``checkpoint.remote``, it records in the run folder that later checkpoints are
+    abandoned.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, the run folder contains another run, or the data, seed or
@@ -151,8 +151,8 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 def describe_started_decay(start: Path, config: Config) -> str | None:
     """Return a warning if a new run starts from another run's checkpoint, at a step inside the new run's decay.
 
-    In this case, the learning rate usually jumps. If both runs have the same schedule and peak learning rate, it does
-    not jump, and the result is None.
+    In this case, the learning rate usually jumps. The result is None if both runs have the same schedule and the same
+    peak learning rate, because the learning rate then does not jump.
 
     Args:
         start: the checkpoint from which the new run continues.
@@ -196,7 +196,7 @@ def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, An
 def _check_same_run(
     config: Config, data_sha256: str, folder: Path, state: TrainingState, stored_config: dict[str, Any]
 ) -> None:
-    """Raise CheckpointError if the model has changed, or the data order of a run that has consumed samples."""
+    """Raise CheckpointError if the model has changed, or if the data order has changed after the first step."""
     model = config_section(stored_config, "model")
     settings: list[tuple[str, Any, Any, str]] = [
         ("model.reset_positions_at", model.get("reset_positions_at"), config.model.reset_positions_at, "model")
@@ -238,7 +238,7 @@ def describe_changes(start: Path, config: Config) -> list[str]:
 
 
 def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:
-    """Return the training state from which the run starts. Load the checkpoint ``start``, if any, into the backend.
+    """Return the training state from which the run starts. If ``start`` is a checkpoint, load it into the backend.
 
     Every rank must call this.
     """

@@ -54,7 +54,7 @@ def train(config: Config) -> Trainer | None:
     """Train to the last step of a run, from scratch or from a checkpoint.
 
     Returns the trainer, or None if the run is already complete. Keep a reference to the trainer until the process ends,
-    because freeing it earlier can hang.
+    because the process can hang when the trainer is freed.
 
     Raises:
         UserError: the config, a dataset or a checkpoint cannot be used, or training cannot continue.
@@ -81,7 +81,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     """Build the trainer and everything that it needs, or return None if the run is already complete.
 
     Args:
-        resources: keeps the run folder's lock and the choice of the attention kernel.
+        resources: the stack that holds the lock of the run folder and the choice of the attention kernel.
     """
     if world.device.type == "mps" and config.backend.name != "ddp":
         raise ConfigError(f"backend.name: {config.backend.name} does not run on mps; use ddp, or run.device cpu")
@@ -133,8 +133,8 @@ def open_run_folder(config: Config, resources: ExitStack) -> None:
     """Create and lock the run folder.
 
     Args:
-        resources: when this stack closes, it releases the lock. If the run could not start, the stack also removes the
-            folders that this call created.
+        resources: the stack that releases the lock when it closes. If the run could not start, the stack also removes
+            the folders that this call created.
     """
     folder = Path(config.run.out_dir)
     resources.enter_context(removed_if_unused(make_run_folder(folder)))

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
-    The constructor deletes the rows of steps after ``resumed_step``. If keys of ``backend.deepspeed`` can make the
-    results differ from those of other backends, each row lists these keys.
+    The constructor deletes the rows of steps after ``resumed_step``. Some keys of ``backend.deepspeed`` can make the
+    results differ from those of other backends. Each row lists the keys of this kind that the config sets.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
@@ -51,7 +51,7 @@ class RunRecord:
     def elapsed_s(self) -> float:
         """Return how many seconds the run has taken so far, as wall-clock time.
 
-        Earlier processes of a resumed run count, but not the pauses between them.
+        The time includes earlier processes of a resumed run, without the pauses between them.
         """
         return round(time.perf_counter() - self._started, 3)
 
@@ -88,7 +88,7 @@ class RunRecord:
     def write_uploads(self, outcomes: list[UploadOutcome]) -> None:
         """Write one row per outcome of an upload.
 
-        A failed upload is also logged, except if the previous upload failed for the same reason.
+        A failed upload is also logged, but not if the previous upload has failed for the same reason.
         """
         url = self.config.checkpoint.remote
         for outcome in outcomes:

@@ -5,18 +5,18 @@ import math
 from pipeline.config.schema import AveragingConfig, Config, OptimizerConfig, ScheduleConfig
 
 CHART_ROWS = 20
-CHART_COLUMNS = 50  # of the bar at the peak
+CHART_COLUMNS = 50  # the length of the bar at the peak learning rate
 
 
 def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
     """Return the learning rate of the optimizer step that comes after ``step`` finished steps.
 
-    The rate rises linearly to its peak for ``warmup_steps`` steps. Later, it falls to the minimum, which is
+    The rate rises linearly to its peak for ``warmup_steps`` steps. In the decay, it falls to the minimum, which is
     ``min_lr_ratio`` times the peak.
 
-    With ``wsd``, the rate is below the peak at the first step of the decay, and at the minimum at the last step of the
-    run. With ``cosine`` and ``linear``, the rate is at the peak at the first step of the decay, and above the minimum
-    at the last step of the run (Loshchilov and Hutter 2017).
+    - With ``wsd``, the first step of the decay is below the peak, and the last step of the run is at the minimum.
+    - With ``cosine`` and ``linear``, the first step of the decay is at the peak, and the last step of the run is above
+      the minimum (Loshchilov and Hutter 2017).
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
@@ -32,7 +32,7 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
 
 
 def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
-    """Return the share of (peak - floor) that is left after ``progress``, 0 to 1, of the decay."""
+    """Return the share of (peak - floor) that is left at a point of the decay. ``progress`` is from 0 to 1."""
     shape = (schedule.decay_shape or "linear") if schedule.name == "wsd" else schedule.name
     if shape == "cosine":  # Loshchilov and Hutter 2017, without restarts
         return 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -44,8 +44,8 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
 def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
     """Return the decay of the weights' moving average in the next step. If ``averaging.ema`` is None, return None.
 
-    The decay is smaller at the beginning, so that the average soon forgets the initial weights. The formula is that of
-    TensorFlow's ``ExponentialMovingAverage``.
+    The decay is smaller at the beginning of a run, so that the average soon forgets the initial weights. The formula is
+    that of TensorFlow's ``ExponentialMovingAverage``.
 
     Args:
         step: the number of finished steps.
@@ -56,8 +56,8 @@ def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
 def format_schedule(config: Config) -> str:
     """Return a description of the schedule and a bar chart of the learning rate, as text.
 
-    The chart has one line for each of several equally spaced steps. It also has lines for the step at the end of the
-    warm-up and the step at the start of the decay.
+    The chart has one line per step, for several equally spaced steps, the end of the warm-up, and the start of the
+    decay.
     """
     schedule = config.schedule
     spread = {schedule.max_steps * row // CHART_ROWS for row in range(CHART_ROWS + 1)}

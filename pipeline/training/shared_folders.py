@@ -48,10 +48,7 @@ def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> No
 
 
 def find_difference(views: Sequence[View]) -> str | None:
-    """Return a message about the first rank whose run folder or data differ from those of rank 0.
-
-    If there is no such rank, return None.
-    """
+    """Return a message about the first rank whose run folder or data differ from those of rank 0, or None."""
     main = views[0]
     for rank, view in enumerate(views):
         if not view.has_token:

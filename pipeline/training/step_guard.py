@@ -1,4 +1,4 @@
-"""Judge whether finished steps were good, skipped, or spikes. Stop the run after too many bad steps."""
+"""Judge whether each finished step was good, was skipped, or is a spike. Stop the run after too many bad steps."""
 
 import logging
 import math
@@ -49,9 +49,9 @@ class FinishedStep:
     first_sample: int
     stop_sample: int
     grad_norm: float
-    loss_scale: float  # the factor that the loss was multiplied by
+    loss_scale: float  # the factor by which the loss was multiplied
     loss: float | None  # of the global batch; None if the run does not watch for spikes
-    scored_targets: int  # of the global batch; without any, the loss is NaN and the gradients are zero
+    scored_targets: int  # of the global batch; if 0, the loss is NaN and the gradients are zero
 
     def __str__(self) -> str:
         loss = "" if self.loss is None else f"loss {self.loss:.4g}, "
@@ -137,8 +137,8 @@ class StepGuard:
     def next_sample(self, consumed: int, samples_per_step: int) -> int:
         """Return the index of the first sample of the next step, in the order of training.
 
-        Usually, the result is ``consumed``. If the step would then contain samples of an earlier spike, the step starts
-        after these samples.
+        Usually, the result is ``consumed``. If the step would contain samples of an earlier spike, the result is the
+        first sample after them.
 
         Args:
             consumed: the index of the first sample after the previous step.
@@ -156,7 +156,7 @@ class StepGuard:
             log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
 
     def log_steps_without_targets(self) -> None:
-        """Log how many steps of this process had no scored target. If every step had one, log nothing."""
+        """Log how many steps of this process had no scored target. If there are no such steps, log nothing."""
         if count := self._steps_without_targets:
             log.warning("steps without a scored target since this start: %d; their loss is null", count)
 
@@ -186,7 +186,7 @@ class StepGuard:
 
 
 def z_score(value: float, window: tuple[float, ...]) -> float:
-    """Return by how many standard deviations ``value`` is above the mean of ``window``.
+    """Return how many standard deviations ``value`` is above the mean of ``window``.
 
     If ``value`` is NaN, the result is NaN.
     """

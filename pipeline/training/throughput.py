@@ -25,7 +25,7 @@ def measure_ceiling(world: World, config: Config, tokens: int, seconds: float = 
         seconds: about how long the measurement takes.
     """
     shapes = layer_products(config.model, tokens)
-    world.gather(None)  # all ranks measure at the same time, because on a CPU they share the cores
+    world.gather(None)  # all ranks must measure at the same time, because they share the cores of a CPU
     return sum(world.gather(measure_matmul_ceiling(world.device, matmul_dtype(config.run.precision), shapes, seconds)))
 
 

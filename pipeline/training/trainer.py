@@ -55,8 +55,8 @@ class Trainer:
     :func:`pipeline.training.run.train` creates a trainer from a config.
 
     Args:
-        state: the progress of the run. The weights and the optimizer state in the backend must have the same progress.
-        tasks: the prepared tasks of ``evaluation.tasks`` except ``validation``.
+        state: the progress of the run. The weights and the optimizer state in the backend must belong to this progress.
+        tasks: the prepared tasks of ``evaluation.tasks``, without ``validation``.
         heartbeat_file: writes ``heartbeat.json``. If None, the trainer does not write this file.
     """
 
@@ -219,7 +219,7 @@ class Trainer:
         self.world.progress.reach(phase, is_patient=True, repeats=False)
 
     def _reach_of_step(self, phase: str) -> None:
-        """Tell the heartbeat that a phase of a step begins. The first step compiles, the second shows what is usual."""
+        """Tell the heartbeat that a phase of a step begins. The first step takes longer, because it compiles."""
         self.world.progress.reach(phase, is_patient=self._steps_here < 2, repeats=self._steps_here > 0)
 
     def _reach_in_step(self, activity: str) -> None:
@@ -266,8 +266,6 @@ class Trainer:
     def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[LateValue, LateValue]:
         """Accumulate gradients over micro-batches.
 
-        The sum over the ranks starts here, because later it would wait for all queued steps.
-
         Returns:
             The mean loss and the number of scored targets of the global batch. The loss is NaN if no target is scored.
         """
@@ -279,7 +277,7 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(micro_batches):
             self._reach_in_step(f"micro-batch {i + 1} of {len(micro_batches)}")
-            if self.config.model.dropout:  # so that resuming, backend and world size do not change it
+            if self.config.model.dropout:  # resuming, backend and world size must not change the dropout masks
                 torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
             tokens, targets = micro_batch.to(self.world.device)
             loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
@@ -306,7 +304,8 @@ class Trainer:
     def _judge_finished_steps(self, *, judge_all: bool) -> Iterator[FinishedStep]:
         """Judge the steps that the device has finished, and yield the steps that spiked.
 
-        Unless ``judge_all`` is True, the newest step is left for the next call. Reading it would wait for a GPU.
+        On a GPU, the newest step is left for the next call, so that this call does not wait. If ``judge_all`` is True,
+        this call also judges the newest step.
         """
         leave = 1 if self.world.device.type == "cuda" and not judge_all else 0
         for finished, verdict in self.guard.judge_queued(leave=leave):
@@ -319,7 +318,7 @@ class Trainer:
                 self.state = replace(self.state, updates=self.state.updates + 1)
 
     def _roll_back(self, spike: FinishedStep) -> bool:
-        """Load the newest good checkpoint and skip the samples of a spike. Returns False without a checkpoint.
+        """Load the newest good checkpoint and skip the samples of a spike. Returns False if there is no checkpoint.
 
         Every rank must call this.
         """
@@ -408,7 +407,7 @@ class Trainer:
         self._has_evaluated = True
 
     def _check_ceiling(self) -> None:
-        """Measure the ceiling of MFU again, because another program may have disturbed it before."""
+        """Measure the ceiling of MFU again, because other programs may have disturbed the earlier measurement."""
         if 0 < self.state.step < self.config.schedule.max_steps:
             tokens = self.plan.micro_batch_size * self.plan.seq_len
             with self.peak_memory.ignored():

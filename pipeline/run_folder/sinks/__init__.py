@@ -17,7 +17,7 @@ __all__ = ["SERVICES", "ServiceSink", "Sink", "check_sinks", "create_sinks"]
 
 log = logging.getLogger(__name__)
 
-#: Service -> function of ``logging.project`` that raises ConfigError if the service cannot be used here.
+#: Service -> function that raises ConfigError if the service cannot be used here. Its argument is ``logging.project``.
 SERVICES = {"wandb": check_wandb, "mlflow": check_mlflow}
 
 
@@ -36,8 +36,9 @@ def check_sinks(names: Sequence[str], project: str) -> None:
 def create_sinks(names: Sequence[str], run_folder: Path, project: str, *, waits_for_checkpoint: bool) -> list[Sink]:
     """Create the sinks with the given names (see ``logging.sinks``).
 
-    The sink of ``metrics.jsonl`` is first, because other sinks read this file. If the user has disabled W&B, its sink
-    is left out. The last two arguments are the values of ``logging.project`` and ``logging.wait_for_checkpoint``.
+    The sink of ``metrics.jsonl`` is first, because other sinks read this file. If the user has disabled W&B, the sink
+    of W&B is left out. ``project`` and ``waits_for_checkpoint`` are the values of ``logging.project`` and
+    ``logging.wait_for_checkpoint``.
     """
     create: dict[str, Callable[[], Sink]] = {
         "jsonl": lambda: MetricsFile(run_folder),

@@ -60,7 +60,7 @@ class Console(Sink):
     def _estimate_left_s(self, row: Row) -> float | None:
         """Return the estimated seconds until the last step, or None.
 
-        The first training row is not used, because its steps may include compilation.
+        The estimate ignores the first training row, because its steps may include compilation.
         """
         if MEAN_LOSS_KEY not in row or "elapsed_s" not in row:
             return None

@@ -21,8 +21,8 @@ _FIRST_COLUMNS = ("step", "elapsed_s")
 class CsvFile(Sink):
     """Appends rows to ``metrics.csv``, with one column per key.
 
-    If a row has a new key, or if rows were deleted or a write has failed, the whole table is written again from
-    ``metrics.jsonl``.
+    The whole table is written again from ``metrics.jsonl`` if a row has a new key, if rows were deleted, or if a write
+    has failed.
     """
 
     def __init__(self, run_folder: Path) -> None:

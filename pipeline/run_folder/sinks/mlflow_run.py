@@ -13,13 +13,13 @@ from pipeline.run_folder.sinks.service import Service, one_line
 from pipeline.run_folder.sinks.sink import Row
 
 MOST_METRICS, MOST_PARAMS = 1000, 100  # the limits of one request
-LONGEST_VALUE = 500  # characters of a parameter or tag that every version accepts
+LONGEST_VALUE = 500  # characters of a parameter or tag; every version of MLflow accepts this number
 LONGEST_EXPERIMENT = 500  # characters
 
 _ADDRESS_ADVICE = "set MLFLOW_TRACKING_URI to the URL of an MLflow server, such as http://localhost:5000"
 _FILE_STORE_VARIABLE = "MLFLOW_ALLOW_FILE_STORE"  # without it, MLflow refuses a folder as the tracking URI
 
-#: Every row has this key. MLflow gets it only with training rows.
+#: Every row has this key, but MLflow gets it only with training rows.
 _TIME_KEY = "elapsed_s"
 
 _STATUSES = {"finished": "FINISHED", "interrupted": "KILLED", "superseded": "KILLED"}

@@ -20,7 +20,7 @@ from pipeline.run_folder.sinks.sink import Row, Sink
 
 log = logging.getLogger(__name__)
 
-LONGEST_END_S = 30.0  # how long the end of a run waits for rows that are not sent yet
+LONGEST_END_S = 30.0  # how long a run waits at its end for rows that are not sent yet
 
 
 def one_line(error: Exception) -> str:
@@ -54,8 +54,8 @@ class ServiceSink(Sink):
     """Sends each row of ``metrics.jsonl`` to a service exactly once, also if the run resumes or the server is down.
 
     A resumed run writes the rows after its checkpoint again, but a service cannot delete rows. If ``waits`` is True, a
-    row is therefore sent only after a checkpoint of its step or of a later step. If this run deletes rows that the
-    service already has, the sink creates a new run in the service, and sends all rows that ``metrics.jsonl`` still has.
+    row is therefore sent only after the run has saved a checkpoint of its step or of a later step. The run may still
+    delete rows that the service has. The sink then creates a new run in the service, and sends all rows that are left.
 
     ``NAME_run.json`` in the run folder stores how many rows were sent. The next start of the run sends the missing
     rows, even if the run is complete.

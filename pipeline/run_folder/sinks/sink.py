@@ -13,9 +13,7 @@ class Sink:
     """
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:
-        """Prepare to receive rows. Delete the rows of all steps after ``resumed_step``.
-
-        The run repeats these steps, and writes their rows again.
+        """Prepare to receive rows. Delete the rows of all steps after ``resumed_step``. The run repeats these steps.
 
         Args:
             config: the resolved run config.
@@ -34,8 +32,8 @@ class Sink:
     def settle(self, step: int) -> None:
         """Receive the step of a saved checkpoint.
 
-        If the run resumes from this checkpoint, it keeps the rows up to this step. The sink of a service can therefore
-        send these rows now.
+        A run that resumes from this checkpoint keeps the rows up to this step. The sink of a service can therefore send
+        these rows now.
         """
 
     def end(self, summary: Row) -> None:

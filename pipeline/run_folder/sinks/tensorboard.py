@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Row key -> TensorBoard tag. TensorBoard shows no other keys. It sorts groups by name, so ``loss`` must come first.
+#: Row key -> TensorBoard tag. Other keys are not written. TensorBoard sorts groups by name, so ``loss`` comes first.
 TENSORBOARD_TAGS = {
     "loss": "loss/training",
     "val_loss": "loss/validation",
@@ -59,7 +59,7 @@ TENSORBOARD_TAGS = {
 #: The sections of a config that affect the result or the speed.
 HYPERPARAMETER_SECTIONS = ("run", "model", "data", "batch", "optimizer", "schedule", "backend")
 
-#: The most important settings. A number before the name puts them first, because TensorBoard sorts by name.
+#: The most important settings. Each name begins with a number, because TensorBoard sorts by name.
 FIRST_HYPERPARAMETERS = (
     "backends",
     "optimizer.learning_rate",
@@ -113,7 +113,7 @@ def check_tensorboard() -> None:
 class TensorBoardLog(Sink):
     """Writes rows of metrics as TensorBoard events. If the disk is full or read-only, some events are lost.
 
-    If the run goes back to an earlier step, TensorBoard hides the events of later steps. The files still contain them.
+    If the run goes back to an earlier step, TensorBoard hides the events of later steps.
     """
 
     def __init__(self, run_folder: Path) -> None:

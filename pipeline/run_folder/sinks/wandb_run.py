@@ -1,4 +1,4 @@
-"""Send a run's rows of metrics to W&B. With ``WANDB_MODE=offline``, they are written into the run folder."""
+"""Send a run's rows of metrics to W&B. With ``WANDB_MODE=offline``, the rows are written into the run folder."""
 
 import secrets
 import shutil
@@ -77,7 +77,7 @@ class WandbRun(Service):
             settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=FLUSH_INTERVAL_S),
         )
         self._run.config.update(dict(dotted_keys(config)), allow_val_change=True)
-        # W&B's own step must not fall, but the row of a save comes after later steps.
+        # W&B's own step must not decrease, but the row of a save comes after rows of later steps.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step", step_sync=False)
         return run_id
