@@ -14,6 +14,6 @@ CountArray = npt.NDArray[np.int64]  # counts and positions
 def as_arrow(values: npt.NDArray[Any]) -> pa.Array:
     """Return a contiguous integer array of shape (n,) as an Arrow array, without a copy.
 
-    ``pa.array`` is not used, because it imports pandas, which is slow.
+    ``pa.array`` would import pandas, which is slow.
     """
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), values.size, [None, pa.py_buffer(values)])

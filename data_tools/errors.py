@@ -34,7 +34,7 @@ def json_type(value: object) -> str:
 
 
 def list_names(names: Iterable[object]) -> str:
-    """Return names as a text for a message: at most 20 names with at most 40 characters each."""
+    """Return names as one text for a message: at most 20 names, with at most 40 characters per name."""
     texts = [str(name) for name in names]
     shown = [text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..." for text in texts[:_MOST_NAMES]]
     more = [f"and {len(texts) - _MOST_NAMES} more"] if len(texts) > _MOST_NAMES else []
@@ -44,8 +44,8 @@ def list_names(names: Iterable[object]) -> str:
 def install_command(extra: str = "") -> str:
     """Return the shell command that installs this project, for an error message about a missing package.
 
-    The command installs the checkout if there is one, otherwise the published package. ``extra`` is the name of a set
-    of optional dependencies, or "".
+    The command installs the checkout if there is one. Otherwise, it installs the published package. ``extra`` is the
+    name of a set of optional dependencies, or "".
     """
     name = f"[{extra}]" if extra else ""
     root = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ class SourceRequest:
     """The options that select a source and its documents.
 
     Attributes:
-        inputs: files, folders or glob patterns. For the source ``hf``, the name of one dataset, or one local folder.
+        inputs: files, folders or glob patterns. For the source ``hf``: the name of one dataset, or one local folder.
         text_field: the field or column with the text of a document.
         document_separator: for the source ``text``, the text between two documents of a file. If None, each file is
             one document.

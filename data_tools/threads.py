@@ -24,8 +24,8 @@ def available_cores() -> int:
 def lock_bars_among_threads() -> None:
     """Make tqdm's progress bars use a lock that works between threads but not between processes.
 
-    By default, tqdm also uses a semaphore, which works between processes. If a process ends abruptly, Python prints a
-    warning about the semaphore.
+    tqdm's default lock includes a semaphore for several processes. If a process ends abruptly, Python prints a warning
+    about this semaphore.
     """
     tqdm.set_lock(threading.RLock())
 
@@ -39,16 +39,15 @@ def map_threads(
 ) -> list[Result]:
     """Call ``work(item, report)`` for each item in several threads. Return the results in the order of the items.
 
-    ``work`` must call ``report`` every few megabytes with the number of bytes processed since the last call. If another
-    item has failed, ``report`` raises an error to end ``work`` early.
+    ``work`` must call ``report`` every few megabytes with the number of bytes processed since the last call. When
+    another item has failed, ``report`` raises an error, which ends ``work`` early.
 
     Args:
         workers: the largest number of threads. None means one per core.
         advance: receives 0 at the start, and then each reported number. Calls of ``advance`` never overlap.
 
     Raises:
-        BaseException: the error of the item that failed. If several items failed, it is the error of the item that
-            comes first in ``items``. Unfinished items are abandoned.
+        BaseException: the error of the first item in ``items`` that failed. Unfinished items are abandoned.
     """
     advance(0)
     abandoned = threading.Event()

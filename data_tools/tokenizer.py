@@ -98,8 +98,8 @@ def load_tokenizer() -> Tokenizer:
 def cut_long_spaces(text: str) -> list[str]:
     """Cut a text before the last character of each long sequence of white space. Return the pieces.
 
-    If other text follows a very long sequence of white space, tiktoken's regular expression runs out of stack memory.
-    The cuts do not change the tokens.
+    Without the cuts, tiktoken's regular expression runs out of stack memory at a very long sequence of white space that
+    is followed by other text. The cuts do not change the tokens.
     """
     ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]
@@ -115,7 +115,7 @@ def replace_lone_surrogates(text: str) -> str:
 
 
 def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
-    """Read the vocabulary from a file. tiktoken's own loader would copy the file into a cache."""
+    """Read the vocabulary from a file. tiktoken's loader is not used, because it copies the file into a cache."""
     try:
         content = encoder_json.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Divide the source into chunks: ranges that any process can encode, in any order.
+"""Divide the source into chunks. A chunk is a range of the source that one process encodes.
 
 Each chunk has its own shards. Equal requests give equal chunks and equal shards.
 """
@@ -24,7 +24,7 @@ from data_tools.sources import BadRowError, Slice, Source, stop_at_bad_row
 RECORDS_FOLDER = "tasks/"
 #: The number of skipped rows that the report describes.
 REPORTED_BAD_ROWS = 10
-#: The target number of chunks. ``_chunk_bytes`` limits the size of a chunk, so the number of chunks can differ.
+#: The target number of chunks. The real number can differ, because ``_chunk_bytes`` limits the size of a chunk.
 _WANTED_CHUNKS = 64
 _SMALLEST_CHUNK_BYTES = 4 << 20
 # English text has about 4 bytes per token, so the largest chunk fills one shard.
@@ -37,7 +37,7 @@ class Chunk:
 
     Attributes:
         index: the position of the chunk in the source. The names of its shards contain this number.
-        limit_documents: encode at most this number of documents, the first ones. Empty documents are not counted. None
+        limit_documents: encode only the first ``limit_documents`` documents. Empty documents are not counted. None
             means no limit.
     """
 
@@ -64,8 +64,8 @@ class Chunk:
     def repeated_file(self) -> str:
         """Return the name of the file that lists the chunk's repeated documents.
 
-        A repeated document equals an earlier document of the source. The file contains the positions of repeated
-        documents in the chunk: int64 of shape (repeated,).
+        A repeated document equals an earlier document of the source. The file contains positions in the chunk: int64 of
+        shape (repeated,).
         """
         return f"{RECORDS_FOLDER}{self.name}.repeated.npy"
 
@@ -146,8 +146,8 @@ class SkippedRows:
 def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     """Divide a source into chunks.
 
-    If the request limits the number of documents or bytes, the function reads the documents of the source until the
-    limit is reached, and the last chunk ends there.
+    If the request limits the number of documents or bytes, the function reads documents until the limit is reached. The
+    last chunk ends there.
     """
     text_bytes = source.text_bytes()
     chunk_bytes = _chunk_bytes(text_bytes, request)
@@ -158,7 +158,7 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     groups: list[list[Slice]] = []
     group_bytes = 0
     for item in slices:
-        item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes  # unknown size: counts as a full chunk
+        item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes  # unknown: counts as a full chunk
         if groups and group_bytes + item_bytes <= chunk_bytes:
             groups[-1].append(item)
             group_bytes += item_bytes

@@ -10,7 +10,7 @@ from data_tools.arrays import CountArray
 from data_tools.corpus.chunks import Chunk
 from data_tools.storage.folders import Folder
 
-#: About this many fingerprints are sorted together, which takes 250 MB of memory.
+#: About this many fingerprints are sorted together. This takes 250 MB of memory.
 _DOCUMENTS_AT_A_TIME = 4 << 20
 
 

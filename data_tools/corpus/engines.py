@@ -47,10 +47,7 @@ def run_chunks(
 
 
 def prepare_workers(request: TokenizeRequest, chunks: Sequence[Chunk]) -> None:
-    """Start the process from which this machine's workers will be forked. Do not wait until it is ready.
-
-    If no workers are needed, do nothing.
-    """
+    """Start the process from which this machine's workers will be forked, if workers are needed. Return at once."""
     if request.engine == "local" and min(workers_of(request), len(chunks)) > 1:
         start_server(_PRELOAD)
 
@@ -119,7 +116,7 @@ def _check_reachable(address: str) -> None:
     """Raise DataError if no server listens at the address. Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
-        return  # for example "auto", for which Ray finds the address
+        return  # for example "auto": Ray then finds the address
     try:
         socket.create_connection((host, int(port)), timeout=_REACHABLE_S).close()
     except (OSError, OverflowError) as error:

@@ -64,7 +64,7 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
     """
     text_bytes = tokens = 0
     skipped = SkippedRows()
-    encoder = load_encoder(REFERENCE_ENCODER)  # fast enough for a few documents, and needed later in any case
+    encoder = load_encoder(REFERENCE_ENCODER)  # fast enough for a few documents, and also needed later
     documents = (document for chunk in chunks for document in documents_of(chunk, source, request, skipped))
     for document in documents:
         text_bytes += len(utf8_of(document))

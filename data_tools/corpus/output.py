@@ -125,8 +125,8 @@ class OutputFolder:
     def complete(self, *, encoder: str, engine: str) -> Manifest | None:
         """Write the manifest and return it. Remove the plan and the records of the chunks.
 
-        If several processes share the folder, each of them must call this method. Only the last call writes the
-        manifest. The earlier calls return None.
+        Each process that shares the folder must call this method. Only the last call writes the manifest. The earlier
+        calls return None.
 
         Raises:
             DataError: the source has no document with text.
@@ -164,8 +164,8 @@ class OutputFolder:
     def abandon(self) -> None:
         """Remove the files of unfinished chunks. The same request can continue later.
 
-        If no chunk is finished, also remove the plan. If other processes use the folder, or if the method ``plan``
-        failed, remove nothing.
+        If no chunk is finished, also remove the plan. Remove nothing if other processes use the folder, or if the
+        method ``plan`` has failed.
         """
         if not self._is_planned:  # the folder may belong to another request
             return
@@ -195,8 +195,8 @@ class OutputFolder:
 def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> Iterator[OutputFolder]:
     """Return a context manager that creates an output folder, or opens the folder of an interrupted request.
 
-    The ``with`` block gets an ``OutputFolder``. If the block raises an error, ``OutputFolder.abandon`` is called. If
-    other processes write to the folder at the same time, ``shared`` must be True.
+    The ``with`` block gets an ``OutputFolder``. If the block raises an error, ``OutputFolder.abandon`` is called.
+    ``shared`` must be True if other processes write to the folder at the same time.
 
     Raises:
         DataError: the folder is in use, or contains files that stage 1 did not write.

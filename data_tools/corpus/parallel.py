@@ -1,6 +1,6 @@
 """Call a function for many items in worker processes. Workers that die are replaced.
 
-While a worker processes an item, its second thread can write the result of the previous item to files.
+While a worker processes an item, a second thread of the worker can write the result of the previous item to files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Unfinished(Generic[Result]):
-    """The result of a ``Work`` function that has not written its files yet. A thread calls ``finish`` to write them."""
+    """The result of a ``Work`` function whose files are not written yet. A thread calls ``finish`` to write them."""
 
     finish: Callable[[], Result]
 
@@ -92,7 +92,7 @@ def finished(outcome: Result | Unfinished[Result]) -> Result:
 
 
 def start_server(preload: tuple[str, ...]) -> None:
-    """Start the process from which ``unordered_map`` forks its workers. Do not wait until it is ready."""
+    """Start the process from which ``unordered_map`` forks its workers. Return at once."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         _context(preload)
         with suppress(OSError):  # the start of the first worker raises the same error, with an explanation
@@ -111,8 +111,8 @@ def _context(preload: tuple[str, ...]) -> BaseContext:
 class _Pool(Generic[Item, Result]):
     """The worker processes, and the items that wait for a worker.
 
-    If a process dies while it has two items, either of them may be the reason. Each of them is then repeated alone, so
-    that the error message names the right one.
+    If a process dies while it has two items, one of the two items is the reason. Both items are then repeated, each in
+    a process without other items, so that the error message names the right item.
     """
 
     def __init__(self, work: Work[Item, Result], items: Iterable[Item]) -> None:
@@ -160,7 +160,7 @@ class _Pool(Generic[Item, Result]):
             worker.process.join()
 
     def _feed(self, worker: _Worker[Item, Result]) -> None:
-        """Give the next item to a worker, if there is one and the worker can begin it."""
+        """Give the next item to a worker, if an item is left and the worker can begin it."""
         if not (self._waiting and worker.is_ready):
             return
         if not worker.items or not any(item in self._suspects for item in (worker.items[0], self._waiting[0])):
@@ -183,7 +183,7 @@ class _Pool(Generic[Item, Result]):
 class _Worker(Generic[Item, Result]):
     """A worker process, its pipe, and one or two items.
 
-    The process works on the last item. If there are two, it writes the result of the first.
+    The process works on the last item. With two items, it also writes the result of the first item.
     """
 
     def __init__(self, work: Work[Item, Result], context: Any) -> None:
@@ -248,14 +248,14 @@ def _serve(work: Work[Item, Result], connection: Connection) -> None:
             with _errors_to_parent(send):
                 outcome = work(item, lambda *values: send(_REPORT, values))
                 if finishing is not None:
-                    finishing.result()  # so that at most one result waits for the disk
+                    finishing.result()  # wait, so that at most one result is waiting for the disk
                 send(_READY)
                 finishing = thread.submit(finish, outcome)
 
 
 @contextmanager
 def _errors_to_parent(send: Callable[[str, Any], None]) -> Iterator[None]:
-    """Send errors of the ``with`` block to the parent process, which raises them."""
+    """Send errors of the ``with`` block to the parent process. The parent process raises them."""
     try:
         yield
     except (DataError, OSError) as error:
@@ -266,7 +266,7 @@ def _errors_to_parent(send: Callable[[str, Any], None]) -> Iterator[None]:
 
 
 def _exit_with_parent() -> None:
-    """End this process if its parent dies. A busy worker would notice the closed pipe too late."""
+    """End this process when its parent dies. Without this function, a busy worker would notice the death too late."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -27,7 +27,7 @@ class Observer:
     """Receives messages, the ``Estimate`` and the progress of one ``TokenizeRequest``. This base class ignores them."""
 
     def noticed(self, line: str) -> None:
-        """Receive a message for the user, about the input. ``planned`` is called after all calls of this method."""
+        """Receive a message for the user about the input. All calls of this method come before ``planned``."""
 
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk is processed. ``tokenize_share`` does not call this method."""
@@ -35,7 +35,7 @@ class Observer:
     def progressed(self, progress: Contents) -> None:
         """Receive the numbers of all documents, tokens and bytes of text that are encoded so far.
 
-        If the request was interrupted and continues, the numbers include the work before the interruption.
+        For a continued request, the numbers include the work before the interruption.
         """
 
 
@@ -51,8 +51,8 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
     """Tokenize a source into a folder of shards, and return the manifest.
 
-    If an earlier call for the same request was interrupted, this call continues its work. If the folder is already
-    complete, this call only checks it. With more than one worker, the calling script needs
+    If an earlier call for the same request was interrupted, this call continues the work. If the folder is already
+    complete, this call only checks the folder. With more than one worker, the calling script needs
     ``if __name__ == "__main__"``.
 
     Raises:
@@ -69,10 +69,10 @@ def tokenize_share(
     """Encode one share of a request: the chunks whose index modulo ``shares`` is ``share``.
 
     Each process that shares the output folder calls this function with its own ``share``, from 0 to ``shares - 1``. The
-    last call writes the manifest and returns it. The earlier calls return None.
+    last call writes and returns the manifest. The earlier calls return None.
 
-    If ``deduplicate`` is ``exact``, each share needs two calls. The first call hashes the documents. After all first
-    calls have returned, the second call encodes the documents.
+    If ``deduplicate`` is ``exact``, each share needs two calls. The first call hashes the documents. The second call
+    encodes them. It must come after the first calls of all shares.
     """
     return _tokenize(request, (share, shares), observer or Observer())
 
@@ -108,7 +108,7 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
 def _find_repeated(job: Job, chunks: Sequence[Chunk], output: OutputFolder) -> bool:
     """Hash the documents of ``chunks``. Then find the repeated documents of all chunks.
 
-    Returns False without searching if hashes of other shares are missing.
+    If hashes of other shares are missing, the function returns False and finds no repeated documents.
     """
     folder = output.folder
     names = folder.names()

@@ -41,8 +41,8 @@ def assign_splits(
 ) -> Iterator[AssignedDocument]:
     """Choose a split for each document with ``draw_split``. No document may be empty.
 
-    If ``fill_both`` is True, ``documents`` must be the whole corpus: if one split is empty, ``fill_both_splits`` moves
-    documents to this split.
+    If ``fill_both`` is True, ``fill_both_splits`` moves documents to a split that would be empty. ``documents`` must
+    then be the whole corpus.
     """
 
     def assign(document: Document) -> AssignedDocument:
@@ -58,11 +58,11 @@ def assign_splits(
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
     """Yield the documents of a corpus, each with its split. If all have the same split, move some to the other split.
 
-    If all documents have the same split, the first rule whose condition is true applies:
+    If all documents have the same split, the corpus determines what happens:
 
-    1. If the documents are not all equal, find the document whose first occurrence comes last. Move it and its copies.
-    2. If the corpus is a single text, divide the text with ``divide_text``.
-    3. If the corpus is a single ``Dialogue`` or contains only copies of one document, use everything for training.
+    - Different documents: move the document whose first occurrence comes last, with its copies, to the other split.
+    - A single text: divide the text with ``divide_text``.
+    - A single ``Dialogue``, or only copies of one document: use everything for training.
     """
     held: list[AssignedDocument] = []  # the last document that repeats no earlier one, and all documents after it
     seen: set[bytes] = set()
@@ -89,7 +89,7 @@ def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
     """Divide a text into two pieces. Yield the first piece for training and the second piece for validation.
 
     The second piece has at least ``val_fraction`` and at most about ``2 * val_fraction`` of the characters. The cut is
-    after a paragraph if possible, otherwise after a line or a word. If there is no such place, the whole text is for
+    after a paragraph if possible, otherwise after a line or a word. A text without such a place is used only for
     training.
     """
     ideal = int(len(text) * (1 - val_fraction))

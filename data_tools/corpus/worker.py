@@ -28,7 +28,7 @@ from data_tools.storage.folders import open_folder, scratch_of
 #: Receives the progress since the last call.
 Report = Callable[[Contents], None]
 
-#: The bytes of text between two reports. Reporting each document would be slow.
+#: The bytes of text between two reports of the progress.
 _REPORT_BYTES = 1 << 20
 #: On average, one document in 512 is compared with tiktoken.
 _CHECK_ONE_IN = 512
@@ -42,8 +42,8 @@ class Job:
     Attributes:
         encoder: ``gigatoken`` or ``tiktoken``.
         is_one_chunk: whether the whole corpus is one chunk.
-        identity_sha256: the hash of the request's identity (see ``identity_of``). If a worker computes another hash,
-            the source has changed.
+        identity_sha256: the hash of the request's identity (see ``identity_of``). A worker that computes another hash
+            knows that the source has changed.
     """
 
     request: TokenizeRequest
@@ -55,8 +55,8 @@ class Job:
 def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkRecord]:
     """Encode a chunk, and write its shards into a temporary folder.
 
-    The result has a function ``finish``. It moves the shards into the output folder, then writes and returns the
-    chunk's record.
+    The result has a function ``finish``. This function moves the shards into the output folder, then writes and returns
+    the chunk's record.
 
     Raises:
         DataError: ``finish`` found that the encoder and tiktoken return different tokens.
@@ -86,7 +86,7 @@ def _write_documents(
 ) -> ChunkRecord:
     """Encode the documents of a chunk, and append them to the shards of their splits.
 
-    Returns the chunk's record without its shards, which are not closed yet.
+    Returns the chunk's record. The record has no shards, because they are not closed yet.
     """
     request = job.request
     encoder = load_encoder(job.encoder)

@@ -18,7 +18,7 @@ from data_tools.tokenizer import END_OF_TEXT, replace_lone_surrogates
 class Dialogue:
     """An instruction with its answer, or a chat.
 
-    ``segments`` are consecutive pairs (text, is_scored). ``is_scored`` says whether the text counts in the loss.
+    ``segments`` are pairs (text, is_scored), in order. ``is_scored`` says whether the text counts in the loss.
     """
 
     segments: tuple[tuple[str, bool], ...]
@@ -73,7 +73,7 @@ def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     """Return the tokens of a document, with ``END_OF_TEXT`` before its text.
 
     In a dialogue, this ``END_OF_TEXT`` counts in the loss. In the shards, it follows the last answer of the previous
-    dialogue, so the model learns to end an answer with it.
+    dialogue. The model thus learns to end an answer with ``END_OF_TEXT``.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
     pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]

@@ -59,7 +59,7 @@ class GigatokenEncoder:
         # Imported here because gigatoken does not exist for every platform.
         import gigatoken
 
-        # gigatoken reads the vocabulary only from a file. Special tokens are ordinary text here, so it gets none.
+        # gigatoken reads the vocabulary only from a file. It gets no special tokens: they are ordinary text here.
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gpt2.tiktoken")
             with one_line_write_errors(path):
@@ -87,7 +87,7 @@ def has_new_characters(text: str) -> bool:
 
 @functools.cache
 def _kinds_of_characters() -> npt.NDArray[np.uint8]:
-    """Return the kind of each code point. ``_find_kinds`` fills the array."""
+    """Return an array for the kind of each code point. ``_find_kinds`` fills the array."""
     kinds = np.full(sys.maxunicode + 1, _UNKNOWN, dtype=np.uint8)
     for first, last in _NEW_IN_UNICODE_17:
         kinds[first : last + 1] = _NEW
@@ -95,7 +95,7 @@ def _kinds_of_characters() -> npt.NDArray[np.uint8]:
 
 
 def _find_kinds(points: Iterable[int]) -> None:
-    """Set the kinds of code points. Setting all at once would take a tenth of a second."""
+    """Set the kinds of the given code points. Setting the kinds of all code points would take a tenth of a second."""
     kinds = _kinds_of_characters()
     for point in points:
         kinds[point] = _NEW if unicodedata.category(chr(point)) == "Cn" else _OLD

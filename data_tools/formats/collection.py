@@ -49,7 +49,7 @@ class TokenCollection:
 
     Attributes:
         format: one of ``INPUT_FORMATS``.
-        tokenizer: assumed to be GPT-2's if there is no manifest.
+        tokenizer: GPT-2's if there is no manifest.
         source: the origin of the tokens.
         manifest: None if another program wrote the files.
     """

@@ -76,7 +76,7 @@ def adopt_in_place(
 ) -> Manifest:
     """Write a manifest into a folder with shards of llm.c or build-nanogpt, so that training can read the shards.
 
-    If the folder already has a manifest, and this manifest names exactly the shards in the folder, return it.
+    If the folder already has a manifest that names exactly the shards in the folder, return this manifest.
 
     Args:
         source_format: the argument ``format`` of ``open_collection``.
@@ -85,8 +85,8 @@ def adopt_in_place(
         advance: receives the number of bytes read since its last call.
 
     Raises:
-        DataError: the folder is not writable, it has no shards of llm.c or build-nanogpt, its manifest does not name
-            exactly the shards in the folder, or ``split_of`` is given although the folder has a manifest.
+        DataError: the folder is not writable, or it has no shards of llm.c or build-nanogpt. For a folder with a
+            manifest: the manifest names other shards, or ``split_of`` is given.
     """
     if (folder / MANIFEST_NAME).exists():
         return _load_adopted(folder, split_of or {})
@@ -104,7 +104,7 @@ def adopt_in_place(
     files = [(name, path) for name, split in collection.splits.items() for path in split.tokens_of_file]
     describe = partial(_describe_shard, Vocabulary(collection.tokenizer), _IN_PLACE[format])
     shards = tuple(map_threads(describe, files, workers, advance))
-    # The manifest does not contain the path of the folder, because the folder may be moved.
+    # A user may move the folder, so the manifest does not contain its path.
     options = {key: value for key, value in collection.source.options.items() if key != "input"}
     source = SourceRecord(format, options)
     manifest = Manifest(collection.tokenizer, source, {"format": format}, shards, made=_conversion_record(format))

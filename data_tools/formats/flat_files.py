@@ -43,8 +43,8 @@ def open_llmc_file(path: Path, vocab_size: int) -> Tokens:
 def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
     """Open a ``train.bin`` or ``val.bin`` of nanoGPT: little-endian uint16 tokens without a header.
 
-    nanoGPT writes ``<|endoftext|>`` after each document. Shards of this project contain it before each document. The
-    tokens are not reordered.
+    nanoGPT writes ``<|endoftext|>`` after each document. Shards of this project contain ``<|endoftext|>`` before each
+    document. This function does not change the order of the tokens.
 
     Raises:
         DataError: the file does not have GPT-2's vocabulary.

@@ -51,8 +51,8 @@ class FolderReport:
 
     Attributes:
         problem: a message about the first file that is missing or has the wrong size, or None.
-        about: what the manifest says, such as the tokenizer and the source. If there is no manifest: the assumed
-            tokenizer and a description of the source.
+        about: values of the manifest, such as the tokenizer and the source. Without a manifest: the assumed tokenizer
+            and a description of the source.
     """
 
     path: Path
@@ -75,8 +75,8 @@ class FolderReport:
 def inspect(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> FolderReport:
     """Return a report on token files of any format, without reading the tokens.
 
-    The arguments are those of ``open_collection``. If the folder has a manifest, a shard that is missing or has the
-    wrong size raises no error (see ``FolderReport.problem``).
+    The arguments are those of ``open_collection``. In a folder with a manifest, a missing shard or a shard of the wrong
+    size raises no error (see ``FolderReport.problem``).
 
     Raises:
         DataError: the format is not recognized, or the split of a file is unknown.
@@ -162,7 +162,7 @@ def first_documents(
 ) -> Iterator[DocumentPreview]:
     """Yield the text of the first documents of a split. Cut each text after ``characters`` characters.
 
-    The split may contain ``END_OF_TEXT`` before each document or after each document.
+    ``END_OF_TEXT`` can come before or after each document.
 
     Raises:
         DataError: the split does not exist, or the tokenizer is not GPT-2's.
@@ -173,7 +173,7 @@ def first_documents(
         raise DataError(
             f"{collection.path} is of the tokenizer {collection.tokenizer.name!r}; only gpt2 can be decoded"
         )
-    # A token has at least one byte. Read one character more than needed, because the last one may be incomplete.
+    # A token has at least one byte. Read one character more than needed, because the last character may be incomplete.
     kept_tokens = _LARGEST_CHARACTER_BYTES * (characters + 1)
     found = _split_documents(collection.splits[split].stream, collection.tokenizer.end_of_text, kept_tokens)
     for tokens, beginning in islice(found, documents):

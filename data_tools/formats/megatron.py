@@ -84,7 +84,7 @@ class _DocumentBlock:
     def read(self, start: int, length: int) -> TokenArray:
         text_starts, text_stops = self._documents()
         lengths = _lengths(text_starts, text_stops)
-        # The position of each document's END_OF_TEXT in the result. It is negative if the document begins before.
+        # The position of each document's END_OF_TEXT in the result, negative if the document begins before the result.
         separators = np.cumsum(lengths) - lengths - start
         first = int(np.searchsorted(separators, 0, side="right")) - 1
         stop = int(np.searchsorted(separators, length))
@@ -119,7 +119,7 @@ class _DocumentBlock:
 
 @dataclass(frozen=True)
 class _Index:
-    """A memory-mapped index without errors. Its sequences follow each other without gaps."""
+    """A memory-mapped index that was checked. Its sequences follow each other without gaps."""
 
     dtype: np.dtype[Any]  # the dtype of the tokens, uint16 or int32
     tokens: int
@@ -128,9 +128,9 @@ class _Index:
     boundaries: CountArray
 
     def text_starts(self, first: int, stop: int) -> CountArray:
-        """Return the first token of each document from ``first`` to ``stop - 1``, int64.
+        """Return the position of the first token of each document from ``first`` to ``stop - 1``, int64.
 
-        The entry after the last document is the number of tokens.
+        For the index after the last document, the position is the number of tokens.
         """
         sequences = self.boundaries[first:stop]
         starts = np.full(sequences.size, self.tokens, dtype=np.int64)

@@ -51,7 +51,7 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
     Args:
         path: the folder or the file. For a pair of files, the path without ``.bin`` and ``.idx``.
         format: one of ``INPUT_FORMATS``, or ``auto`` (see ``recognize``).
-        split_of: maps the names of files to splits. Files of other programs need an entry if their names do not contain
+        split_of: maps names of files to splits. A file of another program needs an entry if its name does not contain
             the split.
 
     Raises:
@@ -137,8 +137,8 @@ def _open_files(path: Path, format: str, files: Sequence[Path], split_of: Mappin
 def _group_by_split(paths: Sequence[Path], split_of: Mapping[str, str]) -> dict[str, list[Path]]:
     """Group the files by split, in their order. The training split comes first.
 
-    1. ``split_of`` gives the split for the name of a file, with or without its suffix.
-    2. Otherwise, the last word in the name that names a split decides, such as ``train`` or ``valid``.
+    1. Use the split that ``split_of`` gives for the name of the file, with or without its suffix.
+    2. Otherwise, use the last word in the name that is the name of a split, such as ``train`` or ``valid``.
     3. Otherwise, a single file is for training. Several files are an error.
     """
     for name, split in split_of.items():

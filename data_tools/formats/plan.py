@@ -31,8 +31,8 @@ class ConvertRequest:
         source, source_format, split_of: the arguments ``path``, ``format`` and ``split_of`` of ``open_collection``.
         out: a new or empty folder.
         to: one of ``OUTPUT_FORMATS``.
-        shard_tokens: the number of tokens per shard. None keeps the shards if the source has a manifest and ``to`` is
-            npy or arrow. Otherwise, None means 100 million.
+        shard_tokens: the number of tokens per shard. If None, the conversion to npy or arrow keeps the shards of a
+            source with a manifest. In all other cases, None means 100 million.
         name: for llm.c's format, the prefix of the new file names. None means the name of ``out``.
         workers: the number of threads. None means one per core.
 
@@ -75,8 +75,8 @@ class ConvertRequest:
 class PlannedFile:
     """A file that a conversion will write, with the tokens ``start`` to ``stop - 1`` of a split.
 
-    If a shard of the source contains exactly these tokens, ``record`` is the manifest entry of this shard. The
-    conversion then copies the shard's mask and its counts of documents and bytes.
+    If a shard of the source contains exactly these tokens, ``record`` is the shard's entry in the manifest. The
+    conversion then copies the mask and the counts of documents and bytes from this shard.
     """
 
     name: str
@@ -89,7 +89,7 @@ class PlannedFile:
 def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_bytes: bool) -> list[PlannedFile]:
     """Return the files that a conversion must write.
 
-    ``knows_bytes`` says whether the tokens are from GPT-2's tokenizer, so that their text can be measured in bytes.
+    ``knows_bytes`` is True for GPT-2's tokenizer: only then can the bytes of text be counted.
 
     Raises:
         DataError: the new format cannot store all information, or a split has no tokens.

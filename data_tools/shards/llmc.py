@@ -20,7 +20,7 @@ _TOKEN_BYTES = 2
 
 
 def is_llmc(path: Path) -> bool:
-    """Return whether a file begins like llm.c's shards. Raise OSError if it cannot be read."""
+    """Return whether a file begins like a shard of llm.c. Raise OSError if the file cannot be read."""
     with open(path, "rb") as file:
         return file.read(4) == MAGIC.to_bytes(4, "little")
 

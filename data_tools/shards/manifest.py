@@ -74,7 +74,7 @@ class TokenizerRecord:
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class SourceRecord:
-    """The source of the documents. Its ``options`` determine which documents were read."""
+    """The source of the documents. ``options`` determines which documents were read."""
 
     kind: StrictStr
     options: dict[str, Any]

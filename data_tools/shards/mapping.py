@@ -25,10 +25,7 @@ Mapped = npt.NDArray[Any]
 
 
 def map_shard(folder: Path, shard: ShardRecord) -> list[TokenArray]:
-    """Memory-map a shard, and return its tokens as a list of arrays.
-
-    A shard in Arrow format can contain several arrays. A shard in another format contains one array.
-    """
+    """Memory-map a shard, and return its tokens as a list of arrays. Only the Arrow format can have several arrays."""
     path = folder / shard.file
     if path.suffix not in _PIECES_BY_SUFFIX:
         raise DataError(f"{path}: a shard's name ends in .npy, .arrow or {LLMC_SUFFIX}")

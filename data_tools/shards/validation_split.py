@@ -2,11 +2,13 @@
 
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
 
-#: The loss of a token has a standard deviation of about 3 nats, so the mean over this many has an error of about 0.02.
+#: The mean loss of this many tokens has an error of about 0.02 nats, because the loss of one token has a standard
+#: deviation of about 3 nats.
 SMALLEST_VALIDATION_TOKENS = 16_384
-#: Whole documents are drawn, so the fraction of the tokens can differ from the requested fraction.
+#: The least ratio of the real fraction to the requested fraction. They differ, because whole documents are drawn.
 _SMALLEST_RATIO = 0.25
-#: A split with about this many documents and about this many times the smallest size is rarely too small.
+#: A requested number of documents, and a multiple of the smallest number of tokens, with which a split is rarely too
+#: small.
 _ENOUGH_DOCUMENTS, _MARGIN = 16, 3
 _LARGEST_FRACTION = 0.3
 _ENOUGH_TEXT = "tokenize more text into another folder: 500,000 tokens in 200 documents suffice with --val-fraction 0.1"
@@ -15,7 +17,7 @@ _ENOUGH_TEXT = "tokenize more text into another folder: 500,000 tokens in 200 do
 def describe_small_validation(manifest: Manifest) -> str | None:
     """Return a warning if the validation split is too small for a stable loss, or much smaller than requested.
 
-    Otherwise, or without a validation split, return None.
+    Otherwise, return None. Without a validation split, also return None.
     """
     tokens = manifest.tokens_of(VAL_SPLIT)
     share = tokens / max(sum(shard.tokens for shard in manifest.shards), 1)

@@ -14,9 +14,8 @@ from data_tools.threads import Advance, map_threads, no_progress
 def verify(folder: Path | str, workers: int | None = None, advance: Advance = no_progress) -> Manifest:
     """Check that the hashes and the contents of the shards match the manifest. Return the manifest.
 
-    The contents are the numbers of documents, tokens and bytes of text.
-
-    The number of bytes of text is not checked if a shard has a mask or if the tokenizer is not GPT-2's.
+    The contents are the numbers of documents, tokens and bytes of text. The number of bytes is not checked if a shard
+    has a mask, or if the tokenizer is not GPT-2's.
 
     Args:
         workers: the number of threads. None means one per core.

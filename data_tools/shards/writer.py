@@ -1,6 +1,6 @@
 """Write token shards in constant memory. A shard gets its final name only when it is complete.
 
-This module does not fsync the files. The caller must fsync them when it moves them into the output folder.
+The caller must fsync the files when it moves them into the output folder.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ _NPY_HEADER_BYTES = 128
 
 
 WriteValues = Callable[[npt.NDArray[Any]], None]
-#: Opens a file in a certain format. The block writes batches. After the block, the file is complete.
+#: Opens a file in one format. The ``with`` block writes batches. After the block, the file is complete.
 OpenFormat = Callable[[BinaryIO], AbstractContextManager[WriteValues]]
 
 
@@ -37,8 +37,8 @@ def write_flat(file: BinaryIO, header: Callable[[int], bytes], dtype: str = "<u2
     The ``with`` block gets a function that appends values.
 
     Args:
-        header: takes the number of values, and returns the header. The length of the header must not depend on this
-            number, because the header is written before the values, and replaced after the block.
+        header: takes the number of values, and returns the header. All headers must have the same length, because the
+            header is written before the values, and replaced after the block.
     """
     size = 0
 
@@ -105,13 +105,13 @@ class ShardWriter:
         Args:
             tokens: uint16 of shape (tokens,), with ``END_OF_TEXT`` before each document.
             scored: the mask, bool of shape (tokens,), True for tokens that count in the loss. None means all tokens.
-                Pass a mask in all calls for a shard, or in none of them.
+                Pass a mask in all calls for a shard, or in no call.
         """
         self._append_mask(tokens, scored)
         self.tokens += tokens.size
         self._documents += documents
         self._utf8_bytes += utf8_bytes
-        # All batches have the same size, so that the bytes of the file do not depend on the sizes of ``tokens``.
+        # With batches of the same size, the bytes of the file do not depend on the sizes of ``tokens``.
         while tokens.size:
             room = BATCH_TOKENS - self._batch_size
             piece, tokens = tokens[:room], tokens[room:]

@@ -134,9 +134,9 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
     """Return the path and the size in bytes of each input file. The files of each input are sorted by path.
 
     Args:
-        inputs: files, folders and glob patterns. A folder stands for all files in it and in its subfolders, except
-            hidden files and hidden subfolders.
-        suffixes: in folders, only files with these suffixes are found. An empty tuple allows all suffixes.
+        inputs: files, folders and glob patterns. A folder stands for all files in it and in its subfolders. Hidden
+            files and hidden subfolders are skipped.
+        suffixes: the suffixes of files to find in folders. An empty tuple allows all suffixes.
 
     Raises:
         DataError: an input contains no file, or two inputs contain the same file.
@@ -244,7 +244,7 @@ def walk_files(
 
 
 def _is_visible(path: str, root: str) -> bool:
-    """Return whether no name in the path after ``root`` (a folder or a pattern) is hidden."""
+    """Return whether a path has no hidden names after ``root``, which is a folder or a pattern."""
     common = os.path.commonprefix((path, root)).rpartition("/")[0]
     return "/." not in path[len(common) :]
 
@@ -325,7 +325,8 @@ def one_line_read_errors(path: str | Path) -> Iterator[None]:
 def explain_content(path: str, reason: str) -> str:
     """Return the reason why a file cannot be read, for an error message.
 
-    If the first bytes do not fit the suffix, describe the content. Otherwise, return the first line of ``reason``.
+    If the first bytes do not fit the suffix, the result describes the content. Otherwise, the result is the first line
+    of ``reason``.
     """
     kind = _KINDS.get(os.path.splitext(path)[1])
     if found := describe_content(path, kind):

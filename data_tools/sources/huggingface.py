@@ -63,7 +63,7 @@ class HuggingFaceSource:
         }
 
     def text_bytes(self) -> int | None:
-        """Return the number of bytes of text, or None if the dataset was not written by ``save_to_disk``."""
+        """Return the number of bytes of text. If ``save_to_disk`` has not written the dataset, return None."""
         with self._one_line_errors():
             rows = self._open() if self._is_saved() else None
             return None if rows is None else _text_bytes_of(rows, self._text_field)
@@ -72,7 +72,7 @@ class HuggingFaceSource:
         """Return at most one message about skipped files.
 
         If a local folder contains several types of files, the library ``datasets`` reads one type and skips the others.
-        This method finds skipped files only if the library reads JSON, Parquet, CSV, text or Arrow.
+        This method finds the skipped files if the type that the library reads is JSON, Parquet, CSV, text or Arrow.
         """
         if not os.path.isdir(self._dataset) or self._is_saved():
             return []
@@ -84,7 +84,7 @@ class HuggingFaceSource:
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Divide the dataset into slices.
 
-        If ``save_to_disk`` has written the dataset, a slice is a range of rows. Otherwise, a slice is one data file.
+        In a dataset that ``save_to_disk`` has written, a slice is a range of rows. Otherwise, a slice is one data file.
         """
         with self._one_line_errors():
             self._require_fetched_files()

@@ -47,7 +47,7 @@ class InstructionSource(FileSource):
 
 
 def dialogue_of(record: Any, place: object) -> Dialogue:
-    """Convert the JSON value of an instruction or a chat to a document. Each message or field gets a heading line.
+    """Convert an instruction or a chat (a JSON value) to a document. Each message or field gets a heading line.
 
     Raises:
         BadRowError: the record is not valid, or no message is an answer. The error contains ``str(place)``.

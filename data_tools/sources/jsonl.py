@@ -19,7 +19,7 @@ from data_tools.storage.content import describe_content
 JSONL_SUFFIXES = tuple(
     name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst")
 )
-#: Fields with which a record is not a text but a conversation.
+#: A record with one of these fields is a conversation and not a text.
 CHAT_FIELDS = ("messages", "conversations", "conversation")
 #: Fields that name the speaker of a message.
 ROLE_FIELDS = ("role", "from")
@@ -62,7 +62,7 @@ class Line(NamedTuple):
         try:
             return orjson.loads(self.content)
         except orjson.JSONDecodeError:
-            # The standard library also reads lone surrogates and NaN, and explains errors better.
+            # The standard library also reads lone surrogates and NaN. Its error messages are better.
             text = decode_utf8(self.content, self.path, self.offset)
         try:
             return json.loads(text)
@@ -99,7 +99,7 @@ def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
 
 
 def read_lines(piece: Slice) -> Iterator[Line]:
-    """Yield the lines that begin in a range of bytes of a file. Empty lines and a byte order mark are skipped."""
+    """Yield the lines that begin in a range of bytes of a file. Skip empty lines and a byte order mark."""
     with open_decompressed(piece.path) as file:
         offset = piece.start
         if offset:

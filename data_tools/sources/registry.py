@@ -30,7 +30,7 @@ class Source(Protocol):
         ...
 
     def text_bytes(self) -> int | None:
-        """Return the approximate size of the text in bytes, or None if it is unknown until all documents are read."""
+        """Return the approximate size of the text in bytes, or None if all documents must be read to know the size."""
         ...
 
     def notices(self) -> list[str]:
@@ -40,14 +40,15 @@ class Source(Protocol):
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Divide the source into consecutive slices of about ``slice_bytes`` bytes of text.
 
-        A larger file that cannot be divided is one slice.
+        A file that cannot be divided is one slice, also if it is larger.
         """
         ...
 
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Document]:
         """Yield the documents of a slice, always in the same order. Documents may be empty.
 
-        ``on_bad_row`` receives the error for each row that cannot be read. If it returns, the row is skipped.
+        ``on_bad_row`` receives the error for each row that cannot be read. If ``on_bad_row`` returns, the row is
+        skipped.
         """
         ...
 

@@ -18,7 +18,7 @@ from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_b
 from data_tools.storage.content import begins_as, describe_decoded
 from data_tools.storage.files import is_remote
 
-_MAX_HEADS = 1000  # how many files are opened to look for HTML before the work starts
+_MAX_HEADS = 1000  # the number of files that are opened before the work starts, to look for HTML
 
 
 class TextSource(FileSource):
@@ -36,8 +36,7 @@ class TextSource(FileSource):
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Divide the input files into slices for the workers.
 
-        If the user sets ``--document-separator``, a slice is a range of bytes in a file. Otherwise, it is a group of
-        files.
+        With ``--document-separator``, a slice is a range of bytes in a file. Otherwise, a slice is a group of files.
         """
         return group_files(self.files, slice_bytes) if self._separator is None else super().slices(slice_bytes)
 
@@ -103,7 +102,7 @@ def _first_beginning(piece: Slice, separator: bytes) -> int:
 def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:
     """Return the last offset up to ``position`` that is not inside a separator.
 
-    Separators can overlap. A search from this offset finds the same separators as a search of the whole file.
+    Separators can overlap. A search for separators from this offset has the same result as a search of the whole file.
     """
     overlap = len(separator) - 1
     while position > 0:

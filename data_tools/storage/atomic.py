@@ -36,7 +36,7 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Fsync a folder, so that a power failure cannot undo that files in it were created, renamed or removed."""
+    """Fsync a folder, which makes the creation, renaming and removal of its files durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,7 +79,7 @@ def atomic_file(path: Path, aside: Path | None = None, *, durable: bool = True) 
     except BaseException as error:
         with suppress(OSError):  # closing flushes the buffer, which fails again if the disk is full
             file.close()
-        # GeneratorExit: garbage collection runs this code late, when another writer may use the same path.
+        # GeneratorExit: garbage collection runs this code late. Another writer may then use the same path.
         if not isinstance(error, GeneratorExit):
             aside.unlink(missing_ok=True)
         raise

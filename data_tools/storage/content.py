@@ -10,12 +10,12 @@ _HEAD_BYTES = 512
 _SHORTEST_UTF16 = 4  # bytes
 # The specification of git-lfs says that a pointer is smaller than this.
 LARGEST_POINTER_BYTES = 1024
-_LONGEST_ARROW_SCHEMA = 1 << 24  # bytes; in other files that begin like Arrow, this number is usually larger
+_LONGEST_ARROW_SCHEMA = 1 << 24  # bytes; other files that begin like Arrow usually have a larger number here
 _TAR_MAGIC, _TAR_MAGIC_OFFSET = b"ustar", 257
 _DECODED_KINDS = ("tar", "zeros", "utf-16")
 _POINTER_BEGINNING = b"version https://git-lfs.github.com/"
 _POINTER = "is a git-lfs pointer, not the file itself; fetch the file with: git lfs pull"
-#: By kind, the first bytes of a file, and what to say about it.
+#: Kind -> the first bytes of a file, and the text of the error message.
 _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
     "pointer": ((_POINTER_BEGINNING,), _POINTER),
     "gzip": ((b"\x1f\x8b",), "is compressed by gzip; decompress it, or let the name of a text or JSON file end in .gz"),
@@ -49,7 +49,7 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
 def describe_content(path: Path | str, *expected: str | None) -> str | None:
     """Return the end of an error message about a local file, such as ``is a PDF; extract its text into a file``.
 
-    Returns None if the kind of file is in ``expected`` or not recognized, or if the file cannot be read.
+    Returns None if the kind of file is in ``expected``, if the kind is not recognized, or if the file cannot be read.
     """
     head = _read_head(path)
     kind = None if head is None else _recognize(head)

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_tools.errors import DataError
 
-_HASH_CHUNK_BYTES = 8 << 20  # large, because each chunk releases and takes the GIL twice
+_HASH_CHUNK_BYTES = 8 << 20  # large, because each chunk releases and acquires the GIL twice
 
 
 def is_remote(path: str) -> bool:
@@ -28,7 +28,7 @@ def is_writable(path: Path) -> bool:
 def require_writable(path: Path, option: str) -> None:
     """Raise DataError if ``path`` is a file, or a folder that cannot be created or written. Call this before slow work.
 
-    ``option`` is the command-line option that contains ``path``. The message begins with it.
+    ``option`` is the command-line option that contains ``path``. The message begins with ``option``.
     """
     if path.is_file():
         raise DataError(f"{option}: {path} is a file; name a folder")
@@ -51,7 +51,7 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
 
 
 def sha256_of_json(value: dict[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object as 64 hexadecimal digits. Another order of the keys gives another hash."""
+    """Return the SHA-256 of a JSON object as 64 hexadecimal digits. The hash depends on the order of the keys."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

@@ -107,7 +107,7 @@ class RemoteFolder:
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
         with self._one_line_errors():
-            # A client that remembers listings would not see the files that other processes write.
+            # A client that caches listings would not see new files of other processes.
             options = {"use_listings_cache": False}
             if self._url.startswith(("file://", "local://")):
                 options["auto_mkdir"] = True

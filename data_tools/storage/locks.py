@@ -55,8 +55,8 @@ class FileLock:
     def make_exclusive(self) -> bool:
         """Change a shared lock to an exclusive lock. Return whether this was possible.
 
-        If other processes also hold the lock, this call only releases the lock of this process. If every process calls
-        this method after its work, only the last call returns True.
+        If other processes also hold the lock, this call only releases the lock of this process. When every process
+        calls this method after its work, only the last call returns True.
         """
         # Unlock first. If two processes kept their shared locks, neither of them could get the exclusive lock.
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -88,8 +88,8 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
 
     If ``content`` is None, the lock is shared. Otherwise, it is exclusive, and ``content`` is written into the file.
 
-    A lock from ``FileLock.make_exclusive`` is held only briefly. If another process holds such a lock, a call for a
-    shared lock waits until the lock is released, instead of raising LockHeldError.
+    A lock from ``FileLock.make_exclusive`` is held only briefly. A call for a shared lock waits until such a lock is
+    released. It does not raise LockHeldError.
 
     Raises:
         LockHeldError: another process holds a lock that excludes this one.

@@ -18,7 +18,7 @@ def create_folder(path: Path) -> list[Path]:
 
 @contextmanager
 def removed_if_unused(created: Sequence[Path]) -> Iterator[None]:
-    """Return a context manager. If its ``with`` block raises an error, the empty folders in ``created`` are removed."""
+    """Return a context manager. If its ``with`` block raises an error, it removes the empty folders in ``created``."""
     try:
         yield
     except BaseException:
