@@ -1,4 +1,4 @@
-"""Create backends. A backend trains a model that is distributed over several ranks."""
+"""Create backends. A backend trains a model on several ranks."""
 
 from pipeline.backends.base import Backend
 from pipeline.backends.optimizer_state import Fragment
@@ -12,12 +12,12 @@ __all__ = ["Backend", "Fragment", "cpu_adam_problem", "create_backend"]
 
 
 def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> Backend:
-    """Wrap a model on the device ``meta`` in the backend that the config selects.
+    """Return the backend that the config selects. It allocates the weights, but does not set their values.
 
-    After this call, the weights still have no values.
-
-    Only the selected backend is imported, because importing DeepSpeed takes seconds.
+    Args:
+        model: a model on the device ``meta``.
     """
+    # Only the selected backend is imported, because importing DeepSpeed takes seconds.
     model.lm_head.loss_in_blocks = config.run.loss_in_blocks
     if config.backend.name == "ddp":
         from pipeline.backends.ddp import DdpBackend

@@ -19,19 +19,19 @@ from pipeline.model.initialisation import draw_elements
 from pipeline.model.output_layer import Method
 from pipeline.model.parameter_state import state_names_of
 
-#: (name, start, target): fills ``target``, fp32 of shape (n,), with the values of a range of the flattened parameter
-#: ``name``. The range begins at element ``start``.
+#: A function of (name, start, target). It fills ``target``, an fp32 tensor of shape (n,), with the elements from
+#: ``start`` to ``start + n - 1`` of the flattened parameter ``name``.
 WriteElements = Callable[[str, int, Tensor], None]
 
 
 class Backend(ABC):
     """A model and its optimizer, distributed over the ranks.
 
-    A backend averages the gradients over the ranks, but training needs the sum. The trainer therefore multiplies the
-    ``loss_weight`` that it passes to ``accumulate`` by the world size.
+    A backend averages the gradients over the ranks. Training needs their sum, so the trainer multiplies ``loss_weight``
+    by the world size.
 
-    The model must be on the device ``meta``. A backend allocates only this rank's weights, without values. Call
-    ``draw_weights`` or ``write_weights``, or load a checkpoint, before the first step.
+    The model must be on the device ``meta``. A backend allocates only this rank's weights, without values. Before the
+    first step, call ``draw_weights`` or ``write_weights``, or load a checkpoint.
     """
 
     compute: nn.Module  # the wrapped model, with the same ``forward``
@@ -87,7 +87,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _update(self) -> Tensor | float:
-        """Do the work of ``step``, except for the loss scale and the average. Return the gradient norm."""
+        """Unscale and clip the gradients, update the weights, and clear the gradients. Return the gradient norm."""
 
     def draw_weights(self, seed: int) -> None:
         """Set all weights to random initial values. The same seed gives the same weights under every backend.
@@ -102,9 +102,9 @@ class Backend(ABC):
 
     @torch.no_grad()
     def write_weights(self, write: WriteElements) -> None:
-        """Set all weights. Every rank must call this, before the first step.
+        """Set all weights. Every rank must call this before the first step.
 
-        For each range of a parameter that this rank holds, the method calls ``write(name, start, elements)``, which
+        The method calls ``write(name, start, elements)`` for each range of a parameter that this rank holds. ``write``
         must fill the tensor ``elements``.
         """
         for held in self.state.ranges():
@@ -186,7 +186,4 @@ class Backend(ABC):
         return loss * (factor + loss.detach() * 0.0)
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to release
-        """Release the resources of this process. The backend cannot be used afterwards.
-
-        This call is not collective.
-        """
+        """Release the resources of this process. Do not use the backend afterwards."""

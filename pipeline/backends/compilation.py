@@ -10,8 +10,8 @@ from pipeline.model.gpt2 import GPT2
 def compiles_blocks(world: World) -> bool:
     """Return whether to compile each transformer block separately: True if several ranks use GPUs.
 
-    If the blocks are compiled separately, the backend can reduce the gradients of one block during the backward pass of
-    another block. On a CPU, or with a single rank, one graph of the whole model is faster.
+    The backend can then reduce the gradients of one block during the backward pass of another block. On a CPU, or with
+    a single rank, one graph of the whole model is faster.
     """
     return world.size > 1 and world.device.type != "cpu"
 

@@ -53,7 +53,7 @@ _BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # raised by a build withou
 
 
 def _configure_process() -> None:
-    """Silence DeepSpeed, and prevent a build that training does not use, for the whole process."""
+    """Configure DeepSpeed for this process: fewer messages, no build of unused operators, and support for Muon."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates. Users cannot avoid this warning.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -125,7 +125,7 @@ class DeepSpeedBackend(Backend):
 
     @abstractmethod
     def _loss_scale_outside_engine(self) -> float:
-        """Return the loss scale that the caller must apply. Set the loss scale that the engine applies."""
+        """Return the factor for the loss. If the engine scales the loss, set the engine's loss scale and return 1."""
 
     def state_was_loaded(self, updates: int) -> None:
         super().state_was_loaded(updates)
@@ -217,7 +217,7 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
     """Return the config for DeepSpeed's engine: ``backend.deepspeed`` and the keys that the run config determines.
 
     Args:
-        cpu_adam: whether DeepSpeed's CPUAdam, and not torch's AdamW, updates offloaded optimizer state.
+        cpu_adam: whether DeepSpeed's CPUAdam updates offloaded optimizer state. If False, torch's AdamW does.
     """
     native = {
         "steps_per_print": config.schedule.max_steps + 1,  # DeepSpeed never prints
@@ -274,10 +274,10 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
 
 
 def _forget_bias_correction(adam: Any, *_: object) -> None:
-    """Make CPUAdam compute the bias correction of the next step from the step count.
+    """Make CPUAdam compute beta^n from the step count n in the next step, so that a resumed run rounds the same way.
 
-    CPUAdam would multiply its stored beta^(n-1) by beta, which rounds differently than beta^n. A resumed run has no
-    stored value. After a step with other betas, CPUAdam computes beta^n.
+    Otherwise, CPUAdam would multiply its stored beta^(n-1) by beta. It computes beta^n only after a step with other
+    betas. Therefore, this function takes such a step on unused tensors.
     """
     unused = [torch.zeros(1) for _ in range(4)]  # weight, gradient and moments
     adam.ds_opt_adam.adam_update(adam.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, True, *unused)

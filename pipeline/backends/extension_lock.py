@@ -1,7 +1,7 @@
 """Remove the lock file of an extension build that was killed.
 
-torch creates a lock file, and deletes it when the build of a C++ extension ends. If the build is killed, the file
-remains. The next process that needs the extension would wait for the deletion forever (``torch.utils.file_baton``).
+While torch builds a C++ extension, a lock file exists. If the build is killed, the lock file remains. The next process
+that needs the extension would wait forever until the file is deleted (``torch.utils.file_baton``).
 """
 
 import logging
@@ -13,7 +13,7 @@ from torch.utils.cpp_extension import _get_build_directory
 
 log = logging.getLogger(__name__)
 
-#: An older lock is dead if no process on this host has it open. A build takes about a minute.
+#: A lock file of this age is dead if no process on this host has it open. A build takes about a minute.
 LONGEST_BUILD_S = 300.0
 _POLL_S = 0.5
 

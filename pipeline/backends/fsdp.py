@@ -54,9 +54,9 @@ class FsdpBackend(TorchBackend):
         return ShardedState(self.compute, self.optimizer, self.parameters, self.state_names)
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Reduce gradients only in the last micro-step, and keep gathered weights until then.
+        """Reduce gradients only if ``enabled``. Otherwise, keep gathered weights after the backward pass.
 
-        Weights that are resharded after the forward pass are not kept, so the peak memory does not grow.
+        Blocks that reshard after the forward pass keep no weights, so the peak memory does not grow.
         """
         assert isinstance(self.compute, FSDPModule)
         self.compute.set_requires_gradient_sync(enabled)
@@ -69,10 +69,10 @@ class FsdpBackend(TorchBackend):
 
 
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
-    """Apply recomputation, compile each module, and shard the model. Compiled graphs contain no collectives.
+    """Apply recomputation, compile the blocks and the output layer, and shard the model.
 
     Each block is one FSDP2 group. All other weights form the root group, so ``wte`` and ``lm_head`` stay tied. The root
-    group stays gathered between the forward and the backward pass.
+    group stays gathered between the forward and the backward pass. Compiled graphs contain no collectives.
     """
     recompute_blocks(model)
     if config.run.compiles:
@@ -103,9 +103,10 @@ def _create_mesh(world: World, shard_group_size: int) -> DeviceMesh:
 
 
 class _GlooCollective:
-    """A collective for CPUs, for ``FSDPModule.set_custom_all_gather``. It sends and receives at the same time.
+    """The base class of the collectives for CPUs. They send and receive at the same time.
 
-    Gloo's all-gather copies its result from a buffer. Gloo's reduce-scatter is an all-reduce of the whole input.
+    They replace Gloo's own collectives, which are slower. Gloo's all-gather copies its result from a buffer. Gloo's
+    reduce-scatter all-reduces the whole input.
     """
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -28,8 +28,8 @@ _IS_MUON = "is_muon"  # the key that marks the parameter groups of Muon
 class Muon(torch.optim.Optimizer):
     """An optimizer that updates some matrices with Muon, and all other parameters with an AdamW optimizer.
 
-    A *master* is a tensor that the optimizer updates. Under ZeRO-1 to ZeRO-3, it contains ranges of several parameters.
-    Otherwise, it is one parameter. Before the first step, call ``use_ranges``, which describes the masters.
+    A *master* is a tensor that the optimizer updates. Under ZeRO-1 to ZeRO-3, a master contains ranges of several
+    parameters. Under other backends, a master is one parameter. Call ``use_ranges`` before the first step.
 
     Args:
         parameters: maps canonical names to the parameters that Muon updates.
@@ -133,9 +133,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def divide_parameters(parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the parameters that Muon updates, and all other parameters.
-
-    The keys are names such as ``h.0.attn.c_attn.weight``.
-    """
+    """Return the parameters that Muon updates, and all other parameters, by name."""
     muon = {name: parameter for name, parameter in parameters.items() if belongs_to_muon(name, parameter.shape)}
     return muon, {name: parameter for name, parameter in parameters.items() if name not in muon}

@@ -19,8 +19,8 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     Each iteration replaces X by P X with P = a I + b G + c G^2. Here, G = X X^T is the Gram matrix, and a, b and c
     are constants. For tall matrices, X P with the smaller G = X^T X gives the same result.
 
-    If X is far from square, two iterations share one Gram matrix to save FLOPs: the second iteration uses P G P, the
-    Gram matrix of P X. More than two iterations per Gram matrix would not be stable in bf16.
+    If X is far from square, two iterations share one Gram matrix to save FLOPs. The second iteration uses P G P, which
+    is the Gram matrix of P X. More than two iterations per Gram matrix would not be stable in bf16.
 
     Args:
         matrices: shape (n, rows, columns), in the dtype of the computation and of the result.

@@ -124,7 +124,7 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
 def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float) -> Tensor:
     """Divide the gradients by the loss scale, and clip them to the global norm ``max_norm``, in place.
 
-    If ``max_norm`` is 0, the gradients are not clipped. Returns the norm before clipping, as a scalar.
+    If ``max_norm`` is 0, the gradients are not clipped. Returns the unscaled norm before clipping, as a scalar.
     """
     norm = global_grad_norm(gradients) / loss_scale
     factor = torch.full_like(norm, 1.0 / loss_scale)
@@ -172,10 +172,7 @@ class LossScaler:
 
     @classmethod
     def for_precision(cls, precision: str, world_size: int = 1) -> LossScaler:
-        """Return a loss scaler.
-
-        For ``amp_fp16``, its scale is dynamic and starts at 2**16. For other precisions, its scale is always 1.
-        """
+        """Return a loss scaler. For ``amp_fp16``, its scale starts at 2**16. Otherwise, its scale is always 1."""
         dynamic = precision == "amp_fp16"
         return cls(dynamic=dynamic, scale=2.0**16 if dynamic else 1.0, world_size=world_size)
 
@@ -183,9 +180,8 @@ class LossScaler:
     def factor(self) -> float:
         """Return the factor for the loss on each rank. The caller must divide the averaged gradients by this factor.
 
-        If the scale is dynamic, this factor is the scale divided by the world size, because the trainer multiplies the
-        loss by the world size. fp16 gradients then overflow in the same steps at every world size. If the scale is not
-        dynamic, this factor is 1.
+        A dynamic scale is divided by the world size, because the trainer multiplies the loss by the world size. fp16
+        gradients then overflow in the same steps at every world size. If the scale is not dynamic, the factor is 1.
         """
         return self.scale / self.world_size if self.dynamic else 1.0
 
@@ -208,8 +204,8 @@ class LossScaler:
 
     @property
     def state(self) -> tuple[float | None, int]:
-        """Return the scale, and the number of steps with a finite gradient norm since the scale last changed.
+        """Return the scale, and the number of good steps since the scale last changed.
 
-        If the scale is not dynamic, return None in place of the scale.
+        If the scale is not dynamic, the first value is None.
         """
         return (self.scale if self.dynamic else None), self.good_steps

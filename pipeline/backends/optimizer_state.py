@@ -84,8 +84,8 @@ class OptimizerState(ABC):
     def fragments(self) -> list[Fragment]:
         """Return views of the masters, of the optimizer state and of the averages of the weights.
 
-        Missing optimizer state and averages are created. If this rank holds no element of a parameter, the result has
-        no fragment of this parameter.
+        Missing optimizer state and averages are created. The result contains only parameters of which this rank holds
+        elements.
         """
         self.create_states()
         return [
@@ -128,9 +128,9 @@ class OptimizerState(ABC):
 
 
 class ParameterState(OptimizerState):
-    """The state of a backend whose optimizer updates the parameters of the model directly.
+    """The state of a backend whose master weights are the parameters of the model.
 
-    The parameters are therefore the master weights. If a parameter is a DTensor, each rank has whole rows of it.
+    If a parameter is a DTensor, each rank has whole rows of it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames) -> None:

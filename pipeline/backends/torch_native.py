@@ -41,7 +41,7 @@ class TorchBackend(Backend):
 
     @abstractmethod
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Return the context for a forward *and* backward pass. If ``enabled``, ranks synchronize gradients."""
+        """Return the context for a forward and a backward pass. If ``enabled``, the ranks synchronize gradients."""
 
     def _update(self) -> Tensor:
         norm = clip_and_step(self.optimizer, self.parameters.values(), self.loss_scaler.factor, self.max_norm)

@@ -12,7 +12,7 @@ from pipeline.model.gpt2 import GPT2
 def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
     """Replace the weights of a model on the device ``meta`` by placeholders on the CPU.
 
-    An optimizer can be created for placeholders. A placeholder needs the memory of only one element.
+    An optimizer can be created for placeholders. Each placeholder needs the memory of one element.
     """
     model._apply(lambda weight: torch.empty((), dtype=dtype).expand(weight.shape))  # type: ignore[no-untyped-call]
     model.tie_weights()

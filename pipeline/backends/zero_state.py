@@ -1,7 +1,6 @@
 """Give access to the masters (tensors that the optimizer updates) and the optimizer state under ZeRO-1 to ZeRO-3.
 
-This file uses private names of DeepSpeed 0.19.8. If a new release changes them, the tests that save and resume runs
-fail.
+This file uses private names of DeepSpeed 0.19.8. If a new release changes them, tests fail.
 """
 
 from typing import Any

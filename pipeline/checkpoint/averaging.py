@@ -34,15 +34,15 @@ def average_checkpoints(
 ) -> SavedCheckpoint:
     """Average the weights of several checkpoints of ``run``, and write a new run into ``run_folder``.
 
-    Moving averages of the weights (``averaging.ema``) are averaged too, if all checkpoints have one. All other values
-    come from the newest averaged checkpoint.
+    If all checkpoints have a moving average of the weights (``averaging.ema``), these averages are averaged too. All
+    other values come from the newest of these checkpoints.
 
     Args:
         last: the number of newest checkpoints to average, at least 2. Give either ``last`` or ``steps``.
         steps: the steps of the checkpoints to average.
 
     Raises:
-        CheckpointError: a checkpoint is missing or damaged, the checkpoints have different parameters, or the new run
+        CheckpointError: a checkpoint is missing or damaged, the checkpoints belong to different models, or the new run
             cannot be written.
         ConfigError: the newest checkpoint's config is not valid, or another process uses ``run_folder``.
     """
@@ -105,7 +105,7 @@ def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[dict[s
 
 
 def _choose_state_names(manifests: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Return the names of the optimizer tensors to write, without the moving average if any checkpoint has none."""
+    """Return the names of the optimizer tensors to write. They include ``ema`` only if all checkpoints have it."""
     names: dict[str, list[str]] = manifests[-1]["optimizer_state"]
     have_average = [all(EMA in kinds for kinds in manifest["optimizer_state"].values()) for manifest in manifests]
     if any(have_average) and not all(have_average):

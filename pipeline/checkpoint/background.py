@@ -32,7 +32,7 @@ class SaveOutcome:
 
 
 class BackgroundSaver:
-    """Saves checkpoints one at a time, in a thread that does not use the process group of the training.
+    """Saves checkpoints one at a time, in a thread with its own process group.
 
     Args:
         config: the resolved config, which each checkpoint contains.
@@ -64,7 +64,7 @@ class BackgroundSaver:
     def start(self, state: TrainingState) -> list[SaveOutcome]:
         """Wait for the previous save. Then copy the state, and start a thread that writes the copy.
 
-        This call is collective: every rank must make it. It returns the outcome of the previous save, as ``wait`` does.
+        Every rank must make this call. Returns the outcome of the previous save, as ``wait`` does.
         """
         started = time.perf_counter()
         outcomes = self.wait()
@@ -85,18 +85,15 @@ class BackgroundSaver:
         return saved
 
     def poll(self) -> list[SaveOutcome]:
-        """Return a list with the outcome of the last save.
+        """Return a list with the outcome of the last save, if ``poll`` or ``wait`` has not returned this outcome yet.
 
-        The list is empty while the save is running, or if ``poll`` or ``wait`` has already returned the outcome. Ranks
-        can finish a save at different times, so the result can differ between ranks.
+        The list is empty while the save is running. Ranks can finish a save at different times, so the result can
+        differ between ranks.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 
     def wait(self) -> list[SaveOutcome]:
-        """Wait for the last save. Return a list with its outcome.
-
-        The list is empty if ``poll`` or ``wait`` has already returned the outcome.
-        """
+        """Wait for the last save. Return its outcome in a list, or [] if the outcome was returned before."""
         if self._in_flight is None:
             return []
         step, pause_s, future = self._in_flight
@@ -108,11 +105,9 @@ class BackgroundSaver:
 
 
 class SnapshotTaker:
-    """Copies this rank's share of the weights and optimizer state to host memory.
+    """Copies this rank's share of the weights and optimizer state to host memory. Copies from a GPU are pinned.
 
-    If the share is on a GPU, the copy is in pinned memory.
-
-    All snapshots share their buffers, so a snapshot is valid until the next one is taken. With AdamW, the buffers need
+    All snapshots use the same buffers, so a snapshot is valid until the next one is taken. With AdamW, the buffers need
     12 bytes per weight in the share.
     """
 

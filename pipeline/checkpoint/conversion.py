@@ -30,12 +30,12 @@ _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
-    """Copy a checkpoint into a new run folder. The copy has the files that a run with one rank would have written.
+    """Copy a checkpoint into a new run folder, as if a run with one rank had saved it.
 
     In the new ``config.json``, ``run.out_dir`` is the new folder.
 
     Args:
-        source: a checkpoint folder, or a run folder, whose newest good checkpoint is used.
+        source: a checkpoint folder, or a run folder. From a run folder, the newest undamaged checkpoint is copied.
 
     Raises:
         CheckpointError: the source cannot be used, ``run_folder`` already has checkpoints, or writing failed.

@@ -42,10 +42,10 @@ class Block:
 
 
 def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: World) -> Path:
-    """Download a checkpoint into a run folder that all ranks share, verify it, and return its folder there.
+    """Download a checkpoint into a run folder that all ranks share, verify it, and return its new folder.
 
-    If the run folder already has a damaged checkpoint of this step, the download replaces it. If the run folder has no
-    metrics, they are downloaded too. This call is collective: every rank must make it.
+    Every rank must make this call. A damaged checkpoint of the same step in the run folder is replaced. If the run
+    folder has no metrics, the metrics are downloaded too.
 
     Raises:
         DamagedAtUrlError: the downloaded files differ from the manifest. The run folder has not changed.
@@ -88,7 +88,7 @@ def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
 
 
 def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Delete the contents of a folder. Then create a checkpoint's files in it, with their final sizes.
+    """Create the files of a checkpoint in an empty folder, with their final sizes. Existing contents are deleted.
 
     Raises OSError if the disk has too little free space.
     """
@@ -110,9 +110,9 @@ def _download(checkpoint: RemoteCheckpoint, aside: Path, world: World) -> int:
 
 
 def download_block(checkpoint: RemoteCheckpoint, folder: Path, block: Block) -> int:
-    """Download a block, and write it at its position into the file in ``folder``, which must exist.
+    """Download a block, and write it at its position into a file in ``folder``. The file must exist.
 
-    Then fsync the file, and return the number of downloaded bytes.
+    Return the number of downloaded bytes.
     """
     content = checkpoint.run.read_range(checkpoint.step, block.file, block.start, block.stop)
     with (folder / block.file).open("r+b") as file:

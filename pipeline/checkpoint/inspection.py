@@ -80,8 +80,8 @@ class RunReport:
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
     """Return the keys of ``backend.deepspeed`` that can make a run's results differ from those of other backends.
 
-    Earlier steps of the run may have used another config than ``config``. Therefore, this function also returns the
-    keys that the run's rows of metrics list up to ``step``.
+    Earlier steps of the run may have used another config. Therefore, this function also returns the keys that the run's
+    metrics list up to ``step``.
     """
     rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
     earlier = [key for keys in rows if isinstance(keys, list) for key in keys]
@@ -189,7 +189,7 @@ def _backend_name(backend: dict[str, Any]) -> str:
 
 
 def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
-    """Count the parameters: the tied weight once, and no padding rows of the embedding."""
+    """Count the parameters without the padding rows of the embedding. The tied weight counts once."""
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     if isinstance(vocab_size, int) and "wte.weight" in shapes:
         counts["wte.weight"] = vocab_size * shapes["wte.weight"][-1]

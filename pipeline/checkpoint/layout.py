@@ -15,7 +15,7 @@ from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 
 FORMAT_VERSION = 2
-#: Version 1 has no ``optimizer_state`` in the manifest: every parameter has AdamW's two moments.
+#: Version 1 has no ``optimizer_state`` in the manifest, because every parameter has AdamW's two moments.
 READABLE_VERSIONS = (1, 2)
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
@@ -72,7 +72,7 @@ def checkpoint_of_step(run_folder: Path, step: int) -> Path:
 def is_checkpoint(path: Path) -> bool:
     """Return whether a path is a checkpoint folder. The checkpoint may be damaged.
 
-    A folder of token shards is not a checkpoint folder, although it has a ``manifest.json``.
+    A folder of token shards also has a ``manifest.json``, but is not a checkpoint folder.
     """
     return (path / STATE_FILE).is_file() or ((path / MANIFEST_FILE).is_file() and not _holds_shards(path))
 

@@ -29,10 +29,10 @@ _POSITIONS = "wpe.weight"
 def load_training_state(folder: Path, backend: Backend, rank: int | None = None) -> TrainingState:
     """Load a checkpoint into the backend, and return its training state.
 
-    If the checkpoint has the state of another optimizer, only the weights are loaded. In this case, the optimizer
-    starts at step count 0, and ``optimizer_start`` in the result is the number of updates before this start.
+    If the checkpoint has the state of another optimizer, this state is not loaded. The optimizer then starts at step
+    count 0, and ``optimizer_start`` in the result is the number of earlier updates.
 
-    If the backend keeps an average of the weights and the checkpoint has none, the average starts as a copy of the
+    If the backend keeps an average of the weights that the checkpoint lacks, the average starts as a copy of the
     weights.
 
     Args:
@@ -40,8 +40,8 @@ def load_training_state(folder: Path, backend: Backend, rank: int | None = None)
             other file is read. If None, the headers of all files are checked.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or belongs to another model. If a file could not be read, the backend
-            may already contain some new values. Otherwise, the backend has not changed.
+        CheckpointError: the checkpoint is damaged or belongs to another model. After a read error, the backend may
+            contain some of the new values. After other errors, the backend has not changed.
     """
     state, _ = read_state(folder)
     fragments = list(backend.fragments())
@@ -87,7 +87,7 @@ def _has_all(pieces: list[Piece], fragment: Fragment) -> bool:
 
 
 def _kinds_by_parameter(index: PieceIndex) -> dict[str, set[str]]:
-    """Return parameter -> the names of its stored tensors except the weight."""
+    """Return parameter -> the names of its stored tensors, without the weight."""
     kinds = index.keys() - {WEIGHT}
     return {name: {kind for kind in kinds if name in index[kind]} for name in index[WEIGHT]}
 
@@ -106,7 +106,7 @@ def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "tr
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another model, has no moving average, or cannot be read.
+        CheckpointError: the checkpoint belongs to another model, lacks the requested moving average, or cannot be read.
     """
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     pieces = pieces_of_weights(folder, shapes, weights)
@@ -125,8 +125,7 @@ def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) 
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, belongs to another model, or has no moving average
-            although ``weights`` is ``ema``.
+        CheckpointError: the checkpoint is damaged, belongs to another model, or lacks the requested moving average.
     """
     index = index_for_model(folder, shapes)
     kind = KINDS_OF_WEIGHTS[weights]
@@ -171,9 +170,7 @@ def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> dict[s
 
 
 def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
-    """Fill ``target`` with a range of a flattened parameter.
-
-    Of the parameter's rows, read only those that contain elements of the range.
+    """Fill ``target`` with a range of a flattened parameter. Only the rows that contain this range are read.
 
     Args:
         target: shape (n,), on any device.
@@ -208,7 +205,7 @@ class LoadedModel:
 
     @property
     def run_folder(self) -> Path:
-        """Return the folder for evaluation results: the run folder if there is one, otherwise the checkpoint folder."""
+        """Return the folder for evaluation results: the run folder, or the checkpoint folder without a run folder."""
         return run_folder_of(self.checkpoint)
 
 
@@ -220,8 +217,7 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: there is no undamaged checkpoint, or ``weights`` is ``ema`` and the checkpoint has no moving
-            average.
+        CheckpointError: there is no undamaged checkpoint, or it lacks the requested moving average.
         ConfigError: the config in the checkpoint is not valid.
     """
     folder = locate_weights_of(path)

@@ -1,8 +1,8 @@
 """Upload the checkpoints of a run to a URL while training continues.
 
-Each rank has a thread that uploads. The threads use no collectives, because one slow network would then block all
-ranks. One *round* of ``UploadRounds`` uploads the tensor files of one checkpoint. When all ranks have succeeded, rank 0
-uploads the state and writes the manifest at the URL.
+Each rank has a thread that uploads. The threads use no collectives, so a rank with a slow network does not block the
+others. One *round* of ``UploadRounds`` uploads the tensor files of one checkpoint. When all ranks have succeeded,
+rank 0 uploads the state and writes the manifest at the URL.
 """
 
 import logging
@@ -43,8 +43,8 @@ _VISIBLE_S = 10.0  # a network file system may show a new file late on other hos
 class UploadOutcome:
     """The result of uploading one checkpoint.
 
-    An error outside the upload of a checkpoint counts as a failed upload of the newest checkpoint. An example is an
-    error while the upload thread lists or deletes files at the URL, or uploads the metrics.
+    Other errors of the upload thread count as a failed upload of the newest checkpoint. An example is an error while
+    the thread lists files at the URL.
     """
 
     step: int
@@ -56,8 +56,8 @@ class UploadOutcome:
 class Mirror:
     """Uploads a run's checkpoints to a URL, and deletes old checkpoints there by the same rules as in the run folder.
 
-    Call ``request`` after each save. The ranks then upload the checkpoints that the URL lacks, the newest first. A
-    failed upload is tried again after the next save, if the checkpoint is still on the disk.
+    Call ``request`` after each save. The ranks then upload the checkpoints that the URL lacks, the newest first. If an
+    upload fails and the checkpoint is still on the disk after the next save, it is uploaded again.
 
     Args:
         timeout_s: the longest time for one upload, and for the wait at the end of the run.
@@ -85,7 +85,7 @@ class Mirror:
         self._thread.start()
 
     def request(self) -> None:
-        """Begin to upload the checkpoints that the URL lacks. Do not wait for the end of the upload."""
+        """Begin to upload the checkpoints that the URL lacks. Return at once."""
         self._due.set()
 
     def poll(self) -> list[UploadOutcome]:
@@ -166,7 +166,7 @@ class Mirror:
                 self._uploading.clear()
 
     def _try_upload(self, step: int, found: dict[int, dict[str, int]]) -> dict[int, dict[str, int]] | None:
-        """Upload a checkpoint and report the outcome. Returns the files at the URL, or None after a failure."""
+        """Upload a checkpoint and record the outcome. Returns the files at the URL, or None after a failure."""
         started = time.monotonic()
         try:
             size, listed = self._upload(step, found)

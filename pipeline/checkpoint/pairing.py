@@ -27,8 +27,7 @@ def pair(run_folder: Path, url: str) -> None:
 def abandon(run_folder: Path, step: int) -> None:
     """Record that the run has abandoned the checkpoints of ``step`` and of later steps at all its URLs.
 
-    Call this function if the run continues from an earlier checkpoint. Later starts of the run then avoid the abandoned
-    checkpoints. The record is in the run folder, so this function needs no access to the URLs.
+    Call this function if the run continues from an earlier checkpoint. The function needs no access to the URLs.
     """
     record = _read(run_folder)
     if record["urls"]:
@@ -38,10 +37,7 @@ def abandon(run_folder: Path, step: int) -> None:
 
 
 def is_abandoned(run_folder: Path, url: str, step: int) -> bool:
-    """Return whether the checkpoint of ``step`` at a URL is abandoned.
-
-    It is abandoned if the run has continued from a checkpoint of an earlier step.
-    """
+    """Return whether the checkpoint of ``step`` at a URL is abandoned."""
     first = _read(run_folder)["abandoned_from"].get(url)
     return first is not None and step >= first
 
@@ -49,7 +45,7 @@ def is_abandoned(run_folder: Path, url: str, step: int) -> bool:
 def forget_abandoned(run_folder: Path, url: str) -> None:
     """Delete the record of the abandoned checkpoints at a URL.
 
-    Call this function after the manifests of these checkpoints were renamed at the URL.
+    Call this function after the manifests of these checkpoints were renamed.
     """
     record = _read(run_folder)
     if record["abandoned_from"].pop(url, None) is not None:

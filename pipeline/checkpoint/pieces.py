@@ -40,8 +40,8 @@ class Piece:
     stop: int
 
 
-#: kind -> parameter -> pieces, sorted by their first element. A kind is ``weight`` or the name of an optimizer tensor,
-#: which need not exist for every parameter.
+#: kind -> parameter -> pieces, sorted by their first element. A kind is ``weight`` or the name of an optimizer tensor.
+#: An optimizer tensor need not exist for every parameter.
 PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
@@ -77,15 +77,14 @@ def open_tensors(path: Path) -> Iterator[Any]:
 def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] | None = None) -> PieceIndex:
     """Return the index of the pieces (stored ranges of parameters) in a checkpoint.
 
-    From the tensor files, only the headers are read.
+    Only the headers of the tensor files are read.
 
     Args:
-        files: the names of the tensor files to read. If None, all files are read, and every element must be stored
-            exactly once.
+        files: the names of the tensor files to read. If None, all files are read, and this function checks that every
+            element is stored exactly once.
 
     Raises:
-        CheckpointError: a header is damaged or differs from the manifest, a tensor is not fp32, or elements are missing
-            or stored twice.
+        CheckpointError: a tensor file is damaged, does not match the manifest, or is not fp32.
     """
     shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
     index: PieceIndex = {WEIGHT: {name: [] for name in shapes}}

@@ -23,13 +23,13 @@ from pipeline.checkpoint.state import StateFile, check_state_file
 from pipeline.errors import CheckpointError
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, METRICS_FILE
 
-#: If a run continues from an earlier step, the manifests of its later checkpoints get this name.
+#: If a run continues from an earlier step, the manifests of later checkpoints get this name.
 ABANDONED_MANIFEST = f"{MANIFEST_FILE}.abandoned"
 
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """A checkpoint at a URL. Its manifest was read and checked, but its other files were not."""
+    """A checkpoint at a URL. Its manifest was read and checked. Its other files were not read."""
 
     run: "RemoteRun"
     step: int

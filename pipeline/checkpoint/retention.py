@@ -56,7 +56,7 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
 
     Args:
         origin: the checkpoint from which the run continues. If ``origin`` is in another run folder, the checkpoint of
-            ``step`` in ``run_folder`` is renamed too, because the run does not continue from it.
+            ``step`` in ``run_folder`` is renamed too.
     """
     for folder in list_checkpoints(run_folder):
         other_branch = origin is not None and step_of(folder) == step and folder.resolve() != origin.resolve()
@@ -93,7 +93,7 @@ def _remove_folder(folder: Path) -> None:
 def surplus_steps(steps: Iterable[int], newest: int, keep_last: int, best: int | None) -> list[int]:
     """Return the steps up to ``newest`` whose checkpoints are not needed, in ascending order.
 
-    The result may contain milestones, which the caller must keep.
+    The caller must remove milestones from the result.
 
     Args:
         newest: the step of the newest verified checkpoint.
@@ -122,17 +122,14 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
 
 
 def is_milestone(folder: Path) -> bool:
-    """Return whether a checkpoint's step is a multiple of ``checkpoint.keep_every_steps`` in the checkpoint's config.
-
-    If ``state.json`` is damaged, the result is False.
-    """
+    """Return whether a checkpoint is a milestone. If its ``state.json`` is damaged, the result is False."""
     with suppress(CheckpointError):
         return is_state_of_milestone(read_state_file(folder))
     return False
 
 
 def is_state_of_milestone(state: StateFile) -> bool:
-    """Return whether the step in ``state`` is a multiple of ``checkpoint.keep_every_steps`` in the state's config."""
+    """Return whether the checkpoint of ``state`` is a milestone."""
     every_steps = config_section(state.config, "checkpoint").get("keep_every_steps")
     return isinstance(every_steps, int) and every_steps > 0 and state.step % every_steps == 0
 
@@ -163,7 +160,7 @@ class Pruning:
 
 
 def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
-    """Delete everything in a run's ``checkpoints`` except the newest ``keep`` checkpoints that pass verification.
+    """Keep the newest ``keep`` undamaged checkpoints of a run. Delete everything else in the folder ``checkpoints``.
 
     Undamaged milestones (``checkpoint.keep_every_steps``) and the best checkpoint (``checkpoint.keep_best``) are kept
     too.
@@ -220,7 +217,7 @@ def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[P
 
 
 def _require_known_format(folder: Path) -> None:
-    """Raise CheckpointError if a checkpoint has an unknown format version, because the checkpoint may be undamaged."""
+    """Raise CheckpointError if a checkpoint has an unknown format version, because it cannot be verified."""
     with suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("format_version")
         if found not in READABLE_VERSIONS:

@@ -83,8 +83,8 @@ def write_checkpoint(
 
     Args:
         config: the resolved config to store in the checkpoint.
-        pinned: returns a context manager that gives the steps whose checkpoints must be kept. This function deletes
-            old checkpoints inside the context manager's block.
+        pinned: returns a context manager that gives the steps whose checkpoints must be kept. Old checkpoints are
+            deleted inside its block.
 
     Raises:
         CheckpointError: a rank could not write a file, or read back different bytes. The incomplete folder is removed,
@@ -133,7 +133,7 @@ def on_main_rank(world: World, step: Callable[[], None]) -> None:
 def on_every_rank(world: World, step: Callable[[], Result]) -> Result:
     """Call ``step`` on every rank, and return this rank's result. This call is collective.
 
-    If ``step`` fails on one rank, all ranks raise CheckpointError, so that no rank hangs in the next collective call.
+    If ``step`` fails on one rank, all ranks raise CheckpointError, so no rank hangs in the next collective.
     """
     result: Result | None = None
     problem = None

@@ -56,7 +56,7 @@ class TrainingState:
     data_sha256: str | None = None  # the hash of the dataset's manifest
     guard: GuardState = field(default_factory=GuardState)
     validation: ValidationHistory = field(default_factory=ValidationHistory)
-    optimizer_start: NonNegativeInt = 0  # updates at which the optimizer's state was zero; AdamW counts steps from here
+    optimizer_start: NonNegativeInt = 0  # ``updates`` when the optimizer's state was zero; AdamW counts from there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,6 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
 
 
 def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the section ``key`` of a stored config, or an empty dict if the section is missing or malformed.
-
-    Another version of this program may have written the config.
-    """
+    """Return the section ``key`` of a stored config, or an empty dict if the section is missing or malformed."""
     section = content.get(key)
     return section if isinstance(section, dict) else {}

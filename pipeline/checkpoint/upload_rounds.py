@@ -6,8 +6,8 @@ One *round* uploads one checkpoint:
 2. Each rank uploads its files, and writes its result into the store.
 3. Rank 0 reads the results of all ranks.
 
-One thread serves the store to all ranks, even if there are thousands. Therefore, a rank reads only the entries of its
-own files, and rank 0 reads the results of all ranks with one request.
+One thread serves the store to thousands of ranks. To save requests, each rank reads only its own entry, and rank 0
+reads the results of all ranks with one request.
 """
 
 import json
@@ -22,7 +22,7 @@ from pipeline.distributed.rendezvous import list_ranks
 from pipeline.distributed.world import World
 
 _POLL_S = 0.2
-#: How often rank 0 has begun a round or ended the rounds. A rank that waits reads only this number.
+#: The number of times that rank 0 has begun a round or ended the rounds. A waiting rank reads only this number.
 _CHANGES = "changes"
 _END = "end"
 #: Each rank has one share and one result in the store. A new round overwrites them, so that the store does not grow.
@@ -62,7 +62,7 @@ class UploadRounds:
     def begin(self, step: int, files: Files) -> Files:
         """Begin a round, and return the tensor files that rank 0 uploads. ``files`` are all files of the checkpoint.
 
-        Rank ``r % world_size`` uploads the files that rank r saved, because the world size may have changed since then.
+        Rank ``r % world_size`` uploads the files that rank r saved. The world size may have changed since the save.
         """
         self._round += 1
         self._deadline = time.monotonic() + self._timeout_s
@@ -99,7 +99,7 @@ class UploadRounds:
         return problems
 
     def end(self) -> None:
-        """Tell the other ranks that no round follows. Any thread of rank 0 may call this."""
+        """Tell the other ranks that there are no more rounds. Any thread of rank 0 may call this."""
         self._store.set(_END, "")
         self._store.add(_CHANGES, 1)
 
@@ -108,7 +108,7 @@ class UploadRounds:
     def next_share(self) -> Share | None:
         """Return the files that this rank uploads in a new round. If no new round has begun, return None at once.
 
-        A late rank skips all rounds but the newest. After the last round, ``have_ended`` becomes True.
+        A late rank gets only the newest round. After the last round, ``have_ended`` becomes True.
         """
         changes = self._store.add(_CHANGES, 0)
         if changes == self._changes:

@@ -101,7 +101,7 @@ def newest_good_checkpoint(run_folder: Path) -> Path | None:
 
 
 def locate_checkpoint(path: Path) -> Path:
-    """Return the path of an undamaged checkpoint. For a run folder, this is its newest undamaged checkpoint.
+    """Return ``path`` if it is an undamaged checkpoint. For a run folder, return its newest undamaged checkpoint.
 
     Raises:
         CheckpointError: ``path`` is a damaged checkpoint, or contains no undamaged checkpoint.

@@ -40,7 +40,7 @@ _LOCK_FILE = "copy.lock"
 def locate_weights_of(place: Path | str) -> Path:
     """Return a folder on this machine with an undamaged checkpoint, for commands that only read the weights.
 
-    If ``place`` is a URL, this call downloads the weights, unless this machine already has them. Only the newest copy
+    If ``place`` is a URL and this machine has no copy of the weights, the weights are downloaded. Only the newest copy
     per URL is kept.
 
     Args:

@@ -32,8 +32,8 @@ OWNED_BY_RUN = {
 #: The keys of DeepSpeed's own loggers, which other backends do not have.
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
-#: The other top-level keys that DeepSpeed 0.19 reads and that have an effect in this project, with their types.
-#: DeepSpeed silently ignores unknown keys. Model parallelism and DeepCompile are not used here.
+#: The other top-level keys of DeepSpeed 0.19 that have an effect in this project, with their types. All other keys are
+#: refused, because DeepSpeed ignores unknown keys without an error.
 PASSED_THROUGH: dict[str, type] = {
     "zero_optimization": dict,
     "zero_allow_untested_optimizer": bool,
@@ -52,8 +52,7 @@ PASSED_THROUGH: dict[str, type] = {
     "timers": dict,
 }
 
-#: The keys of ``zero_optimization`` that do not change the results. Examine a key before you add it. ZenFlow is missing
-#: because it replaces the optimizer.
+#: The keys of ``zero_optimization`` that do not change the results. Check this before you add a key.
 SAME_NUMBERS = (
     "stage",
     "contiguous_gradients",
@@ -85,7 +84,7 @@ SAME_NUMBERS = (
     "leaf_module",
 )
 
-#: The keys that can change the results -> the value that does not change them.
+#: Each key that can change the results -> the value with which the key changes nothing.
 OTHER_NUMBERS: dict[str, Any] = {
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,
@@ -97,9 +96,9 @@ OTHER_NUMBERS: dict[str, Any] = {
     "zero_optimization.offload_optimizer.super_offload": False,
 }
 
-#: The replacement for DeepSpeed's own Muon, which some ZeRO stages lack and which gives other numbers.
+#: The replacement for DeepSpeed's own Muon, which gives other numbers.
 _MUON_HERE = "set optimizer.name to muon and optimizer.muon.* instead, which give the same numbers under every backend"
-#: The replacement for MiCS (``mics_shard_size``), which DeepSpeed no longer contains.
+#: The replacement for MiCS (``mics_shard_size``), which DeepSpeed 0.19 does not have.
 _HYBRID_HERE = "set backend.name to fsdp and backend.fsdp.shard_group_size, which shards within groups of ranks"
 _STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,), HPZ: (3,)}
 _TYPES = {"offload_optimizer": dict, "offload_param": dict, HPZ: int}
@@ -143,7 +142,7 @@ def changes_of_numbers(backend: BackendConfig) -> list[str]:
 
 
 def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
-    """Return the keys that show that a config file is DeepSpeed's own JSON. For a run config, the list is empty."""
+    """Return the keys of DeepSpeed in a config file. For a run config, the list is empty."""
     own = [key for key in content if key in (*PASSED_THROUGH, *OWNED_BY_RUN, *MONITORS)]
     sections = [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]
     return [] if sections else [key for key in own if key not in Config.model_fields]

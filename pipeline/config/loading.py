@@ -84,7 +84,7 @@ def keys_of_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def config_from_json(content: dict[str, Any], origin: str) -> Config:
-    """Build a config from JSON values that contain all keys, for example from a checkpoint.
+    """Build a config from JSON values, for example from a checkpoint.
 
     Raises ConfigError if the config is not valid. The message names the file ``origin``.
     """
@@ -98,7 +98,7 @@ def dump_config(config: Config) -> dict[str, Any]:
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted key of each setting of a section and of its nested sections. Each key begins with ``prefix``.
+    """Yield the dotted keys of a section and of its nested sections. Each key begins with ``prefix``.
 
     In a key, ``*`` represents any index of a list.
     """
@@ -144,7 +144,7 @@ def _refuse(mistakes: list[str]) -> None:
 
 
 def _find_mistakes(merged: dict[str, Any], origins: dict[str, str]) -> Iterator[str]:
-    """Yield a line for each mistake. Unknown keys come first, because they often cause other mistakes."""
+    """Yield a line for each mistake. Unknown keys come first, because they can cause other mistakes."""
     unknown: list[tuple[int | str, ...]] = []
     try:
         Config.model_validate(merged)
@@ -167,7 +167,7 @@ def _find_mistakes(merged: dict[str, Any], origins: dict[str, str]) -> Iterator[
 
 
 def _remove(content: Any, location: tuple[int | str, ...]) -> None:
-    """Remove an unknown key. As long as there is one, pydantic does not check combinations of keys."""
+    """Remove an unknown key. pydantic checks combinations of keys only if there are no unknown keys."""
     *sections, name = location
     for section in sections:
         content = content[section]
@@ -267,7 +267,7 @@ def _explain(mistake: ErrorDetails, origins: dict[str, str]) -> str:
 
 
 def _advise(given: Any, location: Sequence[int | str]) -> str:
-    """Return what to write instead of a Python word or null, or "" for other values."""
+    """Return advice if the value is null or a Python word such as True. For other values, return ""."""
     if isinstance(given, str) and given in _JSON_WORDS:
         return f"; JSON writes {_JSON_WORDS[given]}, not {given}"
     if given is not None:

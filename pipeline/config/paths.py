@@ -8,7 +8,7 @@ from pipeline.config.schema import Config, RunConfig
 
 
 def with_working_dir(config: Config) -> Config:
-    """Return a copy of a config. If ``run.working_dir`` is null, the copy contains the current folder instead."""
+    """Return a copy of a config in which ``run.working_dir`` is set. If it was null, it is the current folder."""
     run = config.run.model_copy(update={"working_dir": config.run.working_dir or str(Path.cwd())})
     return config.model_copy(update={"run": run})
 
@@ -16,8 +16,8 @@ def with_working_dir(config: Config) -> Config:
 def find_path(path: str, run: RunConfig) -> str:
     """Return the path of a file or folder that a config names. A URL is returned unchanged.
 
-    A relative path is searched in the current folder, then in the folder in which the run was started. If
-    both are the same folder, the path is returned unchanged, even if it does not exist.
+    A relative path is searched in the current folder, then in the folder in which the run was started. If both are the
+    same folder, the path need not exist.
 
     Raises:
         DataError: the two folders differ, and neither contains the path.

@@ -60,7 +60,7 @@ def format_keys(wanted: str = "") -> str:
 
 
 def _sections() -> Iterator[tuple[str, str, list[tuple[str, str, str]]]]:
-    """Yield the name, the meaning and the keys of each section. A key is its name, its default as JSON, its meaning."""
+    """Yield (name, meaning, keys) of each section. Each key is (name, default as JSON, meaning)."""
     defaults = dump_config(Config())
     for name, field in Config.model_fields.items():
         assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
@@ -86,7 +86,7 @@ def _fill(text: str, columns: int, indent: int = 0) -> str:
 
 
 def _choices(annotation: Any) -> str:
-    """Return the choices of a literal, which may be inside a list or a union, as text. Otherwise, return ""."""
+    """Return the choices of a literal as text, even inside a list or a union. Without a literal, return ""."""
     if get_origin(annotation) is Literal:
         return f"One of {', '.join(f'`{json.dumps(choice)}`' for choice in get_args(annotation))}."
     return next(filter(None, map(_choices, get_args(annotation))), "")

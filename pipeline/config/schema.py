@@ -129,8 +129,8 @@ class RunConfig(Section):
     )
     working_dir: NonEmptyText | None = Field(
         None,
-        description="Folder in which the run was started. The program sets this key. It looks for relative data paths "
-        "in the current folder, then in this folder.",
+        description="Folder in which the run was started. The program sets this key. If the current folder does not "
+        "contain a relative data path, this folder is searched.",
     )
     rank_timeout_s: PositiveInt = Field(
         60,

@@ -8,10 +8,7 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the batch of an optimizer step is divided into micro-batches.
-
-    In each micro-step, every rank computes one micro-batch.
-    """
+    """The division of an optimizer step into micro-steps. In each micro-step, every rank computes one micro-batch."""
 
     micro_batch_size: int  # sequences per rank and micro-step
     seq_len: int  # tokens per sequence
@@ -39,8 +36,7 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
     """Divide the batch of an optimizer step into micro-batches.
 
     Raises:
-        ConfigError: ``batch.tokens_per_step`` is not a multiple of the tokens of one micro-step on all ranks, or the
-            group size of FSDP or hpZ does not divide the number of ranks.
+        ConfigError: ``batch.tokens_per_step`` or a group size of FSDP or hpZ does not fit the number of ranks.
     """
     _check_groups(config.backend, world_size)
     batch, seq_len = config.batch, config.seq_len

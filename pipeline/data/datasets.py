@@ -36,8 +36,8 @@ def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
 
     Raises:
         DataError: a dataset cannot be used.
-        ConfigError: the vocabulary of a dataset differs from that of the model or of another dataset, or a required
-            validation split is missing.
+        ConfigError: the model and the datasets do not have the same vocabulary, or a required validation split is
+            missing.
     """
     datasets = tuple(_open_dataset(component, config) for component in config.data.components)
     if (keys := config.keys_that_need_validation) and not any(dataset.validation for dataset in datasets):
@@ -88,7 +88,7 @@ def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
 
 
 def data_sha256(datasets: Sequence[TokenDataset]) -> str:
-    """Return a hash of the datasets' manifests and, for a mixture, of the weights of its datasets.
+    """Return a hash of the datasets' manifests. For a mixture, the hash also depends on the weights.
 
     Tokenizing again with the same options does not change the hash.
     """

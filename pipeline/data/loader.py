@@ -34,7 +34,7 @@ COUNTED_AT_ONCE = 2**24  # entries of a mask
 class MicroBatch:
     """The samples of one rank in one micro-step. The tensors are in host memory."""
 
-    first_sample: int  # the global index, from which the seed of dropout is derived
+    first_sample: int  # the index in the run; the seed of dropout depends on it
     tokens: Tensor  # (B, T + 1) uint16
     target_mask: Tensor | None = None  # (B, T) bool, True if the target is scored; None if all targets are scored
 
@@ -66,9 +66,9 @@ class MicroBatch:
 class TrainLoader:
     """Reads the micro-batches of one rank.
 
-    The samples of a step depend only on the seed and on the number of earlier samples, not on the world size. Let B be
-    the micro-batch size. Micro-batch j contains the samples jB to (j+1)B - 1 of the step. Rank j mod world_size
-    processes micro-batch j.
+    The samples of a step do not depend on the world size. They depend only on the seed and on the number of earlier
+    samples. Let B be the micro-batch size. Micro-batch j contains the samples jB to (j+1)B - 1 of the step. Rank
+    j mod world_size processes micro-batch j.
     """
 
     def __init__(self, datasets: Sequence[TokenDataset], plan: BatchPlan, seed: int, rank: int) -> None:
@@ -78,7 +78,7 @@ class TrainLoader:
         self.rank = rank
         self.has_mask = any(dataset.train.has_mask for dataset in datasets)
         self.mixture = Mixture([dataset.weight for dataset in datasets])
-        # The first dataset uses the run's own seed, so a mixture of one dataset is equal to the dataset alone.
+        # The first dataset uses the run's own seed, so a mixture of one dataset gives the same order as ``data.path``.
         seeds = [seed, *(derive_seed(seed, "part", index) for index in range(1, len(datasets)))]
         self.orders = [SampleOrder(self._count_windows(index), seeds[index]) for index in range(len(datasets))]
 
@@ -149,7 +149,7 @@ def suggest_batch(tokens: int, plan: BatchPlan) -> str:
 class Prefetcher:
     """Reads the micro-batches of the next step in a thread, while the device computes the current step.
 
-    If a call requests a step that the thread has not read, the call itself reads the micro-batches of this step.
+    If a call requests a step that the thread has not read, the call reads this step itself.
     """
 
     def __init__(self, loader: TrainLoader, device: torch.device) -> None:
@@ -189,9 +189,9 @@ def validation_batches(
     Every rank gets the same number of batches, because forward passes are collective under FSDP and ZeRO-3. The last
     batches may contain padding, which is not scored.
 
-    If the split has at most ``max_batches`` batches, or if ``max_batches`` is None, all ranks together get each target
-    once. Otherwise, all ranks together get ``max_batches`` batches, and their windows are evenly spread over the split.
-    Batches that contain only padding do not count.
+    Args:
+        max_batches: the largest number of batches over all ranks. Batches that contain only padding do not count. If
+            the split has more batches, the windows are spread evenly over the split. If None, there is no limit.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

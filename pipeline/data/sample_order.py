@@ -1,7 +1,7 @@
-"""Compute which window of which dataset a sample is.
+"""Compute the dataset of a sample, and the window of this dataset.
 
-The result does not depend on earlier samples, so a run can resume at any sample. A mixture assigns samples to datasets,
-in proportion to the weights of the datasets. Within a dataset, each epoch has a different random order of the windows.
+The result does not depend on earlier samples, so a run can resume at any sample. A mixture assigns samples to datasets
+in proportion to the datasets' weights. Within a dataset, each epoch has a different random order of the windows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SampleOrder:
 
     Sample g belongs to epoch ``g // n``. Each epoch has a different permutation of the windows, which depends on the
     seed. A balanced Feistel network permutes the numbers below 4**k, the smallest power of four that is at least ``n``.
-    While the result is not below ``n``, the network is applied again to the result (Black and Rogaway 2002).
+    The network is applied again to its result until the result is below ``n`` (Black and Rogaway 2002).
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -70,7 +70,7 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class _Fork:
-    """An inner node of the tree: round(n * left_weight / weight) of its first n samples go to the left child."""
+    """An inner node of the tree. Of its first n samples, round(n * left_weight / weight) go to the left child."""
 
     left: _Fork | int
     right: _Fork | int

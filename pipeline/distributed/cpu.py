@@ -26,11 +26,11 @@ def configure_cpu(world: World) -> str:
 def share_cores(world: World) -> str:
     """Divide the cores of this host among its ranks, one thread per core. Return a line for the log.
 
-    A rank on a CPU is bound to its cores, because a thread that moves to another core loses the contents of its cache.
-    A rank on a GPU is not bound, because the threads of NCCL need other cores.
+    A rank on a CPU is bound to its cores, because a thread loses its cache when it moves to another core. A rank on a
+    GPU is not bound, because the threads of NCCL need other cores.
 
     If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads, and is not bound. If a launcher has
-    already chosen different cores for each rank, the ranks keep these cores. Every rank must call this.
+    already chosen cores for each rank, the ranks keep these cores. Every rank must call this.
     """
     if threads := requested_threads():
         torch.set_num_threads(threads)
@@ -77,10 +77,10 @@ def _cores_of_local_ranks(world: World, cores: list[int]) -> list[list[int]]:
 def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
-    By default, malloc gets each block of more than 32 MiB, such as logits and gradients, from the operating system,
-    which fills it with zeros. Such allocations would take a fifth of the time of each training step.
+    By default, malloc gets each block of more than 32 MiB from the operating system, which fills the block with zeros.
+    This would take a fifth of the time of each training step, for example for logits and gradients.
 
-    All threads then use the main arena of malloc, because only this arena can keep large blocks.
+    All threads use the main arena of malloc, because only this arena can keep large blocks.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -25,7 +25,7 @@ CEILING_SECONDS = 0.6
 _CEILING_SQUARES = {"cuda": (8192,), "mps": (2048,), "cpu": (1024, 1536, 2048)}
 _CEILING_ROUNDS = 3
 _SMALL_SQUARE, _SMALL_REPEATS = 256, 8  # under a second on any CPU, for any dtype
-_LONGEST_PRODUCT = 0.2  # one product's largest share of the measurement's time, on a CPU
+_LONGEST_PRODUCT = 0.2  # the largest share of the measurement's time that one product may take on a CPU
 
 
 def configure_allocator() -> None:
@@ -43,9 +43,9 @@ def matmul_dtype(precision: str) -> torch.dtype:
 
 
 def describe_fp32_products(precision: str, device: torch.device) -> str:
-    """Return a text for the log that says whether the GPU uses TF32 when it computes in fp32.
+    """Return a text for the log that says whether fp32 products on a GPU use TF32.
 
-    If the device is not a GPU, or ``precision`` is not ``fp32``, the text is empty.
+    For other precisions and devices, the text is empty.
     """
     if device.type != "cuda" or precision != "fp32":
         return ""
@@ -62,8 +62,6 @@ def measure_matmul_ceiling(
 ) -> float:
     """Measure the FLOP/s of matrix products on one rank. Return the speed of the fastest shape.
 
-    Published speeds are not used, because they ignore power limits and the number of threads.
-
     Args:
         shapes: more shapes to measure on a CPU, because the fastest shape differs from CPU to CPU.
         seconds: about how long the measurement takes.
@@ -73,7 +71,7 @@ def measure_matmul_ceiling(
         candidates = _short_products([*candidates, *shapes], dtype, _LONGEST_PRODUCT * seconds)
     products = [_Product(shape, dtype, device) for shape in dict.fromkeys(candidates)]
     slice_s = seconds / (_CEILING_ROUNDS * len(products))
-    # The first round warms up, and other programs disturb some of the others.
+    # The first round warms up. Other programs can make a round slower, so the fastest round counts.
     return max(product.measure(slice_s) for _ in range(_CEILING_ROUNDS) for product in products)
 
 
@@ -156,8 +154,7 @@ class LateValue:
 class PeakMemory:
     """The peak memory of this process.
 
-    On a GPU, the peak is counted since this object was created. On a CPU, the peak is counted since the process
-    started, because the kernel stores only this value.
+    On a GPU, this is the peak since this object was created. On a CPU, this is the peak since the process started.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -107,7 +107,7 @@ def launcher_name() -> str | None:
 def requested_threads() -> int | None:
     """Return the number of threads per process that the user has set with ``OMP_NUM_THREADS``, or None.
 
-    If torchrun has set the variable to 1, its default for several processes, return None.
+    Also return None if torchrun has set the variable to 1, which is torchrun's default for several processes.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
@@ -149,12 +149,11 @@ def set_openmp_threads(threads: int) -> None:
 
 
 def set_openmp_default() -> None:
-    """Set how long a waiting thread of OpenMP stays on its core, unless the user has set it.
+    """Make waiting OpenMP threads sleep after ``DEFAULT_SPINS`` checks, unless the user has set this.
 
     Call this function before torch is imported, because OpenMP reads its environment variables when it is loaded.
 
-    A waiting thread checks ``DEFAULT_SPINS`` times whether it can continue. Then it sleeps. Without this function,
-    GNU's OpenMP, which torch uses on Linux, would check 300,000 times. If other processes use the same cores, these
+    Torch on Linux uses GNU's OpenMP, which would check 300,000 times. On cores that other processes use too, these
     checks take time that other threads of this process need.
     """
     if not any(name in os.environ for name in _OPENMP_WAIT_VARIABLES):
@@ -168,9 +167,9 @@ def set_allocator_default(options: str) -> None:
 
 
 def set_mlflow_defaults() -> None:
-    """Make MLflow's client give up a failed request soon. Environment variables that the user has set do not change.
+    """Make MLflow's client give up failed requests soon, because the run itself sends the data again later.
 
-    By default, the client repeats a failed request for several minutes. The run itself sends the data again later.
+    By default, the client repeats a failed request for several minutes. Variables that the user has set do not change.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds

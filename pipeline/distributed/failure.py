@@ -17,9 +17,9 @@ from pipeline.errors import Interrupted, LostRankError, MainRankError
 #: Errors of the operating system that a user can correct, even if the error does not name a file.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _LONG_WORD = re.compile(r"\S{500,}")
-#: In this time, the launcher ends the other ranks after rank 0 has failed with the same error.
+#: The other ranks wait this long before they print an error. If rank 0 has failed, the launcher ends them in this time.
 _OTHER_RANKS_WAIT_S = 2.0
-#: With more ranks, not every rank prints what all ranks would print.
+#: With more ranks, only some ranks print a message that is the same on all ranks.
 _RANKS_THAT_ALL_PRINT = 64
 
 
@@ -28,11 +28,11 @@ def report(error: BaseException) -> int:
 
     A ``UserError`` is printed as one line, any other error with a traceback.
 
-    A wrong config usually causes the same ``UserError`` on all ranks. Therefore, rank 0 prints a ``UserError`` at once.
-    The other ranks wait for two seconds, so that the launcher can end them before they print.
+    A ``UserError`` is often the same on all ranks, for example after a wrong config. Rank 0 prints it at once. The
+    other ranks wait for two seconds, so that the launcher can end them before they print.
 
-    No rank waits before it prints a ``DataError`` or a ``LostRankError``. With up to 64 ranks, every rank prints a
-    ``LostRankError``. With more ranks, two ranks per node print it.
+    For a ``DataError`` or a ``LostRankError``, no rank waits. ``prints_for_node`` decides which ranks print a
+    ``LostRankError``.
     """
     status, text = _describe(error)
     if not getattr(error, "is_reported", False):
@@ -60,9 +60,9 @@ def prints_for_node() -> bool:
 
 
 def _wait_for_end() -> None:
-    """Give the launcher two seconds to end this process, because rank 0 has printed the same error.
+    """Give the launcher two seconds to end this process, because rank 0 may have printed the same error.
 
-    SIGTERM gets its default action, because the run's handler may wait longer.
+    SIGTERM then ends the process at once, because the run's own handler may wait longer.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -70,7 +70,7 @@ def _wait_for_end() -> None:
 
 
 def printable(text: str) -> str:
-    """Replace the control characters in a text, except line breaks and tabs, by escape sequences."""
+    """Replace control characters in a text by escape sequences. Line breaks and tabs do not change."""
     return "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )

@@ -22,8 +22,10 @@ _DUMP_TIMEOUT_S = 10.0  # the recorder asks the driver of a GPU, which may hang
 def report_collectives(folder: Path | None, rank: int) -> None:
     """Save the flight recorder of this rank, and print one line about it on standard error.
 
-    If ``folder`` is None, or if its parent (the run folder) does not exist, do nothing. In a run with
-    many ranks, only some ranks print this line.
+    With many ranks, only some ranks print the line.
+
+    Args:
+        folder: a folder in the run folder. If it is None or if the run folder does not exist, do nothing.
     """
     if folder and folder.parent.is_dir():
         summary = save_flight_recorder(folder, rank)
@@ -58,7 +60,7 @@ def save_flight_recorder(folder: Path, rank: int) -> str:
 def _dump() -> bytes:
     """Return the recorded collectives of torch's default backend (NCCL or Gloo) as a pickle.
 
-    The dump has no call stacks. For them, torch would import many modules, and the file system may hang.
+    The dump has no call stacks. To add them, torch would import many modules, and the file system may hang.
     """
     is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     dump = getattr(_distributed_c10d, "_dump_nccl_trace" if is_nccl else "_dump_fr_trace")

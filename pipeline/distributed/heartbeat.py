@@ -30,10 +30,10 @@ from pipeline.errors import Interrupted, LostRankError
 Result = TypeVar("Result")
 
 INTERVAL_S = 1.0
-#: A failed rank waits at most this long for the store, whose process or host may be dead.
+#: A failed rank waits at most this long for the store, because the process of the store may be dead.
 _STORE_TIMEOUT_S = 10.0
-#: A rank waits at most this long for another rank's search, which takes three seconds, and then takes over. Must be
-#: less than ``_STORE_TIMEOUT_S``.
+#: A search takes three seconds. A rank waits at most this long for another rank's search, and then searches itself.
+#: Must be less than ``_STORE_TIMEOUT_S``.
 _SEARCH_TIMEOUT_S = 4.5
 _VERDICT = "verdict"
 #: The id of the newest search for the lost ranks, and the answer for all ranks.
@@ -58,8 +58,8 @@ class Heartbeat:
     watch only rank 0. A rank is lost if it is silent for ``timeout_s`` seconds or stuck (see ``find_stuck``). All
     ranks then print which rank is lost, and exit.
 
-    A thread does this work, because the main thread may wait in a collective. If the store does not answer, a second
-    thread ends the process.
+    A separate thread does this work, because the main thread may wait in a collective. If the store does not answer, a
+    second thread ends the process.
 
     Args:
         records: the folder into which each rank saves torch's flight recorder before it exits, or None to save nothing.
@@ -90,7 +90,7 @@ class Heartbeat:
         self._guard.start()
 
     def stop(self) -> None:
-        """Stop the threads. Call this after a barrier: a rank that stops earlier than others counts as lost."""
+        """Stop the threads. Call this after a barrier, because a rank that stops too early counts as lost."""
         self._stopped.set()
 
     @contextmanager
@@ -131,7 +131,7 @@ class Heartbeat:
         """Send a heartbeat and read those of the watched ranks. Return why the run must end, or None if it continues.
 
         Args:
-            number: a different number in each turn. A rank counts as silent while its heartbeat does not change.
+            number: a number that changes in each turn, because a rank with an unchanged heartbeat counts as silent.
         """
         try:
             place = self._main_thread.observe(elapsed_s)
@@ -148,9 +148,9 @@ class Heartbeat:
             return Verdict(_LOST_STORE)
 
     def _turns(self) -> Iterator[float]:
-        """Yield once per second how many seconds have passed since the last turn, at most two.
+        """Yield once per second the number of seconds since the last turn, at most two.
 
-        If more time has passed, this process was suspended, which must not count against other ranks.
+        A longer pause means that this process was suspended. Other ranks must not count as silent for this time.
         """
         last_turn = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):
@@ -266,9 +266,10 @@ def failures_reported(world: World) -> Iterator[None]:
 def find_lost(world: World) -> str | None:
     """Return a text that names the lost ranks, or None if no rank is lost.
 
-    A rank is lost if it has failed or sends no heartbeat during this call. The call takes a few seconds. Only the first
-    rank that makes this call reads the heartbeats. The other ranks wait for its result. If the result does not arrive
-    in time, one of the waiting ranks reads the heartbeats.
+    A rank is lost if it has failed or sends no heartbeat during this call. The call takes a few seconds.
+
+    The first rank that makes this call reads the heartbeats, and the other ranks wait for the result. If no result
+    arrives in time, one of the waiting ranks reads the heartbeats.
     """
     search, found = "", None
     deadline = time.monotonic() + 2 * _STORE_TIMEOUT_S
@@ -284,7 +285,7 @@ def _search_or_wait(world: World, given_up: str) -> tuple[str, str | None]:
     """Search for the lost ranks, or wait until another rank has found them.
 
     Args:
-        given_up: the id of the search for which this rank has waited too long. "": it has not waited yet.
+        given_up: the id of the search for which this rank has waited too long, or "" if it has not waited yet.
 
     Returns:
         The id of the newest search, and a text that names the lost ranks. The text is "" if no rank is lost, and None

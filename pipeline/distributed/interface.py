@@ -55,7 +55,7 @@ def interface_of(address: str) -> str | None:
 
 
 def _find_other_node(store: Store, rank: int, size: int, own: str) -> str:
-    """Return an address that other nodes can reach. Returns "" without other nodes, or without such an address."""
+    """Return an address that other nodes can reach, or "" if there are no other nodes or no such address."""
     store.set(f"address_{rank}", own)
     if rank == 0:
         addresses = [address.decode() for address in store.multi_get([f"address_{other}" for other in range(size)])]

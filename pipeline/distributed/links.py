@@ -27,8 +27,8 @@ class Link:
 def measure_links(world: World, hosts: Sequence[str], message_bytes: int = MESSAGE_BYTES) -> list[Link]:
     """Measure how fast each rank sends a message to the next rank. Return the links between different hosts.
 
-    A rank never sends and receives at the same time, so that a slow link does not change the results of other links.
-    Every rank must call this.
+    Every rank must call this. No rank sends and receives at the same time, so a slow link does not affect the results
+    of other links.
 
     Args:
         hosts: the host name of each rank.
@@ -64,9 +64,7 @@ def _turn_of(sender: int, size: int) -> int:
 
 
 def describe_links(links: Sequence[Link], hosts: Sequence[str]) -> str:
-    """Return a text that names the host whose links are all slow.
-
-    If there is no such host, the text names the slowest link.
+    """Return a text that names the host whose links are all slow, or the slowest link if there is no such host.
 
     Args:
         hosts: the host name of each rank, at least two different names.

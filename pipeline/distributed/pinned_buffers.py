@@ -1,8 +1,8 @@
 """Allocate buffers in host memory, into which tensors are copied. Buffers for tensors on a GPU are pinned.
 
-torch rounds each pinned allocation up to a power of two. With one allocation per tensor, the buffers for
-GPT-2 would need up to 1.7 times the size of the tensors. Therefore, several buffers share one allocation (a *slab*),
-whose size is a power of two.
+torch rounds each pinned allocation up to a power of two. With one allocation per tensor, the buffers for GPT-2 would
+need up to 1.7 times the size of the tensors. Therefore, several buffers share one allocation, which is called a *slab*.
+The size of a slab is a power of two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,9 +46,6 @@ def _allocate_pinned(sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
     """Divide buffers among slabs (allocations whose size is a power of two), so that little memory is unused.
 
-    The size of the next slab is the largest power of two that is not above the total size of the remaining buffers. If
-    the largest remaining buffer does not fit into it, the size is the smallest power of two into which the buffer fits.
-
     Args:
         sizes: the size of each buffer in bytes.
     """
@@ -57,6 +54,7 @@ def plan_slabs(sizes: Sequence[int]) -> list[Slab]:
     slabs = []
     while remaining:
         total, largest = sum(padded[index] for index in remaining), padded[remaining[0]]
+        # The largest power of two up to the total, or more if the largest buffer needs more.
         size = max(1 << max(total.bit_length() - 1, 0), pinned_size(largest))
         offsets: dict[int, int] = {}
         used = 0

@@ -1,11 +1,10 @@
 """Record the progress of each rank's main thread, and find stuck ranks.
 
-All ranks pass the same *marks* in the same order, such as phases, micro-batches and collectives. The *position* of a
-rank is the number of marks that it has passed. A stuck rank passes no mark, and shows one of two signs:
+All ranks pass the same *marks* in the same order. A mark is, for example, the beginning of a phase or a collective. The
+*position* of a rank is the number of marks that it has passed. A stuck rank passes no mark, and shows one of two signs:
 
 - It is *still*: it uses no CPU time, for example because a file system does not answer.
-- It *loops*: since its last mark, it has used much more CPU time than between any two earlier marks. A smaller amount
-  is no sign of a loop, because waiting for a GPU also uses CPU time.
+- It *loops*: since its last mark, it has used much more CPU time than ever before between two marks.
 
 A healthy rank shows the same signs while it waits for a stuck rank. Therefore, ``find_stuck`` also compares positions.
 """
@@ -23,12 +22,12 @@ from types import FrameType
 
 #: A rank may be still for this long in a phase that waits for a compiler, a download or a disk.
 PATIENCE_S = 600.0
-#: A rank loops if its CPU time since the last mark is this many times the longest so far. Repeated work varies less.
-#: Another program on the CPU adds no CPU time, but waiting for a shared GPU does.
+#: A rank loops if its CPU time since the last mark is more than this many times the longest so far. The factor is
+#: large, because waiting for a shared GPU also uses CPU time.
 LOOP_FACTOR = 20.0
 #: A thread uses less than this share of a core if it only polls.
 _LEAST_CPU_SHARE = 0.01
-#: A message names at most this many ranks that are in the same state, and counts the others.
+#: A message names at most this many ranks that are in the same state, and says how many others there are.
 NAMED_RANKS = 4
 #: A function of one of these modules is active only while torch.compile compiles.
 _COMPILERS = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
@@ -54,7 +53,7 @@ class Progress:
         Args:
             is_patient: whether a healthy rank can spend minutes in this phase without recording progress.
             repeats: whether the run repeats this phase. If True, the CPU times of this phase count for
-                ``Place.longest_s``, from which ``Place.loops`` computes its limit.
+                ``Place.longest_s``.
         """
         self._restart_clock()
         self.phase, self.is_patient, self.repeats = phase, is_patient, repeats
@@ -80,7 +79,7 @@ class Progress:
     def patience(self) -> Iterator[None]:
         """Return a context manager for rare work that can take minutes. This call is not collective.
 
-        Inside the ``with`` block, this rank does not count as stuck before ``PATIENCE_S`` seconds without progress.
+        Inside the ``with`` block, this rank counts as stuck only after ``PATIENCE_S`` seconds without progress.
         """
         before = self.is_patient, self.repeats
         self.move()
@@ -116,13 +115,12 @@ class Place:
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank seems to be stuck: it loops (see ``loops``), or has been still for too long.
+        """Return whether the rank seems to be stuck: it loops (see ``loops``), or it has been still for too long.
 
         A rank is still while it records no progress and uses no CPU time.
 
         Args:
-            timeout_s: the seconds that a rank may be still. During work that can take minutes (``is_patient``), a rank
-                may be still for at least ``PATIENCE_S`` seconds.
+            timeout_s: the seconds that a rank may be still. If ``is_patient``, this is at least ``PATIENCE_S``.
         """
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
         return self.still_s > allowed_s or self.loops(timeout_s)
@@ -179,7 +177,7 @@ class MainThread:
         return "".join(traceback.format_stack(sys._current_frames().get(self._thread_id)))
 
     def _read_cpu_s(self) -> float:
-        """Return the CPU time of the main thread. If other threads may work, return that of the process."""
+        """Return the CPU time of the main thread, or of the process if other threads may do the work."""
         if self._progress.is_patient or not hasattr(time, "pthread_getcpuclockid"):
             return time.process_time() - time.thread_time()  # without the time of the thread that observes
         return self._read_own_cpu_s()

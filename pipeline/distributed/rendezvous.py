@@ -1,4 +1,4 @@
-"""Connect the ranks of a run with each other, also after the launcher has restarted them."""
+"""Connect the ranks of a run with each other, even after the launcher has restarted them."""
 
 import errno
 import json
@@ -108,9 +108,9 @@ def list_ranks(ranks: Sequence[int]) -> str:
 
 
 def _publish_start_id(store: Store, missing: list[int], poll_s: float, deadline: float) -> str:
-    """Choose an id for this start, send it to every rank that asks, and return it when all have confirmed it.
+    """Choose an id for this start, send it to every rank that asks, and return it when all ranks have confirmed it.
 
-    A rank asks with a random id. Therefore, it never reads an answer of an earlier start.
+    Each request of a rank has its own random id, so no rank reads an answer of an earlier start.
 
     Args:
         missing: the ranks other than 0. This function removes those that have connected.
@@ -158,7 +158,7 @@ def _request_start_id(store: Store, rank: int, missing: list[int], poll_s: float
 def _read_missing(store: Store, missing: list[int], seen: str | None) -> str | None:
     """Read which ranks are missing according to rank 0, and write them into ``missing``. Return what was read.
 
-    The value may be of an earlier start. Therefore, ``missing`` changes only if the value differs from ``seen``.
+    The value may be from an earlier start. Therefore, ``missing`` changes only if the value differs from ``seen``.
     """
     if not store.check([_MISSING]):
         return None

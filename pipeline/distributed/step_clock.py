@@ -9,8 +9,8 @@ which is compute plus data wait.
 
 On a CPU, the clock measures the main thread. On a GPU, CUDA events measure the stream on which the model computes.
 
-During a step, the clock replaces torch's functions that wait for a collective, to measure the wait. DDP waits in C++
-code, so the DDP backend must call ``StepClock.backward_pass``.
+During a step, the clock replaces the functions of torch that wait for a collective by functions that also measure the
+wait. DDP waits in C++ code, so the DDP backend must call ``StepClock.backward_pass``.
 """
 
 import functools
@@ -164,9 +164,8 @@ class StepClock:
     def backward_pass(self, loss: Tensor) -> Iterator[None]:
         """Return a context manager for a backward pass of DDP. It measures how long DDP waits at the end of the pass.
 
-        When the last gradients are ready, DDP queues a callback that waits for the all-reduces. This method
-        queues its own callback at the start of the pass. Therefore, this callback runs first, and records when DDP
-        begins to wait.
+        At the end of the pass, DDP queues a callback that waits for the all-reduces. This method queues its own
+        callback earlier. Its callback therefore runs first, and records when DDP begins to wait.
         """
         if self._step is None:
             yield

@@ -32,7 +32,7 @@ from pipeline.errors import ConfigError, MainRankError
 Result = TypeVar("Result")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-#: With more ranks, Gloo must not connect all pairs of ranks: each rank would need thousands of sockets.
+#: With more ranks, Gloo does not connect all pairs of ranks, because each rank could need thousands of sockets.
 _RANKS_THAT_ALL_CONNECT = 64
 
 
@@ -134,7 +134,7 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     """Return a context manager that connects this process with the other ranks. Its block gets the ``World``.
 
     Args:
-        process_group: whether to create torch's process group even for a single rank. FSDP and DeepSpeed need it.
+        process_group: whether to create torch's process group for a single rank too. FSDP and DeepSpeed need it.
 
     Raises:
         ConfigError: this machine lacks the device that ``run.device`` names, the launcher's environment variables are

@@ -15,7 +15,7 @@ DEVELOPMENT_EXTRAS = ("test", "lint")
 
 
 def check_packages() -> list[Finding]:
-    """Check the version of Python, the required and optional packages, and whether their versions were tested."""
+    """Check the versions of Python and of the packages. Also check whether these versions were tested."""
     try:
         project = distribution(PROJECT)
     except PackageNotFoundError:
@@ -39,10 +39,7 @@ def _check_required(project: Distribution) -> Finding:
 
 
 def _check_tested() -> Iterator[Finding]:
-    """Check for versions that we have not tested.
-
-    Yields nothing if there is no ``constraints.txt``, because the wheel does not contain this file.
-    """
+    """Check for versions that were not tested. Yields nothing without ``constraints.txt``, as in the wheel."""
     if not CONSTRAINTS.is_file():
         return
     lines = [line.partition("#")[0].strip() for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()]
