@@ -125,7 +125,7 @@ class DeepSpeedBackend(Backend):
 
     @abstractmethod
     def _loss_scale_outside_engine(self) -> float:
-        """Return the factor for the loss. If the engine scales the loss, set the engine's loss scale and return 1."""
+        """Return the caller's factor for the loss. If the engine scales the loss, set the engine's scale, return 1."""
 
     def state_was_loaded(self, updates: int) -> None:
         super().state_was_loaded(updates)

@@ -1,7 +1,7 @@
 """Remove the lock file of an extension build that was killed.
 
 While torch builds a C++ extension, a lock file exists. If the build is killed, the lock file remains. The next process
-that needs the extension would wait forever until the file is deleted (``torch.utils.file_baton``).
+that needs the extension would then wait forever (``torch.utils.file_baton``).
 """
 
 import logging

@@ -149,7 +149,7 @@ class ReduceScatter(_GlooCollective):
 def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Send one tensor to each rank, and receive one from each rank, all at the same time.
 
-    Gloo's all-to-all often sends and receives one after the other.
+    Gloo's all-to-all is not used, because it often sends and receives one after the other.
     """
     own = group.rank()
     if not received[own].is_set_to(sent[own]):  # FSDP2 may have written the shard into the output already

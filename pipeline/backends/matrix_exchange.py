@@ -29,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True)
 class _Overlap:
-    """The elements that are both in a span of a rank and in a matrix. They are counted in the flattened parameter."""
+    """The elements that are both in a span and in a matrix. They are counted in the flattened parameter."""
 
     span: int  # the index of the span among all spans of its rank
     matrix: Matrix
@@ -40,9 +40,9 @@ class _Overlap:
 class MatrixExchange:
     """Applies functions to matrices whose elements are divided among the ranks.
 
-    Each matrix has an owner. This rank receives all elements of the matrix, applies the function, and returns the
-    results. If the ranks hold several copies of the matrices, the owner receives one copy, and sends the results to the
-    ranks of all copies.
+    One rank is the owner of each matrix. The owner receives all elements of the matrix, applies the function, and
+    returns the results. If the ranks hold several copies of the matrices, the owner receives one copy, and sends the
+    results to the ranks of all copies.
 
     Args:
         spans: for each rank, the ranges of parameters that the rank holds.

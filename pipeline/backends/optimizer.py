@@ -172,7 +172,7 @@ class LossScaler:
 
     @classmethod
     def for_precision(cls, precision: str, world_size: int = 1) -> LossScaler:
-        """Return a loss scaler. For ``amp_fp16``, its scale starts at 2**16. Otherwise, its scale is always 1."""
+        """Return a loss scaler. For ``amp_fp16``, the scale is dynamic and starts at 2**16. Otherwise, it is 1."""
         dynamic = precision == "amp_fp16"
         return cls(dynamic=dynamic, scale=2.0**16 if dynamic else 1.0, world_size=world_size)
 

@@ -56,8 +56,8 @@ class UploadOutcome:
 class Mirror:
     """Uploads a run's checkpoints to a URL, and deletes old checkpoints there by the same rules as in the run folder.
 
-    Call ``request`` after each save. The ranks then upload the checkpoints that the URL lacks, the newest first. If an
-    upload fails and the checkpoint is still on the disk after the next save, it is uploaded again.
+    Call ``request`` after each save. The ranks then upload the checkpoints that the URL lacks, the newest first. A
+    failed upload is tried again after later saves, as long as the checkpoint is on the disk.
 
     Args:
         timeout_s: the longest time for one upload, and for the wait at the end of the run.

@@ -2,7 +2,7 @@
 
 One *round* uploads one checkpoint:
 
-1. Rank 0 writes into the store, for each rank, which files this rank uploads.
+1. Rank 0 writes into the store which files each rank uploads.
 2. Each rank uploads its files, and writes its result into the store.
 3. Rank 0 reads the results of all ranks.
 

@@ -65,7 +65,7 @@ def locate_weights_of(place: Path | str) -> Path:
 
 
 def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> Path:
-    """Copy the weights unless the run folder already has them, and delete all other copies."""
+    """If the run folder has no undamaged copy of the weights, copy them and delete all other copies."""
     folder = checkpoint_folder(run_folder, checkpoint.step)
     manifest = _without_optimizer(checkpoint.manifest)
     has_copy = (folder / MANIFEST_FILE).is_file() and read_json_object(folder / MANIFEST_FILE) == manifest

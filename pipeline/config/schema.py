@@ -216,7 +216,7 @@ class ModelConfig(Section):
 class TokenizeConfig(Section):
     """Options that the command ``run`` passes to the command ``tokenize``.
 
-    With `null`, ``tokenize`` uses its own default.
+    With ``null``, ``tokenize`` uses its own default.
     """
 
     source: SourceKind = Field("fineweb-edu", description="Where the documents come from.")

@@ -34,7 +34,7 @@ COUNTED_AT_ONCE = 2**24  # entries of a mask
 class MicroBatch:
     """The samples of one rank in one micro-step. The tensors are in host memory."""
 
-    first_sample: int  # the index in the run; the seed of dropout depends on it
+    first_sample: int  # the number of the first sample in the run; the seed of dropout depends on it
     tokens: Tensor  # (B, T + 1) uint16
     target_mask: Tensor | None = None  # (B, T) bool, True if the target is scored; None if all targets are scored
 

@@ -1,4 +1,4 @@
-"""Compute the dataset of a sample, and the window of this dataset.
+"""Map the number of a sample to a dataset, and to a window (a range of tokens) of this dataset.
 
 The result does not depend on earlier samples, so a run can resume at any sample. A mixture assigns samples to datasets
 in proportion to the datasets' weights. Within a dataset, each epoch has a different random order of the windows.

@@ -43,7 +43,7 @@ class Progress:
         self.repeats = False
         self.moves = 0
         self.longest_s = 0.0  # the most CPU time between two marks of a phase that repeats
-        self.excused_s = 0.0  # the CPU time since the last mark that compiling took, set by the observer
+        self.excused_s = 0.0  # the CPU time of compiling since the last mark; ``MainThread`` sets it
         self.marked_at_s = time.thread_time()  # the CPU time of the main thread at the last mark
         self.listener: Callable[[], None] = lambda: None  # is called at each mark and move
 

@@ -23,7 +23,7 @@ _ANNOUNCE_AFTER_S = 8.0
 _SHORTEST_POLL_S = 0.02
 #: The store gets at most this many requests per second from all waiting ranks together.
 _REQUESTS_PER_S = 4000
-#: The time between two looks at which ranks are missing.
+#: The time between two checks for missing ranks.
 _LOOK_S = 2.0
 _MISSING = "missing"  # the key under which rank 0 writes which ranks are missing
 
@@ -102,7 +102,7 @@ def _describe_wait(rank: int, size: int, missing: Sequence[int]) -> str:
 
 
 def list_ranks(ranks: Sequence[int]) -> str:
-    """Return a text that names the ranks, such as ``ranks 1, 2``. It names at most eight, and counts the others."""
+    """Return a text such as ``ranks 1, 2``. The text names at most eight ranks, and gives the number of the others."""
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{more}"
 
@@ -140,7 +140,7 @@ def _request_start_id(store: Store, rank: int, missing: list[int], poll_s: float
     """Ask rank 0 for the id of this start, confirm it, and return it.
 
     Args:
-        missing: the ranks for which this rank waits. This function writes the missing ranks into it.
+        missing: this function replaces its content by the ranks that are missing according to rank 0.
     """
     request = uuid.uuid4().hex
     store.set(f"request_{rank}", request)
@@ -170,7 +170,7 @@ def _read_missing(store: Store, missing: list[int], seen: str | None) -> str | N
 
 
 def _find_unset(store: Store, keys: list[str]) -> list[str]:
-    """Return the keys that are not set, with a few requests per missing key."""
+    """Return the keys that are not set. This takes only a few requests per missing key."""
     if not keys or store.check(keys):
         return []
     if len(keys) == 1:

@@ -172,7 +172,7 @@ class StepClock:
             return
         computed: list[Mark] = []
         queue_callback = Variable._execution_engine.queue_callback
-        # The hook ends with this loss.
+        # The hook is removed together with this loss.
         loss.register_hook(  # type: ignore[no-untyped-call]
             lambda _: queue_callback(lambda: computed.append(self._clock.mark()))
         )
