@@ -3,8 +3,8 @@
 python -m benchmarks.busy_machine                                  # the default, and libgomp's own default
 python -m benchmarks.busy_machine --spins 0 1000 10000 300000 --busy 0 2 6
 
-The table has one row per number of busy processes, and one column per value of ``GOMP_SPINCOUNT``. Within a round, the
-values take turns. The cells are medians over the rounds, in tokens per second.
+The table has one row per number of busy processes, and one column per value of ``GOMP_SPINCOUNT``. A round measures
+each value once. The cells are medians over the rounds, in tokens per second.
 """
 
 from __future__ import annotations

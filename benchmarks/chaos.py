@@ -49,7 +49,7 @@ class Outcome:
     number: int
     history: list[str] = field(default_factory=list)
     kills: int = 0
-    # For each kill: the number of logged steps that were trained again, and of saves that were started and lost.
+    # One number per kill: logged steps that were trained again, and saves that were started and lost.
     lost_steps: list[int] = field(default_factory=list)
     lost_saves: list[int] = field(default_factory=list)
     loss_difference: float = 0.0  # the largest difference of any step from the uninterrupted run, in nats
@@ -138,7 +138,7 @@ def survive(
 
 
 def kill_at_random(run: LiveRun, processes: int, chance: random.Random) -> str | None:
-    """Send SIGKILL at a random moment, or inside a save, to all ranks or to one of several.
+    """Send SIGKILL to all ranks or to one rank, at a random moment or inside a save.
 
     Returns a description of the kill, or None if the run had already ended.
     """

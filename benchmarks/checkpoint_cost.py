@@ -35,7 +35,7 @@ _LOADED = re.compile(r"loaded \S+ in ([\d.]+) s, ([\d,]+) MB/s")
 
 @dataclass(frozen=True)
 class Measured:
-    """The metrics and the output of one run, and the peak resident memory of the rank that used most."""
+    """The metrics and the output of one run, and the peak resident memory of the rank with the highest peak."""
 
     rows: list[dict[str, float]]
     output: str
@@ -55,7 +55,7 @@ def measure(backend: str, processes: int, folder: Path, sections: Sections) -> M
 
 
 def row_of(backend: str, processes: int, data: Path, scratch: Path) -> list[str]:
-    """Measure three runs: one that saves only at the end, one that also saves before, and one that resumes."""
+    """Measure three runs: one that saves only at the end, one that also saves earlier, and one that resumes."""
     base = merged(GPT2_RUN, {"data": {"path": str(data)}})
 
     def run(name: str, sections: Sections) -> Measured:

@@ -4,7 +4,7 @@ python -m benchmarks.data                       # what `make bench-data` runs
 python -m benchmarks.data --megabytes 100 --memory-megabytes 50 200
 
 Contenders run one after the other on all cores, each in a separate process. The table shows medians. The time of a
-whole stage includes the start of its process. Encoders alone encode documents in memory.
+whole stage includes the start of its process. Contenders that are only encoders encode documents in memory.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ CONTENDERS: dict[str, Callable[[Path, Path], Done]] = {
 
 
 def run_contender(name: str, source: Path, scratch: Path, *, watch_memory: bool = False) -> Measured:
-    """Measure a contender in one process, then hash its tokens. Watching the memory makes the contender slower."""
+    """Measure a contender in one process, then hash its tokens. ``watch_memory`` makes the contender slower."""
     command = [sys.executable, "-m", "benchmarks.data", "--contender", name, "--input", str(source)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         os.sync()  # so that the contender does not wait for earlier writes
@@ -243,7 +243,7 @@ def run_contender(name: str, source: Path, scratch: Path, *, watch_memory: bool 
 
 
 def _watch_peak_mb(pid: int, is_done: threading.Event) -> float:
-    """Return the largest sum of the proportional set sizes of a process and its children until the event."""
+    """Until the event, watch the proportional set sizes of a process and its children. Return the largest sum."""
     main, peak_bytes = psutil.Process(pid), 0
     while not is_done.wait(_POLL_S):
         with suppress(psutil.Error):  # a process may have just ended

@@ -1,8 +1,8 @@
-"""Compare the scorer with lm-evaluation-harness (its numbers) and with build-nanogpt's loop (its speed).
+"""Compare our scores with those of lm-evaluation-harness, and our speed with that of build-nanogpt's loop.
 
 python -m benchmarks.evaluation --piqa FILE --lambada FILE     # what `make bench-evaluation` runs
 
-The files are JSON lines in the form for ``launch/evaluate.py --data``. The comparison of numbers needs the extra
+The files are JSON lines in the form for ``launch/evaluate.py --data``. The comparison of scores needs the extra
 ``harness``.
 """
 
@@ -42,7 +42,7 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BATCH_TOKENS = 2048
 CONTEXT_WORDS, ENDING_WORDS = 55, 22  # about the lengths in HellaSwag
 
-Answers = list[tuple[int, int]]  # the choices of each example by summed and by mean loss
+Answers = list[tuple[int, int]]  # two choices per example: the one by summed loss and the one by mean loss
 
 #: The models by name. The second model has 30 million parameters.
 MODELS: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
 
 
 def chosen(answers: Sequence[tuple[float, bool]]) -> Any:
-    """Return the most likely choice. If there is only one choice, return whether it is the greedy continuation."""
+    """Return the most likely choice. With only one choice, return whether it is the greedy continuation."""
     return int(np.argmax([answer[0] for answer in answers])) if len(answers) > 1 else answers[0][1]
 
 
@@ -134,7 +134,7 @@ def trained_model(scratch: Path) -> GPT2:
 
 
 def like_hellaswag(texts: Sequence[str]) -> list[Example]:
-    """Return examples with the ending of the passage and three endings of other passages as choices."""
+    """Return examples with four choices: the ending of the passage, and three endings of other passages."""
     words = [text.split() for text in texts]
     words = [text for text in words if len(text) >= CONTEXT_WORDS + ENDING_WORDS]
     endings = [" ".join(text[CONTEXT_WORDS : CONTEXT_WORDS + ENDING_WORDS]) for text in words]
@@ -198,7 +198,7 @@ def print_speed(files: dict[str, Path], models: Sequence[str], count: int, preci
     for *_, model, examples in runs:
         one_at_a_time(model, examples[:2], loop_precision)  # warm up
         loops.append(timed(one_at_a_time, model, examples, loop_precision))
-    keep_freed_memory()  # as launch/evaluate.py does; the loop does not, and this cannot be undone
+    keep_freed_memory()  # as launch/evaluate.py does; it comes after the loop, because it cannot be undone
     for (name, data, model, examples), (slow, expected) in zip(runs, loops, strict=True):
         packed = as_evaluated(model, precision)
         together(packed, examples[:2], precision)

@@ -20,7 +20,7 @@ from tests.support.runs import REPOSITORY, child_environment, ranks_command
 from tests.support.tables import print_header, print_row
 
 RANK_SCRIPT = REPOSITORY / "benchmarks" / "first_step_rank.py"
-STEPS, WARMUP_STEPS = 7, 2  # the first step compiles, and the second step may do so, too
+STEPS, WARMUP_STEPS = 7, 2  # the first step compiles, and the second step may also compile
 
 
 def measure(setting: Setting, backend: str, unit: str) -> Measured:

@@ -1,4 +1,4 @@
-"""Train the first steps of a compiled backend, and write what they took, for ``first_step``.
+"""Train the first steps of a compiled backend, and write their times, for ``first_step``.
 
 python benchmarks/first_step_rank.py SETTING_JSON BACKEND blocks|whole OUT.json        # under torchrun, or alone
 """
@@ -71,7 +71,7 @@ def choose_unit(unit: str, config: Config) -> None:
     name = "deepspeed_zero" if config.backend.name == "deepspeed" else config.backend.name
     module = importlib.import_module(f"pipeline.backends.{name}")  # DeepSpeed takes seconds to import
     vars(module)["compiles_blocks"] = lambda world: unit == BLOCKS
-    if unit == WHOLE:  # for the backends that otherwise compile blocks in any case
+    if unit == WHOLE:  # for the backends that would always compile blocks
         vars(module)["compile_blocks"] = compile_whole
 
 

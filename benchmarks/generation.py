@@ -3,7 +3,7 @@
 python -m benchmarks.generation      # what `make bench-generation` runs; run nothing else on the machine
 
 Both programs continue the same prompts with the same random weights of GPT-2 124M. ``transformers`` runs in every
-setting that could be its fastest. The time includes prefill and excludes compilation.
+setting that could be its fastest one. The time includes prefill, but not compilation.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def print_products(model: GPT2, precision: str, numbers_of_rows: Sequence[int]) 
 
 
 def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
-    """Return the product of transformers' Conv1D, and our layer in each way that it can compute."""
+    """Return the products to compare: that of transformers' Conv1D, and one per ``Way`` of our layer."""
     inputs = {layer.in_features: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
     transposed = {layer: layer.weight.detach().t().contiguous() for layer in layers}
     products: dict[str, Product] = {
@@ -153,7 +153,7 @@ def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: b
 def print_speeds(contenders: dict[str, Contender], batch: int, count: int) -> None:
     """Print one line per contender: its median speed, and this speed divided by the best speed of ``transformers``.
 
-    Contenders run in rounds, after one round to warm up, so that a slow moment affects all of them.
+    After one round to warm up, each round runs all contenders, so that a slow moment affects all of them.
     """
     generator = torch.Generator().manual_seed(0)
     prompts: Texts = torch.randint(GPT2_VOCAB_SIZE, (batch, PROMPT_TOKENS), generator=generator).tolist()

@@ -46,7 +46,7 @@ from tests.support.tables import print_header, print_row
 MB = 10**6
 SHARD_TOKENS = 100_000_000  # the default of build-nanogpt and of stage 1
 BATCH, SEQ_LEN, ACCUMULATION = 16, 1024, 32  # 524,288 tokens per step, as in the GPT-2 recipe
-BATCHES = SHARD_TOKENS // (BATCH * SEQ_LEN) - 1  # the batches in one shard, without its end
+BATCHES = SHARD_TOKENS // (BATCH * SEQ_LEN) - 1  # the batches in one shard, without the end of the shard
 CPU = torch.device("cpu")
 FAR_SAMPLE, FAR_TOKENS = 10**9, 10**10
 MIXTURE = (0.5, 0.25, 0.15, 0.07, 0.03)
@@ -168,7 +168,7 @@ def print_seeks() -> None:
 
 
 class Unprefetched:
-    """Replaces the prefetcher, without reading ahead."""
+    """Replaces the prefetcher, but does not read ahead."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.loader = loader

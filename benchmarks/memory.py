@@ -27,7 +27,7 @@ def status_bytes(field: str, pid: int | str = "self") -> int:
 
 
 def watch_peak_bytes(process: subprocess.Popen[bytes]) -> int:
-    """Wait until a process ends. Returns its largest peak of resident bytes, or that of one of its descendants."""
+    """Wait until a process ends. Return the largest peak of resident bytes of the process or of a descendant."""
     peak = 0
     while process.poll() is None:
         with suppress(psutil.NoSuchProcess):

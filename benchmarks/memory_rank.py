@@ -1,4 +1,4 @@
-"""Train a few steps with a config's backend on random tokens, and write the peak memory, or only start a run.
+"""Train a few steps with a config's backend on random tokens, or only start a run. Write the peak memory.
 
 python benchmarks/memory_rank.py OUT.json --config FILE ... --set ...        # under torchrun, or alone
 """

@@ -1,9 +1,10 @@
-"""Compare the output layer with the loss from all logits and in blocks of the vocabulary: forward and backward pass.
+"""Compare two ways to compute the loss: from all logits at once, and in blocks of the vocabulary.
 
 python -m benchmarks.output_layer                      # 2,048 tokens, width 384, bf16 autocast, compiled
 python -m benchmarks.output_layer --width 768 --threads 1
 
-The two variants alternate (A B B A). Other programs on the machine affect CPU time less than elapsed time.
+A measurement is the forward and backward pass of the output layer. The two variants alternate (A B B A). Other programs
+on the machine affect CPU time less than elapsed time.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def passes(layer: OutputLayer, tokens: int, *, is_compiled: bool) -> Callable[[]
 def measure(
     tokens: int, width: int, vocab_size: int, *, rounds: int, is_compiled: bool
 ) -> dict[bool, tuple[list[float], list[float]]]:
-    """Return the elapsed seconds and the CPU seconds of each repetition, by whether the loss is computed in blocks."""
+    """Return the elapsed seconds and the CPU seconds of each repetition. The keys say whether the loss is in blocks."""
     variants = {}
     for in_blocks in (False, True):
         layer = OutputLayer(width, vocab_size)

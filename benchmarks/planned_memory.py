@@ -28,11 +28,11 @@ MIB = 1 << 20
 LARGEST_DIFFERENCE = 0.10
 RANK_SCRIPT = REPOSITORY / "benchmarks" / "memory_rank.py"
 
-#: With these variables, glibc returns the memory of freed tensors at once, so resident memory is memory in use.
+#: With these variables, glibc returns the memory of freed tensors at once. Resident memory is then memory in use.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
-#: Models in which different parts of the memory are the largest: state, logits, activations. "gpt2" is for GPUs, and
-#: "small" for the tests.
+#: In each model, another kind of memory is the largest: state, logits or activations. "gpt2" is for GPUs, and "small"
+#: is for the tests.
 MODELS: dict[str, Sections] = {
     "state": {"model": {"preset": "gpt2", "context_length": 128}, "batch": {"micro_batch_size": 2}},
     "logits": {
@@ -53,7 +53,7 @@ MODELS: dict[str, Sections] = {
 SMALL_BUCKETS = {"zero_optimization.reduce_bucket_size": 4_000_000}
 
 
-#: Runs a script on several ranks and returns the exit status, with the arguments of ``RankServer.run``.
+#: Runs a script on several ranks and returns the exit status. The arguments are those of ``RankServer.run``.
 RunRanks = Callable[[int, Path, Sequence[str], dict[str, str], Path, float], int]
 
 

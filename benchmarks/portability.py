@@ -39,7 +39,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A resumed run, compared with the uninterrupted run of the side that saved."""
+    """A resumed run, compared with an uninterrupted run. A *side* is a backend with a number of processes."""
 
     saved_by: Side
     continued_by: Side
@@ -76,7 +76,7 @@ class Portability:
         )
 
     def folder(self, *sides: Side) -> Path:
-        """Return the run folder of one side's uninterrupted run, or of a continuation."""
+        """Return the run folder of a side's uninterrupted run, or of a continuation."""
         names = (f"{side.backend}{side.processes}".replace("/", "_") for side in sides)
         return self.scratch / "-".join([self.precision, *names])
 
@@ -85,7 +85,7 @@ class Portability:
         curve_of(side.backend, self.folder(side), self.sections, side.processes)
 
     def continue_run(self, saved_by: Side, continued_by: Side) -> Continuation:
-        """Resume from one side's checkpoint with another side, and compare with the first side's uninterrupted run."""
+        """Resume one side's checkpoint with another side. Compare the run with the first side's uninterrupted run."""
         start: Sections = {"checkpoint": {"resume": str(checkpoint_folder(self.folder(saved_by), SAVED_AT))}}
         folder = self.folder(saved_by, continued_by)
         curve = curve_of(continued_by.backend, folder, merged(self.sections, start), continued_by.processes)

@@ -1,6 +1,6 @@
 """Count the requests and bytes of the upload of one checkpoint to an S3 server on this machine.
 
-The checkpoint has the files of a real one, in the sizes of AdamW, but with random content.
+The checkpoint has the same files and sizes as a real checkpoint with AdamW's state. The content is random.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
 python -m benchmarks.speedrun            # what `make speedrun` runs: 18 runs; run nothing else on the machine
 
-Each contender has its own number of steps, after which its learning rate has decayed and the run evaluates.
+Each contender has its own number of steps. At the last step, the learning rate has decayed, and the run evaluates.
 docs/benchmarks/speedrun.md describes how the settings were found.
 
-The command writes page.md and results.json to --out. After an interruption, it keeps the finished runs.
+The command writes page.md and results.json to --out. If it is interrupted, repeat it: finished runs are kept.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Result:
     steps: int
     tokens: int
     val_loss: float
-    train_s: float  # all steps, without evaluations. The first step, which loads the compiled code, counts as the mean
+    train_s: float  # all steps, without evaluations. The first step loads the compiled code and counts as a mean step
     command_s: float  # the whole command
 
     @classmethod
@@ -115,7 +115,7 @@ def run_case(case: Case, settings: Sections, folder: Path) -> Result:
     started = time.perf_counter()
     run_script(case.processes, TRAIN, train_arguments(case.backend, folder, settings))
     command_s = time.perf_counter() - started
-    shutil.rmtree(folder / "checkpoints")  # 18 of them would need 4 GB
+    shutil.rmtree(folder / "checkpoints")  # the checkpoints of 18 runs would need 4 GB
     rows = read_metrics(folder)
     step_s = [row["step_ms"] / 1e3 for row in rows if "step_ms" in row]
     steps = len(step_s)
@@ -127,10 +127,10 @@ def run_case(case: Case, settings: Sections, folder: Path) -> Result:
 def run_cases(cases: Sequence[Case], out: Path, common: Sections) -> list[Result]:
     """Run the cases that have no result yet. Returns the results of all cases.
 
-    After each run, results.json and page.md are written with all results whose settings have not changed.
+    After each run, results.json and page.md are written. They contain all results whose settings have not changed.
 
     Args:
-        common: settings of all runs that replace others.
+        common: settings that replace those of all runs.
     """
     data = make_quickstart_corpus(out / "data")
     path = out / RESULTS_FILE
@@ -216,7 +216,7 @@ def spread(figure: str, group: Sequence[Result], digits: int) -> str:
 
 
 def ratio(figure: str, group: Sequence[Result], first: Sequence[Result]) -> str:
-    """Return the mean of a figure divided by its mean in another group."""
+    """Return the mean of a figure in a group, divided by its mean in the group ``first``."""
     mean, base = (statistics.fmean(getattr(result, figure) for result in some) for some in (group, first))
     return f"{mean / base:.2f}"
 

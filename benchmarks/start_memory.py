@@ -3,8 +3,8 @@
 python -m benchmarks.start_memory                       # what `make start-memory` runs
 python -m benchmarks.start_memory --models gpt2-medium --backends fsdp --ranks 2
 
-The peak includes neither the memory of libraries nor the optimizer's state. On a CPU, the machine needs the sum of all
-ranks.
+The peak does not include the memory of libraries and the optimizer's state. On a CPU, the machine needs the sum of the
+peaks of all ranks.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tests.support.rank_server import RankServer
 from tests.support.runs import CONFIGS
 from tests.support.tables import print_header, print_row
 
-#: backend -> precision. With ZeRO-3, the weights in fp32 of the largest model do not fit into 24 GB.
+#: Backend -> precision. ZeRO has bf16: with ZeRO-3, the fp32 weights of the largest model do not fit into 24 GB.
 PRECISIONS = {"ddp": "fp32", "fsdp": "fp32", "zero1": "bf16", "zero2": "bf16", "zero3": "bf16"}
 SEQ_LEN = 64
 
 
 def measure(backend: str, model: str, ranks: int, server: RankServer) -> tuple[int, int]:
-    """Start a run. Returns the largest peak of a rank, and the size of one whole copy in fp32, in bytes."""
+    """Start a run. Returns two sizes in bytes: the largest peak of a rank, and all weights in fp32."""
     settings = [
         f"model.preset={model}",
         f"run.precision={PRECISIONS[backend]}",

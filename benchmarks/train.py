@@ -6,9 +6,9 @@ python -m benchmarks.train --processes 2 --contenders ddp fsdp zero1
 python -m benchmarks.train --processes 2 --contenders zero1 zero1-muon --rounds 2
 python -m benchmarks.train --peer-command 'nanoGPT=cd ~/nanoGPT && python train.py --device={device} ...'
 
-All contenders except those of --peer-command train on the same batches from the same weights. The optimizer is Muon if
-the name ends with -muon, otherwise AdamW. The command fails if the losses of contenders with the same optimizer do not
-agree. The table has medians and quartiles over rows of steps.
+All contenders train on the same batches from the same weights, but a --peer-command uses its own. The optimizer is Muon
+if the name ends with -muon, otherwise AdamW. The command fails if the losses of contenders with the same optimizer do
+not agree. Rows of metrics cover several steps. The table has medians and quartiles over these rows.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ DEFAULT_CONTENDERS = ("ddp", "transformers-loop", "transformers-trainer")
 ALL_DOCUMENTS = 1_000_000
 BENCHMARKS = REPOSITORY / "benchmarks"
 
-#: Largest difference between mean losses, in nats, that counts as agreement: with the same batches and weights, and for
-#: a command with its own batches and weights.
+#: The largest differences between mean losses, in nats, that count as agreement. The first is for contenders with the
+#: same batches and weights, and the second is for a command with its own batches and weights.
 LOSS_TOLERANCE, LOSS_TOLERANCE_OF_COMMANDS = 0.02, 0.5
 
 
@@ -117,7 +117,7 @@ def contenders_of(names: Sequence[str], commands: Sequence[PeerCommand]) -> list
 
 
 def run_rounds(contenders: Sequence[Contender], setting: Setting, rounds: int) -> dict[str, Measured]:
-    """Measure each contender once per round, every second round in reverse order, and combine the rows."""
+    """Measure each contender once per round, and combine the rows. Every second round has the reverse order."""
     found: dict[str, Measured] = {}
     for number in range(rounds):
         for contender in contenders if number % 2 == 0 else reversed(contenders):
@@ -133,7 +133,7 @@ def run_rounds(contenders: Sequence[Contender], setting: Setting, rounds: int) -
 
 
 def disagreements(contenders: Sequence[Contender], found: dict[str, Measured], warmup_steps: int) -> list[str]:
-    """Return one line per contender whose losses differ from those of the first with the same optimizer."""
+    """Return one line per contender whose losses differ from those of the first contender with the same optimizer."""
     first: dict[str, str] = {}
     lines = []
     for contender in contenders:

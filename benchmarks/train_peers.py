@@ -36,7 +36,7 @@ class RowClock:
     """Writes a row after the first step and then every ``steps_per_row`` steps, as this project's trainer does.
 
     Args:
-        path: the file for the rows. None on ranks that only take part in the sums.
+        path: the file for the rows. It is None on ranks that only take part in the sums over ranks.
     """
 
     def __init__(self, setting: Setting, world: World, path: Path | None) -> None:
@@ -96,7 +96,7 @@ def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool)
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """A dataset for ``Trainer``, which gives whole batches to the ranks in turn. Each rank stores its own batches."""
+    """A dataset for ``Trainer``, which gives whole batches to the ranks in turn. A rank stores only its own batches."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.size, self.world_size = config.batch.micro_batch_size, world.size
@@ -112,7 +112,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 class TimedTrainer(transformers.Trainer):
-    """A ``Trainer`` that reads samples in order and keeps its last loss."""
+    """A ``Trainer`` that reads samples in order and keeps the last loss."""
 
     def _get_train_sampler(self, *_: Any) -> Sampler[int]:
         assert isinstance(self.train_dataset, Windows)

@@ -24,7 +24,7 @@ class Setting:
     precision: str
     steps: int  # with the warm-up
     warmup_steps: int  # not counted, because of compilers and caches
-    steps_per_row: int  # losses and clocks are read every so many steps
+    steps_per_row: int  # the number of steps between two readings of the loss and the clock
     learning_rate: float = 6e-4
     seed: int = 1337
 
@@ -69,7 +69,7 @@ class Measured:
 
     losses: dict[int, float]  # by step: the mean over its targets, in nats
     step_ms: list[float]  # of the rows after the warm-up
-    peak_bytes: int | None  # of the process that used most: resident on a CPU, allocated on a GPU; None if unknown
+    peak_bytes: int | None  # the largest peak of a process: resident on a CPU, allocated on a GPU; None if unknown
     first_step_ms: float | None = None  # with compilation; None if unknown
 
     @classmethod

@@ -1,7 +1,7 @@
 """Measure the state that the real wrapping code keeps on rank 0 at any world size, with a fake process group.
 
-FSDP2 allocates only the shards of this rank, so it wraps a model with the shapes of GPT-2. DDP and ZeRO wrap a small
-model.
+FSDP2 wraps a model with the shapes of GPT-2, because it allocates only the shards of this rank. DDP and ZeRO wrap a
+small model.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def compare_small(name: str, world_size: int) -> Iterator[Shards]:
             yield Shards(name, world_size, "gradients", layout.gradients(0), sum(map(int, str(sizes).split(","))))
             moments = sum(tensor.nbytes for fragment in backend.fragments() for tensor in fragment.state.values())
         else:
-            states = backend.state.adam_states()  # creates moments if no step has
+            states = backend.state.adam_states()  # creates the moments if no step has created them
             moments = sum(state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes for state in states)
         yield Shards(name, world_size, "moments", layout.optimizer, moments)
         backend.close()
@@ -110,7 +110,7 @@ def _planned(name: str, world_size: int, sets: list[str]) -> tuple[Config, Batch
 
 @contextmanager
 def _fake_world(world_size: int) -> Iterator[World]:
-    """Join a fake process group as rank 0: collectives return at once and leave the tensors unchanged."""
+    """Join a fake process group as rank 0. Its collectives return at once and do not change the tensors."""
     set_launcher_variables("cpu")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:

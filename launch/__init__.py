@@ -1,6 +1,6 @@
 """Define the commands of the pipeline.
 
-Commands import slow packages such as torch after they have parsed their arguments. ``--help`` and messages about wrong
+Commands parse their arguments before they import slow packages such as torch. ``--help`` and messages about wrong
 arguments therefore appear at once.
 """
 

@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 class _StoreEveryValue(argparse.Action):
-    """Collects the values of a repeated option that takes several values. Other options can be given only once."""
+    """Collects the values of a repeated option that takes several values. Other options must not be repeated."""
 
     was_given = False  # whether the current command line has contained this option
 
@@ -139,7 +139,7 @@ def _option_type(parse: Callable[[str], _T], is_valid: Callable[[_T], bool], exp
 
 
 def _valid_text(text: str) -> str:
-    text.encode()  # raises ValueError for invalid bytes, which Python decodes to surrogates
+    text.encode()  # raises ValueError for invalid bytes, because Python has decoded them to surrogates
     return text
 
 
@@ -174,14 +174,14 @@ non_empty_text = _option_type(_valid_text, bool, "at least one character of vali
 
 
 class _PipeHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines above the progress bars. If the reader of a pipe has ended, the lines are lost."""
+    """Writes log lines above the progress bars. If standard output is a pipe without a reader, the lines are lost."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Print an error, unless the reader of the pipe has ended."""
+        """Print an error. If the pipe has no reader, print nothing."""
         if not isinstance(sys.exc_info()[1], BrokenPipeError):
             super().handleError(record)
 
@@ -221,9 +221,9 @@ def start_logging() -> None:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Return a context manager that disables garbage collection, so that imports of slow packages take less time.
+    """Return a context manager that disables garbage collection, so that imports take less time.
 
-    After the block, the collector ignores the imported objects.
+    After the block, the garbage collector ignores the imported objects.
     """
     gc.disable()
     try:
@@ -249,8 +249,8 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # tests may replace the stream with an object of another type
             stream.reconfigure(errors="backslashreplace")
-    # Keep the command's result and the error's traceback until the process ends. They may refer to DDP's reducer.
-    # Freeing the reducer waits for gloo's threads, and one of these threads may wait for the GIL.
+    # Keep the command's result and the error's traceback until the process ends, because they may refer to DDP's
+    # reducer. Freeing the reducer can hang: it waits for gloo's threads, and one of them may wait for the GIL.
     kept: list[object] = []
     try:
         kept.append(command())
@@ -265,7 +265,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
 
 
 def _flush_stdout(status: int) -> int:
-    """Flush standard output. Returns ``status``, or the status of SIGPIPE if the reader of a pipe has ended."""
+    """Flush standard output. Return ``status``, or the status of SIGPIPE if the reader of a pipe has ended."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -14,7 +14,7 @@ from pipeline.config.shipped import shipped_configs
 
 SHELLS = ("bash", "fish", "zsh")
 
-#: Metavar of an option -> what the shell proposes as its value.
+#: Metavar of an option -> the values that the shell proposes.
 _BY_METAVAR = {
     **dict.fromkeys(("DIR", "FOLDER", "RUN"), shtab.DIRECTORY),
     **dict.fromkeys(("DIR_OR_NAME", "FILE", "PATH", "SOURCE", "SRC"), shtab.FILE),

@@ -10,7 +10,7 @@ from pipeline.evaluation.results import format_table
 
 _T = TypeVar("_T")
 
-EVERY_TASK = ""  # the name that a limit without a task has
+EVERY_TASK = ""  # the key of a limit that is given without a task
 
 
 def main() -> None:

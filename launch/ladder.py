@@ -21,7 +21,7 @@ from pipeline.training.ladder import check_long_run, check_milestones, choose_br
 STABLE_RUN = "stable"
 CONSTANT = ["schedule.name=constant", "schedule.decay_steps=null", "schedule.decay_shape=null"]
 
-#: The keys that this command sets for each run, and what to do instead of setting them.
+#: The keys that this command sets for each run, and what a user must do instead of setting them.
 OWN_KEYS = {
     "run.out_dir": "name the folder of all runs with --out",
     "schedule.name": "leave it out, the long run is constant and the branches are wsd",

@@ -217,8 +217,8 @@ def _picture_path(text: str) -> Path:
 def divide_equally(config: Config, world_size: int) -> Config:
     """Return the config with a micro-batch size that divides the number of sequences per rank and step.
 
-    The new size is the largest divisor of this number that does not exceed the size in the config. If the ranks cannot
-    divide the batch equally, the config is returned unchanged.
+    The new size is at most the size in the config, and as large as possible. If the ranks cannot divide the batch
+    equally, the config is returned unchanged.
     """
     sequences, rest = divmod(config.batch.tokens_per_step, config.seq_len * world_size)
     size = config.batch.micro_batch_size
@@ -231,8 +231,8 @@ def divide_equally(config: Config, world_size: int) -> Config:
 def with_backend(config: Config, name: str) -> Config:
     """Return ``config`` with the backend of the shipped config ``name``, such as ``zero2_offload``.
 
-    If ``config`` already uses this kind of backend, return it unchanged. Two DeepSpeed backends are of the same kind if
-    they have the same ZeRO stage and the same offload.
+    If ``config`` already uses this kind of backend, the result is ``config``. Two DeepSpeed backends are of the same
+    kind if they have the same ZeRO stage and the same offload.
     """
     backend = load_config([shipped_configs()[name]]).backend
     if config.backend.name == "deepspeed" and backend.name == "deepspeed":

@@ -28,7 +28,7 @@ from pipeline.run_folder.metrics import read_metrics
 
 CONFIGS = ("ddp", "quickstart")
 
-#: The steps that measure the time of a step. The first ones are slower and do not count.
+#: The numbers of steps to measure the time of a step. The first steps are slower and do not count.
 PROBE_STEPS, PROBE_WARM_UP_STEPS = 8, 3
 
 FEWEST_STEPS = 20
@@ -36,7 +36,7 @@ FEWEST_STEPS = 20
 #: A run on a CPU computes in bf16 if this makes matrix products at least this much faster.
 WORTHWHILE_SPEEDUP = 1.5
 
-#: How often Python starts and loads a model: for the training, and for each stage after it.
+#: How often Python starts and loads a model: for the training, and for each later stage.
 STARTS_AFTER_PROBE = 5
 
 EVALUATIONS = 4
@@ -155,8 +155,7 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
 def fit_steps(config: Config, step_s: float, left_s: float) -> int:
     """Return how many steps of ``step_s`` seconds fit into the remaining ``left_s`` seconds.
 
-    If one pass over the data has fewer steps, return the number of steps of one pass. The result is at
-    least ``FEWEST_STEPS``.
+    The result is at most the number of steps of one pass over the data, and at least ``FEWEST_STEPS``.
     """
     assert config.data.path is not None
     one_pass = load_manifest(config.data.path).tokens_of("train") // config.batch.tokens_per_step
@@ -174,7 +173,7 @@ def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
 def write_report(config: Config) -> str:
     """Write the HTML report of the run and return its path.
 
-    If matplotlib is not installed, write nothing, and return a text that tells the user how to get the report.
+    Without matplotlib, write nothing, and return a text that tells the user how to get the report.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return f"{install_command('plots')}; {command('report', config.run.out_dir)}"

@@ -55,7 +55,7 @@ def tokenize(config: Config) -> None:
 def train(
     arguments: argparse.Namespace, overrides: Sequence[str] = (), start: Sequence[str] = (), stage: str = "train"
 ) -> None:
-    """Train the model, or resume an interrupted run. If the run is already complete, nothing is done.
+    """Train the model, or resume an interrupted run. If the run is already complete, do nothing.
 
     Args:
         arguments: the parsed options of the command ``run``.
@@ -99,7 +99,7 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str], 
 
     Args:
         launcher: the beginning of the command line, before the script.
-        returns_output: if True, standard output is returned instead of printed. Otherwise, the result is "".
+        returns_output: if True, return standard output and do not print it. If False, return "".
     """
     print(f"\n== {stage}", flush=True)
     command = [*launcher, str(Path(__file__).resolve().parent / script), *options]
@@ -116,9 +116,9 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str], 
 
 @contextmanager
 def _signals_belong_to(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Leave Ctrl-C and SIGTERM to a process, which may save before it ends.
+    """Leave Ctrl-C and SIGTERM to a process, which may save a checkpoint before it ends.
 
-    Ctrl-C is ignored here, because the process receives it too. SIGTERM is forwarded.
+    This process ignores Ctrl-C, because the other process receives it, too. It forwards SIGTERM.
     """
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda number, _: process.send_signal(number)}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -44,8 +44,8 @@ class ProgressDisplay(Observer):
     def progressed(self, progress: Contents) -> None:
         """Show the progress.
 
-        The first call comes before this command encodes text. In this call, ``progress`` is the work that earlier,
-        interrupted commands have finished.
+        The first call comes before this command encodes text. Its ``progress`` is the work that earlier, interrupted
+        commands have finished.
         """
         self._now = progress
         if self._at_start is None:

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 def main() -> object:
     """Train, and return the trainer.
 
-    ``run_command`` keeps the trainer alive until the process ends, because freeing it earlier could block the process.
+    ``run_command`` keeps the trainer alive until the process ends. The process can hang when the trainer is freed.
     """
     arguments = build_parser().parse_args()
     overrides = [*arguments.set, *_start_overrides(arguments)]
@@ -75,7 +75,7 @@ def build_parser() -> ArgumentParser:
 
 
 def _check_branch(source: str, config: Config) -> None:
-    """Raise ConfigError if a branch would write to the folder or the URL of the run that it continues."""
+    """Raise ConfigError if a branch would write to the folder or the URL of its source run."""
     if Path(config.run.out_dir).resolve() == Path(source).resolve():
         raise ConfigError(
             f"--branch: {source} is the run folder of this command, too; name a new folder for the branch with --set "

@@ -1,7 +1,7 @@
 """The simulated ranks of one process. ``benchmarks.control_plane.store`` starts this module.
 
-The calls are those of ``pipeline.distributed``. Two things differ from a run: a few threads send the heartbeats of all
-ranks, and the main thread of a rank is always at the same place.
+The calls are those of ``pipeline.distributed``. There are two differences to a run. A few threads send the heartbeats
+of all ranks, and the main thread of a rank is always at the same place in the code.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Observer:
 
 
 class RequestCounter:
-    """Counts the requests of this process to stores. Threads of rank 0 are counted separately, too."""
+    """Counts the requests of this process to stores, and also the requests of rank 0 alone."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -166,7 +166,7 @@ class Ranks:
         }
 
     def search(self) -> dict[str, float]:
-        """Ask on all ranks but the last which rank is lost, as after SIGTERM from the launcher."""
+        """On all ranks but the last, ask which rank is lost. A real run does this after SIGTERM from the launcher."""
         stopped = threading.Event()
         sending = threading.Thread(target=self._send_until, args=(stopped,))
         sending.start()
@@ -212,7 +212,7 @@ class Ranks:
         return self.worlds[rank - self.numbers.start]
 
     def _on_all_ranks(self, call: Callable[[int], object]) -> float:
-        """Make a call on each rank, in a thread per rank. Returns the seconds until the last call has returned."""
+        """Make a call on each rank, in one thread per rank. Return the seconds until the last call has returned."""
         failures: list[BaseException] = []
 
         def guarded(rank: int) -> None:

@@ -63,7 +63,7 @@ def measure_store(ranks: int, processes: int, seconds: float, timeout_s: float) 
 
     Args:
         seconds: the time in which heartbeats are counted.
-        timeout_s: the time after which a silent rank counts as lost.
+        timeout_s: the time without a heartbeat after which a rank counts as lost.
     """
     port = free_port()
     with ExitStack() as resources:

@@ -34,7 +34,7 @@ def run_group(name: str, inputs: int, seed: int) -> Iterator[Trial]:
                 if isinstance(value, Trial):
                     yield value
                 else:
-                    number = value  # the number of the input whose trials begin
+                    number = value  # the number of the input whose trials begin now
             problem = f"hangs for {_LONGEST_TRIAL_S:.0f} s"
             process.kill()
             process.join()

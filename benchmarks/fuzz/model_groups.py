@@ -61,7 +61,7 @@ def _write_export(source: Path, fixed: Path) -> None:
 
 
 def _write_shards_of_pickles(source: Path, fixed: Path) -> None:
-    """Write the format before safetensors, in two files with an index, without the files of the tokenizer."""
+    """Write a model in the format before safetensors: two files and an index, without the files of the tokenizer."""
     _write_export(source, fixed)
     weights = {f"transformer.{name}": tensor for name, tensor in _weights(fixed).items()}
     weights = {name: tensor.t() if _is_conv1d(name) else tensor for name, tensor in weights.items()}
@@ -107,7 +107,7 @@ def _write_nanogpt(source: Path, fixed: Path) -> None:
 
 
 def damage_run(folder: Path, stream: random.Random) -> str:
-    """Damage a run folder. Half of the time, hashes and sizes are computed again, so that readers look inside."""
+    """Damage a run folder. Half of the time, compute hashes and sizes again, so that readers accept the files."""
     done = _damage_model(folder, stream)
     if stream.random() < 0.5:
         return done

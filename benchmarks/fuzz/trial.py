@@ -47,8 +47,8 @@ class Group:
 
     Attributes:
         name: the name of the group on the command line.
-        make: writes the undamaged input into an empty folder (first argument), and files that are never damaged into
-            another (second argument).
+        make: a function of two empty folders. It writes the undamaged input into the first folder, and files that are
+            never damaged into the second folder.
         commands: the commands to run, one after the other.
         damage: damages the files of a folder and returns a description of the damage.
     """

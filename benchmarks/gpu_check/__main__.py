@@ -4,8 +4,8 @@ python -m benchmarks.gpu_check                         # what `make gpu-check` r
 python -m benchmarks.gpu_check --minutes 20 --out runs/h100
 python -m benchmarks.gpu_check --device cpu            # rehearse the check without a GPU, at a tiny size
 
-The most important steps run first. After each step, the command writes OUT/page.md and OUT/results.json. It stops in
-time. The next call continues with the remaining steps.
+The most important steps run first. After each step, the command writes OUT/page.md and OUT/results.json. It ends within
+the given minutes. The next call continues with the remaining steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.support.runs import REPOSITORY
 
 PAGE_FILE = "page.md"
 MACHINE = "machine"
-IDENTITY = ("device_type", "device", "devices", "torch")  # results of machines that differ in these are not mixed
+IDENTITY = ("device_type", "device", "devices", "torch")  # machines that differ in one of these values are not mixed
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -79,7 +79,7 @@ def find_machine(device: str, runner: Runner) -> Figures:
 
 
 def chosen_stages(stages: Sequence[Stage], names: Sequence[str] | None) -> list[Stage]:
-    """Return the stages with the steps that the patterns name, or all steps without patterns."""
+    """Return the stages with the steps whose names match the patterns. Without patterns, return all steps."""
     if names is None:
         return list(stages)
     return [
@@ -89,7 +89,7 @@ def chosen_stages(stages: Sequence[Stage], names: Sequence[str] | None) -> list[
 
 
 def workers_for(cores: int) -> int:
-    """Return the number of steps that run at the same time if they do not measure time or memory."""
+    """Return how many steps run at the same time. Steps that measure time or memory always run alone."""
     return 2 if cores < 8 else min(6, cores // 3)
 
 

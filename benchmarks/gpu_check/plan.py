@@ -37,8 +37,8 @@ PROFILED = ("ddp", "fsdp", "zero1")
 CURVE_STEPS, PROFILED_STEPS = 30, 3
 SEQUENCES_PER_STEP = 8
 
-#: Head size and lengths for which fused attention kernels exist. 64 tokens are one block of keys, whose backward pass
-#: adds in a fixed order.
+#: Head size and lengths for which fused attention kernels exist. 64 tokens are one block of keys. In the backward pass
+#: of one block, the order of additions is fixed.
 CURVE_MODEL = {"n_layer": 2, "n_head": 3, "n_embd": 192, "context_length": 64}
 
 #: Least memory of the device in GiB -> sequences in a micro-batch of GPT-2 124M with 1,024 tokens. transformers needs
@@ -118,7 +118,7 @@ class Check:
         return Step("data", command, lambda _: {}, 180, 10, environment=self._environment(BESIDE))
 
     def reference(self) -> Step:
-        """Return the run on one CPU process in fp32, with which all curves are compared."""
+        """Return the reference for all curves: the run on one CPU process in fp32."""
         sections = merged(self.curve_sections("fp32", compiled=False, processes=1), {"run": {"device": "cpu"}})
         run = self._at("reference") / "run"
         command = ranks_command(1, TRAIN, train_arguments("ddp", run, sections))
@@ -257,7 +257,7 @@ class Check:
     # d: several devices
 
     def several_curves(self) -> list[Step]:
-        """Return the runs on several ranks whose curves must agree. Those that differ most come first."""
+        """Return the runs on several ranks whose curves must agree with the reference, most important first."""
         cases = [(backend, precision, False) for precision in ("fp32", "bf16") for backend in BACKENDS]
         cases += [(backend, precision, True) for precision in ("bf16", "fp32") for backend in BACKENDS]
         cases += list(product(BACKENDS, ("amp_bf16", "amp_fp16"), (False, True)))

@@ -1,4 +1,4 @@
-"""Read what a step has written, as figures with a ``problem`` if the step found one."""
+"""Read the output of a step as figures. If the step found a problem, the figures have the key ``problem``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_result(folder: Path) -> Figures:
 def read_curve_of(
     run: Path, reference: Path, precision: str, *, keep_checkpoints: bool = True
 ) -> Callable[[Path], Figures]:
-    """Return a function that compares the curve of a run with that of the reference, and then deletes checkpoints."""
+    """Return a function that compares the curve of a run with the reference curve, and then deletes checkpoints."""
 
     def read(_: Path) -> Figures:
         curve = read_curve(run)

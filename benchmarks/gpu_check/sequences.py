@@ -18,7 +18,7 @@ from pipeline.checkpoint.layout import checkpoint_folder
 from tests.support.runs import TRAIN, Curve, Sections, merged, ranks_command, read_curve, train_arguments
 
 STEPS, SAVED_AT = 12, 6
-MOVED_AT = 10  # steps on the first device, and again on the second
+MOVED_AT = 10  # steps on the first device, and then on the second device
 
 
 def train(backend: str, folder: Path, sections: Sections) -> Curve:
@@ -28,10 +28,11 @@ def train(backend: str, folder: Path, sections: Sections) -> Curve:
 
 
 def compare_resumed(backend: str, sections: Sections, folder: Path) -> dict[str, Any]:
-    """Train with dropout and recomputation twice in the same way, and once resumed from the middle of the first run.
+    """Train three runs with dropout and recomputation: two equal runs, and one that resumes the first from its middle.
 
-    On a GPU, compiled code may add gradients of the embedding in any order. Two equal runs then differ in the last
-    bits, and the resumed run must be as close. With other dropout masks, it would differ by 1e-2 nats or more.
+    On a GPU, compiled code may add gradients of the embedding in any order. The two equal runs then differ in the last
+    bits. The resumed run must be as close to the first run as the second run is. With other dropout masks, it would
+    differ by 1e-2 nats or more.
     """
     sections = merged(
         sections,

@@ -23,7 +23,7 @@ CEILINGS = "ceilings"
 
 
 def contender_of(name: str) -> Contender:
-    """Return the contender with this name, or the command if the name has the form ``NAME=COMMAND``."""
+    """Return the contender with this name. For ``NAME=COMMAND``, return a contender that runs the command."""
     return contenders_of([], [PeerCommand.parse(name)])[0] if "=" in name else contenders_of([name], [])[0]
 
 

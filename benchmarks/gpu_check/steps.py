@@ -38,7 +38,7 @@ class Step:
         name: unique, and also the name of the step's folder.
         read: reads the figures from the step's folder.
         limit_s: the time after which the command is stopped and counts as failed.
-        usual_s: the step does not start if less time is left.
+        usual_s: the usual duration. If less time is left, the step does not start.
         skipped: the reason why this machine cannot run the step, or an empty text.
     """
 
@@ -118,7 +118,7 @@ class Runner:
                 with ThreadPoolExecutor(1 if stage.alone else self.workers) as pool:
                     try:
                         futures = [pool.submit(self._run_step, step) for step in stage.steps]
-                        # With a timeout, because a signal that arrives right before an endless wait does not end it.
+                        # A signal that arrives right before an endless wait does not end the wait. Hence the timeout.
                         while wait(futures, timeout=POLL_S).not_done:
                             continue
                         for future in futures:
@@ -153,7 +153,7 @@ class Runner:
             self.record.add(step.name, outcome)
 
     def _outcome(self, step: Step, limit_s: float) -> dict[str, Any] | None:
-        """Run a step and return its outcome, or None if this call ended before the step's time limit."""
+        """Run a step and return its outcome. If this call must end before the step's time limit, return None."""
         folder = self.record.folder / step.name
         shutil.rmtree(folder, ignore_errors=True)  # an earlier call may have been interrupted
         folder.mkdir(parents=True)
@@ -200,7 +200,7 @@ class Runner:
 
 
 def stop_tree(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process and all its descendants: first with SIGTERM, then with SIGKILL."""
+    """Stop a process and all its descendants with SIGTERM, and later with SIGKILL."""
     try:
         root = psutil.Process(process.pid)
         tree = [root, *root.children(recursive=True)]

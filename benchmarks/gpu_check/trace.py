@@ -1,6 +1,7 @@
-"""Divide the time of a Chrome trace by class of kernel, and measure how much communication computation hides.
+"""Divide the time of a Chrome trace by class of kernel. Measure how much communication overlaps with computation.
 
-Events are kernels and copies on a GPU, or operators on a CPU, without the operators that they call.
+On a GPU, events are kernels and copies. On a CPU, events are operators. The time of an operator does not include the
+operators that it calls.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def shares_of_time(events: Sequence[Event]) -> dict[str, float]:
 
 
 def longest(events: Sequence[Event], kind: str, count: int) -> list[tuple[str, float]]:
-    """Return the slowest names of a class, and their share of the time of all events."""
+    """Return the slowest names of a class, and the share of each name in the time of all events."""
     total = sum(event.own for event in events)
     by_name: dict[str, float] = defaultdict(float)
     for event in events:
@@ -107,7 +108,7 @@ def busy_share(events: Sequence[Event]) -> float:
 
 
 def overlap_share(events: Sequence[Event]) -> float | None:
-    """Return the share of the communication's time in which computation runs, too. None without communication."""
+    """Return the share of the communication time in which computation also runs, or None without communication."""
     communication = _union((e.start, e.end) for e in events if e.kind == COMMUNICATION)
     computation = _union((e.start, e.end) for e in events if e.kind != COMMUNICATION)
     if not communication:

@@ -136,7 +136,7 @@ class Fault:
     in_save: bool = False
 
     def rehearse(self, rehearsal: Rehearsal) -> Row:
-        """Train on two hosts until the fault ends the run. Then repeat the command, and compare the curve."""
+        """Train on two hosts until the fault ends the run. Then repeat the command, and compare the loss curve."""
         row = Row(self.case, 2, self.launcher_name)
         run_folder = rehearsal.new_run_folder()
         arguments = (self.launcher, self.config, run_folder)
@@ -172,7 +172,7 @@ class Fault:
 
 
 def link_returns(rehearsal: Rehearsal) -> Row:
-    """Cut the link of a host in a step, and repair it when the ranks have ended. The launchers start them again."""
+    """Cut the link of a host in a step. Repair it when the ranks have ended. The launchers start the ranks again."""
     row = Row("a link is cut in a step, and returns", 2, "torchrun --max-restarts=3")
     restarting = torchrun(2, "--max-restarts=3")
     run_folder = rehearsal.new_run_folder()

@@ -56,7 +56,7 @@ class Job:
     Args:
         run_folder: an absolute path.
         hold_after: every rank waits after this step until ``release`` is called.
-        hold_in_save: every rank instead waits inside the save of this step.
+        hold_in_save: every rank waits inside the save of this step, not after the step.
     """
 
     def __init__(

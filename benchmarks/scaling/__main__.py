@@ -3,9 +3,10 @@
 The hosts are Linux namespaces. A prediction uses these measured values, but never the measured step:
 
 - the time of the backend's forward and backward pass, and of the update, while all processes compute but send nothing.
-  If there are more processes than cores, a process has only a share of a core in this time.
-- the bandwidth and the latency of gloo between as many processes of this machine, without a limited link.
-- how long a rank waits for the slowest rank in a collective. Small all-reduces between products of matrices measure it.
+  With more processes than cores, this time includes the waits for a core.
+- the bandwidth and the latency of gloo between the same number of processes of this machine, without a limited link.
+- how long a rank waits for the slowest rank in a collective. Small all-reduces between matrix products measure this
+  wait.
 
 python -m benchmarks.scaling                # what `make scaling` runs; run nothing else on the machine
 """
@@ -37,7 +38,7 @@ PROCESSES = (1, 2, 4)
 LIMITS_MBIT = (1000, 200, 50)
 COLUMNS = ("processes", "link", "backend", "sent, predicted", "sent, measured", "step, predicted", "measured", "ratio")
 LARGEST_DIFFERENCE = 0.20
-PAYLOAD = 1448 / 1514  # of a TCP packet in an Ethernet frame; the limit of a link counts frames
+PAYLOAD = 1448 / 1514  # the share of data in an Ethernet frame with a TCP packet; the limit of a link counts frames
 PORT = 29400
 BUCKET_MIB = 2  # several buckets, so that communication can overlap with computation
 TIMEOUT_S = 600
@@ -112,7 +113,7 @@ def predict(
     cluster = Cluster(processes, link, link)
     if limit_mbit is not None:
         cluster = Cluster(1, link, Link(min(link.bytes_per_s, PAYLOAD * limit_mbit * 1e6 / 8), link.latency_s))
-    # Without a slow link, gloo needs the cores that compute. Only waiting for a link overlaps with DDP's computation.
+    # Without a slow link, gloo needs the cores that compute. Only waits for a slow link overlap with DDP's computation.
     overlaps = backend == "ddp" and limit_mbit is not None
     waits = communication_waits(collectives, pass_s, cluster, overlaps=overlaps)
     # FSDP2 waits for the slowest rank in each collective, and DDP at the end of the backward pass.

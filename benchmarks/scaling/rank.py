@@ -31,7 +31,7 @@ WARM_UP = 2  # DDP rebuilds its buckets in the second step
 SMALL_BYTES, LARGE_BYTES = 64, 4 << 20
 LINK_ROUNDS = 15
 STRETCHES = 16  # about as many as the collectives of a step of FSDP2
-PRODUCTS, PRODUCT_SIZE = 4, 512  # of a stretch, which takes about as long as the computation of one block
+PRODUCTS, PRODUCT_SIZE = 4, 512  # per stretch; a stretch takes about as long as the computation of one block
 
 
 class Steps:
@@ -77,7 +77,7 @@ def seconds(world: World, call: Callable[[], object]) -> float:
 
 
 def measure_link(world: World) -> dict[str, float]:
-    """Return the bandwidth and the latency of a ring, and the seconds that a rank waits for the slowest one.
+    """Return the bandwidth and the latency of a ring, and the seconds that a rank waits for the slowest rank.
 
     The bandwidth and the latency are from all-reduces of a small and of a large tensor. The wait is from small
     all-reduces between stretches of computation.
