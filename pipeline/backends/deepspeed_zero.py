@@ -274,10 +274,10 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
 
 
 def _forget_bias_correction(adam: Any, *_: object) -> None:
-    """Make CPUAdam compute beta^n from the step count n in the next step, so that a resumed run rounds the same way.
+    """Make CPUAdam compute beta^n from the step count n in the next step. A resumed run then rounds the same way.
 
-    Otherwise, CPUAdam would multiply its stored beta^(n-1) by beta. It computes beta^n only after a step with other
-    betas. Therefore, this function takes such a step on unused tensors.
+    By default, CPUAdam multiplies its stored beta^(n-1) by beta. After a step with other betas, it computes beta^n.
+    Therefore, this function takes a step with other betas on unused tensors.
     """
     unused = [torch.zeros(1) for _ in range(4)]  # weight, gradient and moments
     adam.ds_opt_adam.adam_update(adam.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, True, *unused)

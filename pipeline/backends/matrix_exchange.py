@@ -41,8 +41,8 @@ class MatrixExchange:
     """Applies functions to matrices whose elements are divided among the ranks.
 
     One rank is the owner of each matrix. The owner receives all elements of the matrix, applies the function, and
-    returns the results. If the ranks hold several copies of the matrices, the owner receives one copy, and sends the
-    results to the ranks of all copies.
+    returns the results. If the ranks hold several copies of the matrices, the owner receives only one copy. The results
+    go to the ranks of all copies.
 
     Args:
         spans: for each rank, the ranges of parameters that the rank holds.

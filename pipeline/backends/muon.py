@@ -1,8 +1,8 @@
 """Optimize the matrices of the transformer blocks with Muon, and all other parameters with AdamW.
 
-Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to its momentum matrix. One
-rank receives the whole momentum matrix, computes the orthogonal matrix, and sends it to the ranks that hold the weight
-matrix.
+Muon (Jordan et al. 2024) updates a weight matrix with the orthogonal matrix that is nearest to the momentum matrix. One
+rank receives the whole momentum matrix and computes the orthogonal matrix. It sends the result to the ranks that hold
+the weight matrix.
 """
 
 from __future__ import annotations

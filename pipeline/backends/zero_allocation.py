@@ -21,8 +21,8 @@ def use_placeholders(model: GPT2, dtype: torch.dtype) -> None:
 class AllocatedOnRead(nn.Module):
     """A module that allocates each parameter of a model only when ``deepspeed.zero.Init`` reads the parameter.
 
-    ``Init`` shards each parameter before it reads the next one, so at most one whole parameter is in memory at a time.
-    Before you create this module, call ``use_placeholders(model, dtype)``.
+    ``Init`` shards each parameter before it reads the next one. Before you create this module, call
+    ``use_placeholders(model, dtype)``.
     """
 
     def __init__(self, model: GPT2, device: torch.device) -> None:

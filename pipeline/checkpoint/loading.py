@@ -32,8 +32,7 @@ def load_training_state(folder: Path, backend: Backend, rank: int | None = None)
     If the checkpoint has the state of another optimizer, this state is not loaded. The optimizer then starts at step
     count 0, and ``optimizer_start`` in the result is the number of earlier updates.
 
-    If the backend keeps an average of the weights that the checkpoint lacks, the average starts as a copy of the
-    weights.
+    If the checkpoint lacks the backend's average of the weights, the average starts as a copy of the weights.
 
     Args:
         rank: the rank whose files are tried first. If these files contain all elements that this process needs, no

@@ -6,8 +6,8 @@ One *round* uploads one checkpoint:
 2. Each rank uploads its files, and writes its result into the store.
 3. Rank 0 reads the results of all ranks.
 
-One thread serves the store to thousands of ranks. To save requests, each rank reads only its own entry, and rank 0
-reads the results of all ranks with one request.
+One thread serves the store to thousands of ranks, so each rank sends only a few requests. Each rank reads only its own
+entry. Rank 0 reads the results of all ranks with one request.
 """
 
 import json

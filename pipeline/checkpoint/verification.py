@@ -33,8 +33,13 @@ Item = TypeVar("Item")
 def find_damage(folder: Path) -> str | None:
     """Return a description of the first problem of a checkpoint, or None if the checkpoint is good.
 
-    Checks, in this order: the manifest, the size and hash of every file, ``state.json``, the headers of the tensor
-    files, and whether all tensors are finite.
+    The checks, in this order:
+
+    - the manifest;
+    - the size and the hash of every file;
+    - ``state.json``;
+    - the headers of the tensor files;
+    - whether all tensors are finite.
     """
     try:
         manifest = read_manifest(folder)

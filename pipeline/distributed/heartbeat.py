@@ -62,7 +62,7 @@ class Heartbeat:
     second thread ends the process.
 
     Args:
-        records: the folder into which each rank saves torch's flight recorder before it exits, or None to save nothing.
+        records: a folder for torch's flight recorder, or None. Each rank saves its flight recorder before it exits.
     """
 
     def __init__(self, world: World, timeout_s: float, records: Path | None = None) -> None:
@@ -206,8 +206,8 @@ def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> It
 
     Args:
         timeout_s: a rank is silent if it sends no heartbeat for this number of seconds.
-        records: the folder into which each rank saves torch's flight recorder if a rank is lost or a collective times
-            out, or None to save nothing.
+        records: a folder for torch's flight recorder, or None. Each rank saves its flight recorder if a rank is lost or
+            a collective times out.
     """
     watch = Heartbeat(world, timeout_s, records)
     with watch.explaining_sigterm():
@@ -285,7 +285,7 @@ def _search_or_wait(world: World, given_up: str) -> tuple[str, str | None]:
     """Search for the lost ranks, or wait until another rank has found them.
 
     Args:
-        given_up: the id of the search for which this rank has waited too long, or "" if it has not waited yet.
+        given_up: the id of the search for which this rank has waited too long, or "".
 
     Returns:
         The id of the newest search, and a text that names the lost ranks. The text is "" if no rank is lost, and None

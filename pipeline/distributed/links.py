@@ -27,8 +27,7 @@ class Link:
 def measure_links(world: World, hosts: Sequence[str], message_bytes: int = MESSAGE_BYTES) -> list[Link]:
     """Measure how fast each rank sends a message to the next rank. Return the links between different hosts.
 
-    Every rank must call this. No rank sends and receives at the same time, so a slow link does not affect the results
-    of other links.
+    Every rank must call this. No rank sends and receives at the same time, so links do not slow each other down.
 
     Args:
         hosts: the host name of each rank.
@@ -64,7 +63,7 @@ def _turn_of(sender: int, size: int) -> int:
 
 
 def describe_links(links: Sequence[Link], hosts: Sequence[str]) -> str:
-    """Return a text that names the host whose links are all slow, or the slowest link if there is no such host.
+    """Return a text that names the host whose links are all slow. Without such a host, it names the slowest link.
 
     Args:
         hosts: the host name of each rank, at least two different names.

@@ -108,7 +108,7 @@ def list_ranks(ranks: Sequence[int]) -> str:
 
 
 def _publish_start_id(store: Store, missing: list[int], poll_s: float, deadline: float) -> str:
-    """Choose an id for this start, send it to every rank that asks, and return it when all ranks have confirmed it.
+    """Choose an id for this start, and send it to every rank that asks. Return it when all ranks have confirmed it.
 
     Each request of a rank has its own random id, so no rank reads an answer of an earlier start.
 

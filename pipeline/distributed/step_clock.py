@@ -9,8 +9,8 @@ which is compute plus data wait.
 
 On a CPU, the clock measures the main thread. On a GPU, CUDA events measure the stream on which the model computes.
 
-During a step, the clock replaces the functions of torch that wait for a collective by functions that also measure the
-wait. DDP waits in C++ code, so the DDP backend must call ``StepClock.backward_pass``.
+During a step, the clock replaces the functions of torch that wait for a collective. The new functions measure the wait.
+DDP waits in C++ code, so the DDP backend must call ``StepClock.backward_pass``.
 """
 
 import functools

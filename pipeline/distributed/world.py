@@ -137,8 +137,8 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
         process_group: whether to create torch's process group for a single rank too. FSDP and DeepSpeed need it.
 
     Raises:
-        ConfigError: this machine lacks the device that ``run.device`` names, the launcher's environment variables are
-            not valid, or another process uses the port of the ranks' key-value store.
+        ConfigError: this machine lacks the device in ``run.device``, the launcher's environment variables are not
+            valid, or another process uses the port of the key-value store.
     """
     check_launcher()
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()
