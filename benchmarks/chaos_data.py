@@ -57,7 +57,7 @@ def run_to_the_end(source: Path, out: Path) -> float:
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file except the manifest, which contains the time."""
+    """Return the SHA-256 of every file. The manifest is left out, because it contains the time."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

@@ -1,4 +1,4 @@
-"""Measure the data loader: batches per second, memory, a seek, and the share of the time in which training waits.
+"""Measure the data loader: batches per second, memory, the time of a seek, and how long training waits for data.
 
 python -m benchmarks.loader      # what `make bench-loader` runs; run nothing else; takes about five minutes
 

@@ -97,7 +97,7 @@ class Case:
 @dataclass(frozen=True)
 class Result:
     case: Case
-    settings: Sections  # a case whose settings have changed runs again
+    settings: Sections  # if they have changed, the case runs again
     steps: int
     tokens: int
     val_loss: float
@@ -152,7 +152,7 @@ def run_cases(cases: Sequence[Case], out: Path, common: Sections) -> list[Result
 
 
 def make_quickstart_corpus(folder: Path) -> Path:
-    """Tokenize the standard library as `make quickstart` does, unless the folder is complete."""
+    """Tokenize the standard library as `make quickstart` does. If the folder is already complete, do nothing."""
     settings = load_config([CONFIGS / "quickstart.json"]).tokenize
     tokenize_corpus(TokenizeRequest(**settings.model_dump(exclude={"input"}, exclude_none=True), out=folder, workers=1))
     return folder

@@ -139,8 +139,7 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
 def byte_of_printable() -> dict[str, int]:
     """Return a dict that maps each character in GPT-2's vocabulary file to the byte that it stands for.
 
-    A printable byte is represented by the character whose code point is the byte's value. Other bytes are represented
-    by characters from U+0100 on.
+    For a printable byte, the code point of the character is the byte. Other bytes have characters from U+0100 on.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]

@@ -81,9 +81,10 @@ def build_parser() -> ArgumentParser:
 
 
 def choose_settings(given: Sequence[str], config: Config, deadline: float) -> list[str]:
-    """Choose the precision and the number of steps unless the user has set them. Return all values for ``--set``.
+    """Choose the precision and the number of steps. Return all values for ``--set``.
 
-    If the run folder already contains a run, its precision and number of steps are kept.
+    Values that the user has set do not change. If the run folder already contains a run, the precision and the number
+    of steps of this run are kept.
 
     Args:
         given: the user's values of ``--set``. The result begins with them.

@@ -42,7 +42,7 @@ def add_processes_option(parser: argparse.ArgumentParser) -> None:
 
 
 def tokenize(config: Config) -> None:
-    """Tokenize the corpus into the folder ``data.path``, unless this folder is already complete."""
+    """Tokenize the corpus into the folder ``data.path``. If this folder is already complete, do nothing."""
     if config.data.path is None:
         print("\n== tokenize: nothing to do, data.mixture names finished datasets", flush=True)
         return
@@ -72,7 +72,7 @@ def train(
 
 
 def evaluate(config: Config) -> None:
-    """Run the tasks in ``evaluation.tasks`` on the last checkpoint, unless their results exist."""
+    """Run the tasks in ``evaluation.tasks`` on the last checkpoint. If their results already exist, do nothing."""
     run_folder = Path(config.run.out_dir)
     results = find_results(run_folder, config.evaluation.tasks, step_of(list_checkpoints(run_folder)[-1]))
     if results is not None:

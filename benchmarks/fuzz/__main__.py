@@ -16,7 +16,7 @@ from benchmarks.fuzz.isolation import run_group
 
 
 def main() -> int:
-    """Return 1 if a command ended neither with success nor with one error line."""
+    """Return 0 if all commands ended with success or with one error line, otherwise 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)} (default: all)")
     parser.add_argument(

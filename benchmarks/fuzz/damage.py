@@ -191,7 +191,7 @@ def _change_json(content: bytes, stream: random.Random) -> bytes | None:
 
 
 def change_value(value: Any, stream: random.Random) -> Any:
-    """Return a copy of a JSON value in which one value at any depth is replaced, deleted or added."""
+    """Return a copy of a JSON value with one change: a value at any depth is replaced, deleted or added."""
     if isinstance(value, (dict, list)) and value and stream.random() < 0.85:
         key = stream.choice(sorted(value)) if isinstance(value, dict) else stream.randrange(len(value))
         if stream.random() < 0.1:

@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that do not depend on each other. They run at the same time, unless they measure time or memory."""
+    """Steps that do not depend on each other. They run at the same time if they do not measure time or memory."""
 
     title: str
     steps: Sequence[Step]

@@ -46,7 +46,7 @@ MODEL = {"n_layer": 4, "n_head": 4, "n_embd": 192, "vocab_size": 2048, "context_
 
 
 def write_config(path: Path, processes: int) -> Path:
-    """Write a config in which each process has one micro-batch per step."""
+    """Write a config with one micro-batch per process and step."""
     tokens = 4 * MODEL["context_length"] * processes
     sections = {
         "run": {"precision": "fp32", "compile": False, "device": "cpu", "out_dir": str(path.parent / "run")},

@@ -4,7 +4,7 @@
 2. After each chunk, its shards and its record ``tasks/<chunk>.json`` are written.
 3. At the end, the manifest is written. Then the plan and the records are removed.
 
-An interrupted request can continue. A request whose identity differs from that in the plan is refused.
+An interrupted request can continue. If the plan contains another identity, the request is refused.
 """
 
 import json
@@ -177,7 +177,7 @@ class OutputFolder:
             self.folder.remove({PLAN_NAME})
 
     def _find_finished(self) -> None:
-        """Load the records whose shards exist. All other chunks will be encoded again."""
+        """Load the records of chunks that have all their shards. All other chunks will be encoded again."""
         names = self.folder.names()
         for chunk in self.chunks:
             if chunk.record_file not in names:

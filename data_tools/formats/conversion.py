@@ -36,8 +36,8 @@ class Conversion:
 def convert(request: ConvertRequest, written: Advance = no_progress, verified: Advance = no_progress) -> Conversion:
     """Convert tokens into a new folder. If the conversion fails, the folder is not created.
 
-    The tokens do not change, except for ``END_OF_TEXT`` in Megatron's files (see ``open_megatron_pair``). Shards with a
-    manifest are verified first. A folder for nanoGPT gets no manifest.
+    The tokens do not change. In Megatron's files, only ``END_OF_TEXT`` can change (see ``open_megatron_pair``). Shards
+    with a manifest are verified first. A folder for nanoGPT gets no manifest.
 
     Args:
         written: receives the number of bytes written since its last call.

@@ -28,7 +28,7 @@ TRAIN_SPLIT = "train"
 VAL_SPLIT = "val"
 
 _MASK_SUFFIX = ".mask.npy"
-# The key of the hash over all other keys. Another program may omit this key.
+# The key of the hash of all other keys. Another program may omit this key.
 _SEAL = "sha256"
 _OPTIONAL = ("report", "made")
 TOKENIZE_AGAIN = "delete the folder and tokenize again"
@@ -155,7 +155,7 @@ class Manifest:
         return (json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n").encode("ascii")
 
     def content_sha256(self) -> str:
-        """Return a SHA-256 of the whole manifest except the attribute ``made``. It identifies the folder's contents."""
+        """Return a SHA-256 of the manifest without the attribute ``made``. It identifies the folder's contents."""
         return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
 
 

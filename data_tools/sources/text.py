@@ -22,7 +22,7 @@ _MAX_HEADS = 1000  # the number of files that are opened before the work starts,
 
 
 class TextSource(FileSource):
-    """Text files in UTF-8. Each file is one document, unless ``--document-separator`` divides it into documents."""
+    """Text files in UTF-8. Each file is one document. ``--document-separator`` can divide a file into documents."""
 
     def __init__(self, inputs: Sequence[str], document_separator: str | None) -> None:
         if document_separator == "":

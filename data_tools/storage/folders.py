@@ -205,7 +205,7 @@ class RemoteFolder:
 
     @contextmanager
     def _one_line_errors(self, writes: str | None = None) -> Iterator[None]:
-        """Convert errors of the storage client to ``DataError``, except ``FileNotFoundError`` when reading."""
+        """Convert errors of the storage client to ``DataError``. When reading, keep ``FileNotFoundError``."""
         try:
             yield
         except FileNotFoundError as error:

@@ -66,7 +66,7 @@ def run_tasks(
         weights: ``training``, or ``ema`` for the moving average of the weights. With ``ema``, the names of the results
             end with ``_ema``.
         examples_file: a JSONL file for the scores of each example.
-        out: a folder for the JSON files, instead of the run folder.
+        out: the folder for the JSON files. None means the run folder.
         show: is called with the results before they are written.
 
     Returns:

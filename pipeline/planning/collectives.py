@@ -27,7 +27,7 @@ class Stage:
 
     share: float  # of the FLOPs of the forward and backward pass
     elements: int  # of the weights with which this stage computes
-    finished: tuple[int, ...] = ()  # the sizes of the parameters whose gradients are finished at the end
+    finished: tuple[int, ...] = ()  # the sizes of parameters; the stage finishes their gradients
     gathers: tuple[Collective, ...] = ()  # must finish before the stage begins
     reductions: tuple[Collective, ...] = ()  # start when the stage has ended
 

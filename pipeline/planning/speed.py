@@ -21,7 +21,7 @@ CPU_ADAM_BYTES = 2 * (FP32 + 2 * FP32) + FP32
 
 @dataclass(frozen=True)
 class Waits:
-    """The seconds per step in which a rank waits and does not compute, by the cause of the wait."""
+    """The seconds per step that a rank waits without computing, by the cause of the wait."""
 
     latency_s: float = 0.0  # of the messages of collectives
     within_host_s: float = 0.0  # for bytes on the links within a host
@@ -75,7 +75,7 @@ def estimate_speed(config: Config, plan: BatchPlan, device: Device, mfu: float) 
 
 
 def cluster_of(device: Device, world_size: int) -> Cluster:
-    """Return a cluster whose nodes contain devices of this type.
+    """Return a cluster of nodes with devices of this type.
 
     Each bandwidth is multiplied by ``LINK_EFFICIENCY``, because collectives do not reach the whole bandwidth of a link.
     """

@@ -28,7 +28,7 @@ class Curve:
     label: str
     x: list[float]
     y: list[float]
-    dotted: bool = False  # a few single measurements instead of a line
+    dotted: bool = False  # draw points and no line, for a few single measurements
     averaged: bool = False  # measured with the moving average of the weights
 
 

@@ -20,7 +20,7 @@ from pipeline.run_folder.metrics import read_metrics
 #: The states of a run that has trained. A stale run has not ended, but writes no heartbeat. A failed run has ended
 #: before its last step, because of an error or a kill.
 STATES = ("running", "stale", "finished", "interrupted", "failed")
-#: The states of a run whose checkpoints launch/train.py has not written.
+#: The states of a run with checkpoints that were not written by launch/train.py.
 AVERAGED, NOT_STARTED = "averaged", "not started"
 
 _COLUMNS = ("run", "state", "step", "loss", "val. loss", "tokens/s", "age", "size", "last checkpoint")

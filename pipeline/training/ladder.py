@@ -62,7 +62,7 @@ def check_milestones(run_folder: Path, milestones: Sequence[int]) -> None:
 
 
 def choose_branch_folder(out: Path, milestone: int, config: Config) -> Path:
-    """Return the run folder for a branch: a new folder, or one whose run has the settings of ``config``.
+    """Return the run folder for a branch: a new folder, or the folder of a run with the settings of ``config``.
 
     The folder's name is, for example, ``decay-from-40-to-50``. If a branch with other settings already has this name,
     the new name is ``decay-from-40-to-50-2``.

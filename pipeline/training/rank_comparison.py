@@ -38,7 +38,7 @@ class RankComparison:
         self._hosts: list[str] = world.gather(socket.gethostname())
         self._times: Tensor | None = None  # (ranks, 3) seconds, the times of all ranks
         self._slow_rank: int | None = None  # the rank that was slow in the previous row
-        self._slow_rows = 0  # the number of consecutive rows in which it was slow
+        self._slow_rows = 0  # the number of consecutive rows in which this rank was slow
         self._shortest_wait_s = 0.0  # the collective wait of the rank that waited least, in the previous row
         self._step_s = 0.0  # the time of a step in the previous row
         self._measured_wait_s = 0.0  # the shortest wait when the links were measured

@@ -229,7 +229,7 @@ def _start_from(folder: Path) -> str:
 
 
 def describe_changes(start: Path, config: Config) -> list[str]:
-    """Return one text per config key whose value has changed since the checkpoint ``start`` was saved.
+    """Return one text per config key that has changed since the checkpoint ``start`` was saved.
 
     A text is, for example, ``optimizer.learning_rate 0.001 -> 0.0001``.
     """

@@ -46,7 +46,7 @@ from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 
 log = logging.getLogger(__name__)
 
-CHECK_SECONDS = 0.2  # to measure the ceiling again at an evaluation
+CHECK_SECONDS = 0.2  # for a new measurement of the ceiling at an evaluation
 
 
 class Trainer:
@@ -281,6 +281,7 @@ class Trainer:
                 torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
             tokens, targets = micro_batch.to(self.world.device)
             loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
+        # Start the sum over the ranks now. A later sum would wait for all queued steps.
         return LateValue(self.world.sum(loss_sum / scored_targets)), LateValue(scored_targets)
 
     def _count_scored_targets(self, micro_batches: list[MicroBatch]) -> int | Tensor:

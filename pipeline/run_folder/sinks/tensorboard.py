@@ -101,7 +101,7 @@ def check_tensorboard() -> None:
         import_module("torch.utils.tensorboard")
         import_module("tensorboard.plugins.hparams.metadata")
     except Exception as error:  # noqa: BLE001 - a damaged package may raise anything
-        # Pip keeps damaged files unless it is forced. The second command restores the versions that this project needs.
+        # Without --force-reinstall, pip keeps damaged files. The second command restores the versions of this project.
         repair = f"python -m pip install --force-reinstall --no-deps tensorboard protobuf && {install_command()}"
         is_missing = isinstance(error, ModuleNotFoundError) and error.name in ("tensorboard", "torch.utils.tensorboard")
         raise ConfigError(
