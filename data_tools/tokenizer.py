@@ -98,8 +98,8 @@ def load_tokenizer() -> Tokenizer:
 def cut_long_spaces(text: str) -> list[str]:
     """Cut a text before the last character of each long sequence of white space. Return the pieces.
 
-    Without the cuts, tiktoken's regular expression runs out of stack memory at a very long sequence of white space that
-    is followed by other text. The cuts do not change the tokens.
+    Without the cuts, a very long sequence of white space before other text makes tiktoken's regular expression run out
+    of stack memory. The cuts do not change the tokens.
     """
     ends = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]

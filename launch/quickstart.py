@@ -1,7 +1,7 @@
 """Tokenize Python's standard library, train a small GPT-2 on it, evaluate it and generate text, in a few minutes.
 
-The command measures the time of a step on this machine, and chooses the number of steps so that all stages together
-take about as long as the option --minutes says. If the command is interrupted, repeat it. Finished stages are skipped,
+The command measures the time of a step on this machine, and then chooses the number of steps. All stages together take
+about as long as the option --minutes says. If the command is interrupted, repeat it. Finished stages are skipped,
 and an interrupted run continues.
 """
 

@@ -91,8 +91,8 @@ def build_trees(
 ) -> list[Tree]:
     """Build one ``Tree`` of tokens per group of requests.
 
-    If the tree of a group would save less than the fraction ``LEAST_SAVING`` of the group's tokens, each request gets a
-    tree of its own.
+    A tree must save at least the fraction ``LEAST_SAVING`` of the group's tokens. Otherwise, each request of the group
+    gets its own tree.
 
     Args:
         groups: the indices of each group's requests in ``requests``.

@@ -33,7 +33,7 @@ def rows_of_the_tokenizer(rows: int) -> int:
 
 
 def describe_dtypes(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return a list with one line that names the dtypes other than fp32, or an empty list if all weights are fp32."""
+    """Return a list with one line that names the dtypes other than fp32. If there are none, the list is empty."""
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()} - {"float32"})
     if not dtypes:
         return []

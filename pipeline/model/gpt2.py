@@ -249,7 +249,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def layer_products(config: ModelConfig, tokens: int) -> list[tuple[int, int, int]]:
-    """Return the shape (m, k, n) of each product of an input and a weight in the forward pass of a block.
+    """Return the shape (m, k, n) of each product of an input and a weight in a block's forward pass.
 
     m is the number of tokens, at most ``MOST_ROWS``.
     """

@@ -12,7 +12,7 @@ from pipeline.model.blocked_loss import blocked_cross_entropy
 
 IGNORE_INDEX = -100  # marks a target that is not scored; torch's default
 VOCAB_MULTIPLE = 128  # matrix products are faster with multiples of this number: 50257 becomes 50304
-SCORED_AT_ONCE = 128  # logits of this many targets take 26 MB in fp32, which fit into the caches of a CPU
+SCORED_AT_ONCE = 128  # the logits of 128 targets take 26 MB in fp32, and fit into the caches of a CPU
 
 Method = Literal["loss", "logits", "score"]
 

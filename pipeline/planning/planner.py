@@ -1,4 +1,4 @@
-"""Estimate the peak memory, the largest micro-batch that fits, and the speed of a run on N devices."""
+"""Estimate the peak memory, the largest possible micro-batch, and the speed of a run on N devices."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace

@@ -150,9 +150,9 @@ def micro_step_seconds(stages: Sequence[Stage], pass_s: float, cluster: Cluster,
 
     Args:
         pass_s: the computing time of one micro-step, without recomputation.
-        overlaps: whether the rank computes while a collective runs. If True, the rank issues the gathers of the next
-            stage when a stage begins, and the reductions of a stage when this stage ends. One collective runs at a
-            time. The micro-step ends when the last stage and all reductions have ended.
+        overlaps: whether the rank computes while a collective runs. If True, a stage issues the gathers of the next
+            stage at its beginning, and its own reductions at its end. One collective runs at a time. The micro-step
+            ends when the last stage and all reductions have ended.
     """
     gathers_s = [_seconds(stage.gathers, cluster) for stage in stages]
     reductions_s = [_seconds(stage.reductions, cluster) for stage in stages]

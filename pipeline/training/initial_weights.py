@@ -105,8 +105,11 @@ def _require_same_sizes(source: WeightSource, model: ModelConfig) -> None:
 def compare_sizes(keys: Sequence[str], stored: Mapping[str, Any], model: ModelConfig) -> tuple[str, str, str]:
     """Return three texts for an error message about model sizes that differ.
 
-    The texts are the sizes of the stored model, the sizes of this run's model, and the values of ``--set`` that give
-    this run the stored sizes. An example is ``n_layer 4``, ``n_layer 2`` and ``model.n_layer=4``.
+    The texts are, with an example:
+
+    - the sizes of the stored model: ``n_layer 4``;
+    - the sizes of this run's model: ``n_layer 2``;
+    - the values of ``--set`` that give this run the stored sizes: ``model.n_layer=4``.
 
     Args:
         keys: the names of the sizes that differ.

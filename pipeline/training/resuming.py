@@ -151,8 +151,8 @@ def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
 def describe_started_decay(start: Path, config: Config) -> str | None:
     """Return a warning if a new run starts from another run's checkpoint, at a step inside the new run's decay.
 
-    In this case, the learning rate usually jumps. The result is None if both runs have the same schedule and the same
-    peak learning rate, because the learning rate then does not jump.
+    In this case, the learning rate usually jumps. With the same schedule and the same peak learning rate in both runs,
+    it does not jump, and the result is None.
 
     Args:
         start: the checkpoint from which the new run continues.

@@ -14,9 +14,9 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
     The rate rises linearly to its peak for ``warmup_steps`` steps. In the decay, it falls to the minimum, which is
     ``min_lr_ratio`` times the peak.
 
-    - With ``wsd``, the first step of the decay is below the peak, and the last step of the run is at the minimum.
-    - With ``cosine`` and ``linear``, the first step of the decay is at the peak, and the last step of the run is above
-      the minimum (Loshchilov and Hutter 2017).
+    - ``wsd``: the first step of the decay is below the peak. The last step of the run is at the minimum.
+    - ``cosine`` and ``linear``: the first step of the decay is at the peak. The last step of the run is above the
+      minimum (Loshchilov and Hutter 2017).
     """
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
@@ -56,8 +56,8 @@ def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:
 def format_schedule(config: Config) -> str:
     """Return a description of the schedule and a bar chart of the learning rate, as text.
 
-    The chart has one line per step, for several equally spaced steps, the end of the warm-up, and the start of the
-    decay.
+    The chart has one line for each of several equally spaced steps. The end of the warm-up and the start of the decay
+    also have a line.
     """
     schedule = config.schedule
     spread = {schedule.max_steps * row // CHART_ROWS for row in range(CHART_ROWS + 1)}

@@ -23,8 +23,8 @@ def check_access(name: str) -> None:
     Call this function before the export, which can take long.
 
     Raises:
-        CheckpointError: the name is not ``MODEL`` or ``USER/MODEL``, there is no access token, or the hub does not
-            answer or rejects the access token.
+        CheckpointError: the name is not ``MODEL`` or ``USER/MODEL``, the access token is missing or rejected, or the
+            hub does not answer.
     """
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

@@ -53,9 +53,9 @@ class Service(ABC):
 class ServiceSink(Sink):
     """Sends each row of ``metrics.jsonl`` to a service exactly once, also if the run resumes or the server is down.
 
-    A resumed run writes the rows after its checkpoint again, but a service cannot delete rows. If ``waits`` is True, a
-    row is therefore sent only after the run has saved a checkpoint of its step or of a later step. The run may still
-    delete rows that the service has. The sink then creates a new run in the service, and sends all rows that are left.
+    A resumed run writes the rows after its checkpoint again, but a service cannot delete rows. If ``waits`` is True,
+    each row therefore waits until the run has saved a checkpoint of the row's step or a later step. If the run deletes
+    rows that the service already has, the sink creates a new run in the service, and sends all remaining rows.
 
     ``NAME_run.json`` in the run folder stores how many rows were sent. The next start of the run sends the missing
     rows, even if the run is complete.
