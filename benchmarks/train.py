@@ -6,9 +6,9 @@ python -m benchmarks.train --processes 2 --contenders ddp fsdp zero1
 python -m benchmarks.train --processes 2 --contenders zero1 zero1-muon --rounds 2
 python -m benchmarks.train --peer-command 'nanoGPT=cd ~/nanoGPT && python train.py --device={device} ...'
 
-All contenders train on the same batches from the same weights, but a --peer-command uses its own. The optimizer is Muon
-if the name ends with -muon, otherwise AdamW. The command fails if the losses of contenders with the same optimizer do
-not agree. Rows of metrics cover several steps. The table has medians and quartiles over these rows.
+All contenders train on the same batches from the same weights. Only a --peer-command uses its own batches and weights.
+The optimizer is Muon if the name ends with -muon, otherwise AdamW. The command fails if the losses of contenders with
+the same optimizer do not agree. A row of metrics covers several steps. The table has medians and quartiles over rows.
 """
 
 from __future__ import annotations

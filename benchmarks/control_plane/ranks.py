@@ -1,6 +1,6 @@
 """The simulated ranks of one process. ``benchmarks.control_plane.store`` starts this module.
 
-The calls are those of ``pipeline.distributed``. There are two differences to a run. A few threads send the heartbeats
+The calls are those of ``pipeline.distributed``. Two things differ from a run. A few threads send the heartbeats
 of all ranks. The main thread of a rank is always at the same place in the code.
 """
 

@@ -31,7 +31,7 @@ from tests.support.runs import REPOSITORY
 
 PAGE_FILE = "page.md"
 MACHINE = "machine"
-IDENTITY = ("device_type", "device", "devices", "torch")  # machines that differ in one of these values are not mixed
+IDENTITY = ("device_type", "device", "devices", "torch")  # results of machines with other values are not mixed
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -28,7 +28,7 @@ def train(backend: str, folder: Path, sections: Sections) -> Curve:
 
 
 def compare_resumed(backend: str, sections: Sections, folder: Path) -> dict[str, Any]:
-    """Train three runs with dropout and recomputation: two equal runs, and one that resumes the first from its middle.
+    """Train with dropout and recomputation: two equal runs, and a run that resumes from the middle of the first run.
 
     On a GPU, compiled code may add gradients of the embedding in any order. The two equal runs then differ in the last
     bits. The resumed run must be as close to the first run as the second run is. With other dropout masks, it would

@@ -124,7 +124,7 @@ class BundleTask:
         return Request(tuple(tokens[left_out:start]), tuple(tokens[start:]))
 
     def answer(self, requests: Sequence[Request], scores: Sequence[Score]) -> int:
-        """Return the index of the most likely choice: the highest mean log-likelihood per scored token.
+        """Return the index of the choice with the highest mean log-likelihood per scored token.
 
         With only one request, return 0 (right) if greedy decoding generates its continuation, and 1 (wrong) otherwise.
         """
