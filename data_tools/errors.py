@@ -69,10 +69,7 @@ def one_line_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def one_line_read_errors(path: Path) -> Iterator[None]:
-    """Return a context manager for reading a file. It converts an ``OSError`` to a DataError.
-
-    If the ``OSError`` names no file, the message of the DataError contains ``path``.
-    """
+    """Return a context manager for reading the file ``path``. It converts an ``OSError`` to a DataError."""
     try:
         yield
     except OSError as error:

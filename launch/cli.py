@@ -221,10 +221,7 @@ def start_logging() -> None:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Return a context manager that disables garbage collection, so that imports take less time.
-
-    After the block, the garbage collector ignores the imported objects.
-    """
+    """Return a context manager for faster imports: the garbage collector ignores objects that the block creates."""
     gc.disable()
     try:
         yield

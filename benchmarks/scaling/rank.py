@@ -77,11 +77,7 @@ def seconds(world: World, call: Callable[[], object]) -> float:
 
 
 def measure_link(world: World) -> dict[str, float]:
-    """Return the bandwidth and the latency of a ring, and the seconds that a rank waits for the slowest rank.
-
-    The bandwidth and the latency are from all-reduces of a small and of a large tensor. The wait is from small
-    all-reduces between stretches of computation.
-    """
+    """Return the bandwidth and the latency of a ring, and the seconds that a rank waits for the slowest rank."""
     small, large = (torch.zeros(size // 4) for size in (SMALL_BYTES, LARGE_BYTES))
     matrix = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE)
 

@@ -17,7 +17,7 @@ _ENOUGH_TEXT = "tokenize more text into another folder: 500,000 tokens in 200 do
 def describe_small_validation(manifest: Manifest) -> str | None:
     """Return a warning if the validation split is too small for a stable loss, or much smaller than requested.
 
-    Otherwise, return None. Without a validation split, also return None.
+    Return None if the split is large enough, or if there is no validation split.
     """
     tokens = manifest.tokens_of(VAL_SPLIT)
     share = tokens / max(sum(shard.tokens for shard in manifest.shards), 1)

@@ -40,7 +40,7 @@ class Source(Protocol):
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Divide the source into consecutive slices of about ``slice_bytes`` bytes of text.
 
-        A file that cannot be divided is one slice, also if it is larger.
+        A file that cannot be divided can be a larger slice.
         """
         ...
 

@@ -12,8 +12,8 @@ Document = TypeVar("Document")
 class BadRowError(DataError):
     """A row, line or text of a source cannot be read. The rows after it may still be readable.
 
-    The arguments say where the row is and what is wrong. They become text only in ``str(error)``, because counting all
-    lines before the row can be slow.
+    The arguments say where the row is and what is wrong. ``str(error)`` can be slow, because it may count all lines
+    before the row.
     """
 
     def __str__(self) -> str:

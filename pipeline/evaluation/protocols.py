@@ -56,9 +56,12 @@ class PreparedTask:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     """Encode a context and its continuation as one text, and split the tokens into context and continuation.
 
-    White space at the end of the context first moves to the continuation, because GPT-2's tokens contain the space
-    before a word. The context alone has N tokens, and the tokens of the whole text are split after N tokens. An empty
-    context becomes ``<|endoftext|>``. ``TemplateLM.loglikelihood`` of lm-evaluation-harness does the same.
+    The steps are those of ``TemplateLM.loglikelihood`` in lm-evaluation-harness:
+
+    1. Move white space from the end of the context to the continuation. GPT-2's tokens contain the space before a word.
+    2. Encode the context alone. It has N tokens.
+    3. Encode the whole text, and split its tokens after N tokens.
+    4. Replace an empty context by ``<|endoftext|>``.
 
     Raises:
         DataError: the continuation has no token, or the context contains only white space.

@@ -26,8 +26,8 @@ class Chat:
     Each message begins with a heading line such as ``### User:``. An answer ends at ``<|endoftext|>`` or before the
     next heading line.
 
-    With the template "messages", an answer also ends at the token that encodes the empty line after a message. An empty
-    line between two paragraphs of a message is encoded as two tokens, so it does not end the answer.
+    With the template "messages", an answer also ends at the token of the empty line after a message. An empty line
+    between two paragraphs has other tokens, and does not end the answer.
 
     Args:
         template: the kind of training data. With "instruction", the model sees only the last message.

@@ -1,8 +1,7 @@
 """Define linear layers for fast inference on a CPU.
 
-In generation, a matrix product takes about as long as reading its weight from memory. On some CPUs, torch reads weights
-faster than oneDNN. On other CPUs, oneDNN is faster. Therefore, this module measures both, and stores each weight for
-the faster one.
+In generation, a matrix product takes about as long as reading its weight from memory. torch reads weights faster on
+some CPUs, and oneDNN on others. This module measures both, and stores each weight for the faster library.
 """
 
 import time

@@ -1,7 +1,7 @@
 """Compute the activation memory of one micro-batch, by tracing the real model with fake tensors.
 
-Fake tensors have shapes and dtypes, but no memory. The program runs one forward and backward pass, and counts the bytes
-of all live storages. The fake tensors are on the CPU. A GPU is assumed to need the same tensors.
+Fake tensors have shapes and dtypes, but no memory. One forward and backward pass is run, and the bytes of all live
+storages are counted. The fake tensors are on the CPU. A GPU is assumed to need the same tensors.
 """
 
 import weakref
@@ -44,7 +44,7 @@ class Peak:
 class Request:
     """The model and the micro-batch whose activations are traced.
 
-    ``precision`` is the precision of autocast. It has no effect for other values of ``compute``.
+    ``precision`` is the precision of autocast. It has an effect only if ``compute`` is ``autocast``.
     """
 
     model: ModelConfig

@@ -36,8 +36,8 @@ REPLICATED_BUCKET_ELEMENTS = 500_000_000
 class Layout:
     """The bytes of memory that one rank needs for each kind of state.
 
-    The bytes for gradients and buffers change during the backward pass. Therefore, ``gradients`` and ``buffers`` are
-    functions. Their argument is the number of elements whose gradients are finished.
+    ``gradients`` and ``buffers`` change during the backward pass, so they are functions. Their argument is the number
+    of elements whose gradients are finished.
     """
 
     compute: Compute

@@ -32,7 +32,7 @@ class View:
 def check_shared_folders(run_folder: Path, data_sha256: str, world: World) -> None:
     """Raise ConfigError if a rank sees another run folder or other data than rank 0.
 
-    Rank 0 writes a file into its run folder, and every rank looks for the file. Every rank must call this.
+    Every rank must call this.
     """
     if world.size == 1:
         return
