@@ -27,8 +27,8 @@ WriteElements = Callable[[str, int, Tensor], None]
 class Backend(ABC):
     """A model and its optimizer, distributed over the ranks.
 
-    A backend averages the gradients over the ranks. Training needs their sum, so the trainer multiplies ``loss_weight``
-    by the world size.
+    A backend averages the gradients over the ranks. Training needs the sum of the gradients, so the trainer
+    multiplies ``loss_weight`` by the world size.
 
     The model must be on the device ``meta``. A backend allocates only this rank's weights, without values. Before the
     first step, call ``draw_weights`` or ``write_weights``, or load a checkpoint.

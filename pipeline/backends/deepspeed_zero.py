@@ -125,7 +125,10 @@ class DeepSpeedBackend(Backend):
 
     @abstractmethod
     def _loss_scale_outside_engine(self) -> float:
-        """Return the caller's factor for the loss. If the engine scales the loss, set the engine's scale, return 1."""
+        """Return the factor by which the caller multiplies the loss.
+
+        If the engine scales the loss, set the engine's scale and return 1.
+        """
 
     def state_was_loaded(self, updates: int) -> None:
         super().state_was_loaded(updates)
@@ -187,7 +190,7 @@ class ZeroBackend(DeepSpeedBackend):
         self.state.connect_optimizer(self.ranks_per_copy)
 
     def _allocate(self, model: GPT2, device: torch.device) -> None:
-        """Allocate the weights in the compute dtype. ZeRO-3 only creates placeholders."""
+        """Allocate the weights in the compute dtype. Under ZeRO-3, create placeholders instead of the weights."""
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         if self.stage == 3:
             use_placeholders(model, dtype)
@@ -217,7 +220,7 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
     """Return the config for DeepSpeed's engine: ``backend.deepspeed`` and the keys that the run config determines.
 
     Args:
-        cpu_adam: whether DeepSpeed's CPUAdam updates offloaded optimizer state. If False, torch's AdamW does.
+        cpu_adam: whether DeepSpeed's CPUAdam updates offloaded optimizer state. If False, torch's AdamW updates it.
     """
     native = {
         "steps_per_print": config.schedule.max_steps + 1,  # DeepSpeed never prints
@@ -274,10 +277,12 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
 
 
 def _forget_bias_correction(adam: Any, *_: object) -> None:
-    """Make CPUAdam compute beta^n from the step count n in the next step. A resumed run then rounds the same way.
+    """Make CPUAdam's next step compute beta^n directly from the step count n.
 
-    By default, CPUAdam multiplies its stored beta^(n-1) by beta. After a step with other betas, it computes beta^n.
-    Therefore, this function takes a step with other betas on unused tensors.
+    A resumed run then rounds in the same way as an uninterrupted run.
+
+    By default, CPUAdam multiplies its stored beta^(n-1) by beta. After a step with other betas, CPUAdam computes
+    beta^n directly. Therefore, this function takes a step with other betas on unused tensors.
     """
     unused = [torch.zeros(1) for _ in range(4)]  # weight, gradient and moments
     adam.ds_opt_adam.adam_update(adam.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, True, *unused)

@@ -19,7 +19,7 @@ _POLL_S = 0.5
 
 
 def wait_for_build_elsewhere(extension: str) -> None:
-    """Wait until no other host builds a C++ extension. If the build was killed, remove the build's lock file.
+    """Wait until no other host builds the C++ extension. Remove the lock file of a build that was killed.
 
     Call this before the extension is used.
     """
@@ -27,10 +27,10 @@ def wait_for_build_elsewhere(extension: str) -> None:
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Wait until no other host builds a C++ extension. If the build was killed, remove its lock file ``lock``.
+    """Wait until no other host builds the C++ extension of a lock file. Remove the file if the build was killed.
 
     If a process on this host has the file open, return at once, because torch itself waits for this build. Otherwise,
-    wait until the file disappears. When the file is older than ``LONGEST_BUILD_S`` seconds, remove it.
+    wait until the file disappears. If the file is older than ``LONGEST_BUILD_S`` seconds, the build counts as killed.
     """
     while (age_s := _age_s(lock)) is not None and not _is_open_on_this_host(lock):
         if age_s > LONGEST_BUILD_S:

@@ -54,9 +54,10 @@ class FsdpBackend(TorchBackend):
         return ShardedState(self.compute, self.optimizer, self.parameters, self.state_names)
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Reduce gradients only if ``enabled``. Otherwise, keep gathered weights after the backward pass.
+        """Reduce gradients only if ``enabled``.
 
-        Blocks that reshard after the forward pass keep no weights, so the peak memory does not grow.
+        If not ``enabled``, the root group keeps its gathered weights after the backward pass. A block keeps its gathered
+        weights only if it also keeps them after the forward pass. Therefore, the peak memory does not grow.
         """
         assert isinstance(self.compute, FSDPModule)
         self.compute.set_requires_gradient_sync(enabled)

@@ -29,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True)
 class _Overlap:
-    """The elements that are both in a span and in a matrix. They are counted in the flattened parameter."""
+    """The elements that are both in a span and in a matrix, as a range of the flattened parameter."""
 
     span: int  # the index of the span among all spans of its rank
     matrix: Matrix
@@ -122,7 +122,9 @@ class MatrixExchange:
             target.add_(values.to(target.device), alpha=alpha * overlap.matrix.update_scale)
 
     def _all_to_all(self, sent: list[list[Tensor]], overlaps: list[list[_Overlap]]) -> list[list[Tensor]]:
-        """Send the tensors ``sent[rank]`` to each rank. Return what each rank sends, one tensor (n,) per overlap.
+        """Send the tensors ``sent[rank]`` to each rank. Return what each rank sends to this rank.
+
+        The result has one tensor (n,) per overlap.
 
         Tensors for this rank itself are not copied.
         """

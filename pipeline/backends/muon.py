@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         parameters: maps canonical names to the parameters that Muon updates.
-        adamw: the optimizer for all other parameters. Its ``param_groups`` and ``state`` belong to ``Muon``, too.
+        adamw: the optimizer for all other parameters. ``Muon`` shares the optimizer's ``param_groups`` and ``state``.
         dtype: the dtype of the Newton-Schulz iterations and of the communication.
     """
 

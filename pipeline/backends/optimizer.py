@@ -90,9 +90,9 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: flo
 
 
 def global_grad_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the L2 norm of all gradients together, as a scalar on their device.
+    """Return the L2 norm of all gradients together, as a scalar on the gradients' device.
 
-    For DTensors, this includes the shards of all ranks. The squares are summed in fp64 if possible, so that all
+    For DTensors, the norm includes the shards of all ranks. The squares are summed in fp64 if possible, so that all
     backends get the same norm.
     """
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
@@ -109,7 +109,7 @@ def _sharding_group(tensor: DTensor) -> dist.ProcessGroup:
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """Return the sum of the squares in ``summing_dtype``. On a CPU, convert pieces that fit into the cache."""
+    """Return the sum of the squares in ``summing_dtype``. On a CPU, convert the gradient piece by piece."""
     dtype = summing_dtype(gradient.device)
     if gradient.device.type != "cpu":
         return torch.linalg.vector_norm(gradient, dtype=dtype).square()
@@ -198,7 +198,10 @@ class LossScaler:
             self.good_steps = 0
 
     def restore(self, scale: float | None, good_steps: int) -> None:
-        """Restore the values that ``state`` returned. If ``scale`` is None or the scale is not dynamic, do nothing."""
+        """Restore the values that ``state`` returned.
+
+        Do nothing if ``scale`` is None, or if this scaler is not dynamic.
+        """
         if self.dynamic and scale is not None:
             self.scale, self.good_steps = scale, good_steps
 
