@@ -35,7 +35,7 @@ def average_checkpoints(
     """Average the weights of several checkpoints of ``run``, and write a new run into ``run_folder``.
 
     If all checkpoints have a moving average of the weights (``averaging.ema``), these averages are averaged too. All
-    other values come from the newest of these checkpoints.
+    other values come from the newest averaged checkpoint.
 
     Args:
         last: the number of newest checkpoints to average, at least 2. Give either ``last`` or ``steps``.
@@ -115,9 +115,10 @@ def _choose_state_names(manifests: Sequence[dict[str, Any]]) -> dict[str, list[s
 
 
 def _read_mean(shapes: dict[str, list[int]], indices: Sequence[PieceIndex], kind: str, name: str) -> Tensor:
-    """Return the mean of a weight or of its moving average over all checkpoints, summed in fp64.
+    """Return a tensor of the new checkpoint.
 
-    For a tensor of the optimizer, return the newest checkpoint's tensor.
+    For a weight or a moving average, this is the mean over all checkpoints, summed in fp64. For other tensors of
+    the optimizer, this is the newest checkpoint's tensor.
     """
     if kind not in (WEIGHT, EMA):
         return read_parameter(shapes[name], indices[-1][kind][name])

@@ -88,7 +88,7 @@ def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
 
 
 def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Create the files of a checkpoint in an empty folder, with their final sizes. Existing contents are deleted.
+    """Create or empty ``folder``. Then create the files of a checkpoint in ``folder``, with their final sizes.
 
     Raises OSError if the disk has too little free space.
     """

@@ -204,7 +204,10 @@ class LoadedModel:
 
     @property
     def run_folder(self) -> Path:
-        """Return the folder for evaluation results: the run folder, or the checkpoint folder without a run folder."""
+        """Return the folder for evaluation results.
+
+        This is the run folder, or the checkpoint folder if there is no run folder.
+        """
         return run_folder_of(self.checkpoint)
 
 
@@ -216,7 +219,7 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: there is no undamaged checkpoint, or it lacks the requested moving average.
+        CheckpointError: there is no undamaged checkpoint, or the checkpoint lacks the requested moving average.
         ConfigError: the config in the checkpoint is not valid.
     """
     folder = locate_weights_of(path)
@@ -229,7 +232,7 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
 
 
 def load_text_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
-    """Load a model as ``load_model`` does. Raises CheckpointError if its vocabulary is not GPT-2's."""
+    """Load a model as ``load_model`` does. Raises CheckpointError if the model's vocabulary is not GPT-2's."""
     loaded = load_model(path, device, weights)
     if loaded.config.model.vocab_size != GPT2_VOCAB_SIZE:
         raise CheckpointError(

@@ -43,8 +43,8 @@ _VISIBLE_S = 10.0  # a network file system may show a new file late on other hos
 class UploadOutcome:
     """The result of uploading one checkpoint.
 
-    Other errors of the upload thread count as a failed upload of the newest checkpoint. An example is an error while
-    the thread lists files at the URL.
+    The upload thread can also fail outside an upload, for example while it lists the files at the URL. Such an error
+    counts as a failed upload of the newest checkpoint.
     """
 
     step: int
@@ -240,7 +240,7 @@ class Mirror:
     def _delete_older(self, found: Mapping[int, Mapping[str, int]]) -> None:
         """Delete checkpoints at the URL by the rules of ``delete_older``, and the files of interrupted uploads.
 
-        The newest checkpoint that is both on the disk and at the URL counts as ``verified``.
+        The newest checkpoint that is both on the disk and at the URL counts as ``verified`` in these rules.
         """
         remote = self._open()
         complete = {step for step, files in found.items() if MANIFEST_FILE in files}
@@ -271,7 +271,7 @@ class Mirror:
         return self._remote
 
     def _follow(self) -> None:
-        """Upload this rank's files in each round, until rank 0 ends. A late rank skips rounds."""
+        """Upload this rank's files in each round, until rank 0 ends the rounds. A late rank skips rounds."""
         pause_s = _SHORTEST_PAUSE_S
         with suppress(RuntimeError):  # the process with the store has ended
             while not self._rounds.have_ended:

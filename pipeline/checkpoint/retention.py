@@ -217,7 +217,7 @@ def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[P
 
 
 def _require_known_format(folder: Path) -> None:
-    """Raise CheckpointError if a checkpoint has an unknown format version, because it cannot be verified."""
+    """Raise CheckpointError if a checkpoint has an unknown format version. Such a checkpoint cannot be verified."""
     with suppress(OSError, ValueError, AttributeError):
         found = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8")).get("format_version")
         if found not in READABLE_VERSIONS:

@@ -74,7 +74,7 @@ _STATE_FILE_SCHEMA = TypeAdapter(StateFile)
 
 
 def read_state_file(folder: Path) -> StateFile:
-    """Read the ``state.json`` of a checkpoint. Raises CheckpointError if it is missing or malformed."""
+    """Read the ``state.json`` of a checkpoint. Raises CheckpointError if the file is missing or malformed."""
     path = folder / STATE_FILE
     return check_state_file(read_json_object(path), path)
 

@@ -1,6 +1,6 @@
 """Divide the upload of a checkpoint among the ranks, through the run's key-value store.
 
-One *round* uploads one checkpoint:
+One *round* uploads the tensor files of one checkpoint:
 
 1. Rank 0 writes into the store which files each rank uploads.
 2. Each rank uploads its files, and writes its result into the store.
