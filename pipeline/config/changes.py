@@ -11,8 +11,8 @@ _UNSET = object()
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return the differences of two resolved configs: dotted key -> text such as ``0.001 -> 0.0001``, sorted.
 
-    Keys that are in only one config are ignored, because another version of this project may have written that config.
-    Keys of ``backend.deepspeed`` are never ignored.
+    Keys that are in only one config are ignored, because different versions of this project may have written the
+    configs. Keys of ``backend.deepspeed`` are never ignored.
     """
     old, new = dict(dotted_keys(before)), dict(dotted_keys(now))
     changes = {}

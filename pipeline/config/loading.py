@@ -128,7 +128,7 @@ def _resolve(layers: Sequence[tuple[dict[str, Any], str]]) -> tuple[Config, dict
 
 
 def _refuse(mistakes: list[str]) -> None:
-    """Raise ConfigError with all mistakes in one line, if there are any. Each hint appears only once."""
+    """If there are mistakes, raise ConfigError with all mistakes in one line. Each hint appears only once."""
     if len(mistakes) == 1:
         raise ConfigError(mistakes[0])
     if mistakes:

@@ -78,7 +78,7 @@ def _keys(prefix: str, section: type[BaseModel], defaults: dict[str, Any]) -> It
 
 
 def _fill(text: str, columns: int, indent: int = 0) -> str:
-    """Wrap a text to lines of at most ``columns`` characters, which begin with ``indent`` spaces."""
+    """Wrap a text to lines of at most ``columns`` characters. Each line begins with ``indent`` spaces."""
     space = " " * indent
     return textwrap.fill(
         text, columns, initial_indent=space, subsequent_indent=space, break_long_words=False, break_on_hyphens=False

@@ -114,8 +114,8 @@ class RunConfig(Section):
     device: Device = Field("auto", description="`auto` chooses cuda if available, else mps, else cpu.")
     precision: Precision = Field(
         "amp_bf16",
-        description="`amp_*` keeps fp32 weights and computes under autocast. `bf16` computes with bf16 weights. Its "
-        "optimizer updates fp32 master weights.",
+        description="`amp_*` keeps fp32 weights and computes under autocast. With `bf16`, the model computes "
+        "with bf16 weights, and the optimizer updates fp32 master weights.",
     )
     compile: Annotated[Literal["auto", True, False], BeforeValidator(_number_as_text)] = Field(
         "auto",
@@ -130,7 +130,7 @@ class RunConfig(Section):
     working_dir: NonEmptyText | None = Field(
         None,
         description="Folder in which the run was started. The program sets this key. If the current folder does not "
-        "contain a relative data path, this folder is searched.",
+        "contain a relative data path, the path is searched in `working_dir`.",
     )
     rank_timeout_s: PositiveInt = Field(
         60,
@@ -229,7 +229,8 @@ class TokenizeConfig(Section):
     )
     on_bad_rows: BadRows | None = Field(
         None,
-        description="What to do with a row that cannot be read. `skip` reports it and continues. `stop` ends.",
+        description="What to do with a row that cannot be read. `skip` reports it and continues. `stop` ends with an "
+        "error.",
     )
     workers: PositiveInt | None = Field(None, description="Number of processes that encode documents.")
     limit_documents: PositiveInt | None = Field(None, description="Largest number of documents to tokenize.")
@@ -448,7 +449,7 @@ class BackendConfig(Section):
     name: Literal["ddp", "fsdp", "deepspeed"] = Field("ddp", description="PyTorch's DDP or FSDP2, or DeepSpeed ZeRO.")
     ddp: DdpConfig = DdpConfig()
     fsdp: FsdpConfig = FsdpConfig()
-    deepspeed: dict[str, Any] = Field({}, description="A config in DeepSpeed's own JSON format, for DeepSpeed.")
+    deepspeed: dict[str, Any] = Field({}, description="For `deepspeed`: a config in DeepSpeed's own JSON format.")
     allow_different_numbers: bool = Field(
         False,
         description="Accept keys of `backend.deepspeed` that change the results, such as quantized communication. "
@@ -609,8 +610,8 @@ class LoggingConfig(Section):
     wait_for_checkpoint: bool = Field(
         True,
         description="When to send rows to W&B and MLflow, which cannot delete rows. `true`: when the next checkpoint "
-        "is saved, so each step appears only once, even after a crash. `false`: at once. A run that goes back to a "
-        "checkpoint then starts a new W&B or MLflow run and sends all rows again.",
+        "is saved. Each step then appears only once, even after a crash. `false`: at once. If a run with `false` goes "
+        "back to a checkpoint, it starts a new W&B or MLflow run and sends all rows again.",
     )
     norms_every_steps: NonNegativeInt = Field(
         0,
@@ -620,10 +621,10 @@ class LoggingConfig(Section):
     slow_rank_ratio: float | None = Field(
         1.2,
         gt=1,
-        description="Name a rank in the log if its steps take this many times as long as the mean of the other ranks, "
-        "in three consecutive rows. Time in which a rank waits for other ranks does not count. This key also turns on "
-        "a network check for runs on several hosts. If all ranks wait for more than half of the time, the log names "
-        "the slowest link between the hosts. `null` turns both off.",
+        description="Name slow ranks in the log. In three consecutive rows, the steps of a slow rank take more than "
+        "this many times as long as the mean of the other ranks. Time in which a rank waits for other ranks does not "
+        "count. For runs on several hosts, this key also turns on a network check. If all ranks wait for more than "
+        "half of the time, the log names the slowest link between the hosts. `null` turns off both checks.",
     )
     profile_steps: NonNegativeInt = Field(
         0,
