@@ -36,7 +36,7 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
     """Divide the batch of an optimizer step into micro-batches.
 
     Raises:
-        ConfigError: ``batch.tokens_per_step`` or a group size of FSDP or hpZ does not fit the number of ranks.
+        ConfigError: ``batch.tokens_per_step``, or a group size of FSDP or hpZ, does not fit the number of ranks.
     """
     _check_groups(config.backend, world_size)
     batch, seq_len = config.batch, config.seq_len

@@ -70,7 +70,7 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class _Fork:
-    """An inner node of the tree. Of its first n samples, round(n * left_weight / weight) go to the left child."""
+    """An inner node of the tree. The left child gets round(n * left_weight / weight) of the node's first n samples."""
 
     left: _Fork | int
     right: _Fork | int
