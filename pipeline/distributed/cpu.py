@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next allocation. This has no effect without glibc.
 
     By default, malloc gets each block of more than 32 MiB from the operating system, which fills the block with zeros.
-    For blocks such as logits and gradients, this would take a fifth of the time of each training step.
+    Filling blocks such as logits and gradients would take a fifth of the time of each training step.
 
     All threads use the main arena of malloc, because only this arena can keep large blocks.
     """

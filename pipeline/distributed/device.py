@@ -45,7 +45,7 @@ def matmul_dtype(precision: str) -> torch.dtype:
 def describe_fp32_products(precision: str, device: torch.device) -> str:
     """Return a text for the log that says whether fp32 products on a GPU use TF32.
 
-    For other precisions and devices, the text is empty.
+    If ``precision`` is not fp32 or the device is not a GPU, the text is empty.
     """
     if device.type != "cuda" or precision != "fp32":
         return ""
@@ -63,7 +63,7 @@ def measure_matmul_ceiling(
     """Measure the FLOP/s of matrix products on one rank. Return the speed of the fastest shape.
 
     Args:
-        shapes: more shapes to measure on a CPU, because the fastest shape differs from CPU to CPU.
+        shapes: additional shapes to measure on a CPU, because the fastest shape differs from CPU to CPU.
         seconds: about how long the measurement takes.
     """
     candidates = [(n, n, n) for n in _CEILING_SQUARES[device.type]]
@@ -76,7 +76,10 @@ def measure_matmul_ceiling(
 
 
 def _short_products(shapes: Sequence[ProductShape], dtype: torch.dtype, longest_s: float) -> list[ProductShape]:
-    """Return the shapes whose product takes at most ``longest_s`` seconds on this CPU, or else a small shape."""
+    """Return the shapes whose product takes at most ``longest_s`` seconds on this CPU.
+
+    If there are none, return one small shape.
+    """
     small = (_SMALL_SQUARE,) * 3
     product = _Product(small, dtype, torch.device("cpu"))
     flops_per_s = max(product.measure(0.0) for _ in range(_SMALL_REPEATS))

@@ -149,12 +149,12 @@ def set_openmp_threads(threads: int) -> None:
 
 
 def set_openmp_default() -> None:
-    """Make waiting OpenMP threads sleep after ``DEFAULT_SPINS`` checks, unless the user has set this.
+    """Make waiting OpenMP threads sleep after ``DEFAULT_SPINS`` checks, unless the user has configured the waiting.
 
     Call this function before torch is imported, because OpenMP reads its environment variables when it is loaded.
 
-    Torch on Linux uses GNU's OpenMP, which would check 300,000 times. On cores that other processes use too, these
-    checks take time that other threads of this process need.
+    Torch on Linux uses GNU's OpenMP, which would check 300,000 times. If other processes use the same cores,
+    these checks take time from the other threads of this process.
     """
     if not any(name in os.environ for name in _OPENMP_WAIT_VARIABLES):
         os.environ[_OPENMP_WAIT_VARIABLES[0]] = str(DEFAULT_SPINS)

@@ -62,7 +62,7 @@ def prints_for_node() -> bool:
 def _wait_for_end() -> None:
     """Give the launcher two seconds to end this process, because rank 0 may have printed the same error.
 
-    SIGTERM then ends the process at once, because the run's own handler may wait longer.
+    During these two seconds, SIGTERM ends the process at once. The run's own handler might wait longer.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

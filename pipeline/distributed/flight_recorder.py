@@ -1,6 +1,7 @@
 """Save and summarize torch's flight recorder, which remembers the newest collectives of this rank.
 
-``TORCH_FR_BUFFER_SIZE`` sets how many collectives it remembers: 2000 by default. With 0, the recorder is off.
+``TORCH_FR_BUFFER_SIZE`` sets how many collectives the recorder remembers. The default is 2000. With 0, the recorder
+is off.
 """
 
 import pickle

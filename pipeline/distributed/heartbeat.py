@@ -52,7 +52,7 @@ class Verdict:
 
 
 class Heartbeat:
-    """Sends the heartbeat of this rank to a key-value store every second, and reads those of the other ranks.
+    """Sends the heartbeat of this rank to a key-value store every second, and watches the heartbeats of other ranks.
 
     A heartbeat says what the main thread is doing (see ``Place``). Rank 0 watches all other ranks. The other ranks
     watch only rank 0. A rank is lost if it is silent for ``timeout_s`` seconds or stuck (see ``find_stuck``). All
@@ -316,7 +316,7 @@ def _search_for_lost(store: Store, world: World) -> list[int]:
 
 
 def _publish_failure(world: World, reason: str) -> None:
-    """Tell the other ranks that this rank has failed. They may wait in a collective forever."""
+    """Tell the other ranks that this rank has failed, because they may wait for this rank in a collective."""
     store = _connect(world)
     if not _read_verdict(store):
         _write_verdict(store, Verdict(f"lost {_describe(store, [world.rank])}, which failed: {reason}"))
@@ -362,7 +362,7 @@ def _name(store: Store, rank: int) -> str:
 
 
 def _within_store_timeout(request: Callable[[], Result], otherwise: Result) -> Result:
-    """Return the result of requests to the store. If it does not answer in time, return ``otherwise``."""
+    """Return the result of requests to the store. If the store does not answer in time, return ``otherwise``."""
     results = [otherwise]
 
     def call() -> None:

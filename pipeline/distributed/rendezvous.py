@@ -77,7 +77,7 @@ def free_port() -> int:
 
 @contextmanager
 def _announced(describe: Callable[[], str]) -> Iterator[None]:
-    """Print what the block waits for, if it takes longer than ``_ANNOUNCE_AFTER_S``."""
+    """If the block takes longer than ``_ANNOUNCE_AFTER_S`` seconds, print what the block waits for."""
 
     def announce() -> None:
         if prints_for_node():

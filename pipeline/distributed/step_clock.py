@@ -108,7 +108,7 @@ class StepTimes:
 
 
 class StepClock:
-    """Measures how this rank spends the time of its steps, except the first ``SETTLING_STEPS`` steps.
+    """Measures how this rank spends the time of its steps. The first ``SETTLING_STEPS`` steps are not measured.
 
     Call all methods from the main thread.
 
@@ -164,8 +164,8 @@ class StepClock:
     def backward_pass(self, loss: Tensor) -> Iterator[None]:
         """Return a context manager for a backward pass of DDP. It measures how long DDP waits at the end of the pass.
 
-        At the end of the pass, DDP queues a callback that waits for the all-reduces. This method queues its own
-        callback earlier. Its callback therefore runs first, and records when DDP begins to wait.
+        At the end of the pass, DDP queues a callback that waits for the all-reduces. This method queues another
+        callback earlier. The earlier callback runs first, and records when DDP begins to wait.
         """
         if self._step is None:
             yield
@@ -180,7 +180,7 @@ class StepClock:
         self._add_wait(self._step, computed[0], self._clock.mark())
 
     def _time(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that calls ``plain`` and records the wait in it."""
+        """Return a function that calls ``plain`` and records the time of this call as a wait."""
 
         @functools.wraps(plain)
         def timed(*args: Any, **kwargs: Any) -> Any:
