@@ -56,8 +56,8 @@ class FsdpBackend(TorchBackend):
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Reduce gradients only if ``enabled``.
 
-        If not ``enabled``, the root group keeps its gathered weights after the backward pass. A block keeps its gathered
-        weights only if it also keeps them after the forward pass. Therefore, the peak memory does not grow.
+        If not ``enabled``, the root group keeps its gathered weights after the backward pass. A block keeps its
+        gathered weights only if it also keeps them after the forward pass. Therefore, the peak memory does not grow.
         """
         assert isinstance(self.compute, FSDPModule)
         self.compute.set_requires_gradient_sync(enabled)

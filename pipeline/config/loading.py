@@ -59,8 +59,8 @@ def load_config_with_origins(
 ) -> tuple[Config, dict[str, str]]:
     """Load a config as ``load_config`` does, and also return where each key was set.
 
-    The second result maps each dotted key to the file that set it, or to ``--set``. It does not contain keys with
-    default values.
+    The second result maps each dotted key to the file that set it, or to ``--set``. Keys that were not set are
+    missing.
     """
     paths = [find_config(file) for file in files]
     sources = [(partial(_read_run_config, path), str(path)) for path in paths]
