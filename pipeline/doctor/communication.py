@@ -66,7 +66,7 @@ def check_port() -> Finding:
 
 
 def check_variables() -> Finding:
-    """Check that no launcher's environment variables are set in this shell."""
+    """Check that this shell has no environment variables of a launcher."""
     variables = launcher_variables()
     if not variables:
         return Finding("launcher", "ok", "no variables are left over from a launcher")
@@ -98,7 +98,7 @@ def check_ranks() -> Finding:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Stop torchrun with a signal that it passes on to its ranks. SIGKILL would leave the ranks behind."""
+    """Stop torchrun with SIGTERM, because torchrun passes SIGTERM on to its ranks. SIGKILL stops only torchrun."""
     process.terminate()
     try:
         process.communicate(timeout=SHUTDOWN_S)

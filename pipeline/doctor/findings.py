@@ -12,7 +12,8 @@ Level = Literal["ok", "note", "problem"]
 class Finding:
     """The result of one check.
 
-    ``note`` means that training is slower or lacks an optional feature. ``problem`` means that training does not work.
+    The level ``note`` means that training is slower or lacks an optional feature. The level ``problem`` means that
+    training does not work.
     """
 
     subject: str

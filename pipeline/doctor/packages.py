@@ -39,7 +39,10 @@ def _check_required(project: Distribution) -> Finding:
 
 
 def _check_tested() -> Iterator[Finding]:
-    """Check for versions that were not tested. Yields nothing without ``constraints.txt``, as in the wheel."""
+    """Check for versions that were not tested. If ``constraints.txt`` does not exist, yield nothing.
+
+    The wheel does not contain this file.
+    """
     if not CONSTRAINTS.is_file():
         return
     lines = [line.partition("#")[0].strip() for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()]

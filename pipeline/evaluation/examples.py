@@ -112,8 +112,8 @@ def arc(row: Row) -> Example:
 def _question(row: Row, counts: range) -> Example:
     """Read ``query``, ``choices``, ``gold`` of a task whose prompts begin with "Question: " and end with "Answer:".
 
-    A missing "Answer:" is added. If "Question: " is missing, the query does not change, and ``rendered_by_file`` is
-    True. The same is true if ``counts`` does not contain the number of choices.
+    A missing "Answer:" is added. But the query does not change if "Question: " is missing, or if ``counts`` does not
+    contain the number of choices. ``rendered_by_file`` is then True.
     """
     example = any_choices(row)
     question = row["query"].removesuffix("\nAnswer:").removesuffix("\n")
@@ -125,8 +125,8 @@ def _question(row: Row, counts: range) -> Example:
 def hellaswag(row: Row) -> Example:
     """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
 
-    In the first form, the context consists of the first three columns. Markup in brackets, such as ``[title]``, is then
-    removed from the context and from the endings.
+    In the first form, the context consists of the first three columns. In this form, markup in brackets, such as
+    ``[title]``, is removed from the context and from the endings.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
@@ -172,7 +172,7 @@ def winogrande(row: Row) -> Example:
 
 
 def lambada(row: Row) -> Example:
-    """Read ``text``, or instead ``context`` and ``continuation``. The continuation of ``text`` is its last word.
+    """Read ``text``, or instead ``context`` and ``continuation``. The last word of ``text`` is the continuation.
 
     Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. If the continuation has
     several words, the row is not in LAMBADA's format. ``rendered_by_file`` is then True.
@@ -194,7 +194,7 @@ class Settings:
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
 
     def of(self, task: str) -> "Settings":
-        """Return the settings for one task. Its value in ``limits``, if any, replaces ``limit``."""
+        """Return the settings for one task. If ``limits`` has a value for the task, this value replaces ``limit``."""
         return replace(self, limit=self.limits.get(task, self.limit), limits={})
 
     def label(self, task: str) -> str:
@@ -260,7 +260,7 @@ def draw_shots(
 
     Args:
         spare: whether the pool can contain the example to score. If True, ``count + 1`` examples are drawn, and one of
-            them is removed: the example to score, or the last example if the example to score was not drawn.
+            them is removed. This is the example to score if it was drawn, otherwise the last example.
 
     Raises:
         DataError: the pool contains too few examples.

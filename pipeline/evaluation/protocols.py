@@ -34,9 +34,9 @@ class PreparedTask:
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Score the examples. Return one dict of JSON values, which contains the results, such as ``acc``.
+        """Score the examples. Return the results, such as ``acc``, and the values of the attribute ``facts``.
 
-        The dict also contains all values of the attribute ``facts``. Every rank must call this method.
+        The result is one dict of JSON values. Every rank must call this method.
         """
         return self.measure_examples(scorer)[0]
 

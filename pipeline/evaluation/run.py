@@ -131,8 +131,8 @@ def _find_files(tasks: Sequence[str], paths: Mapping[str, str], config: Config) 
 def _open_validation(config: Config, path: str | None) -> dict[str, ValidationData]:
     """Open the validation split at ``path``, or of the run's data if ``path`` is None.
 
-    For a mixture, return one split per component, by the component's name. Components without scored targets are
-    ignored. Otherwise, return one split with the name "".
+    If the run's data is a mixture and ``path`` is None, return one split per component, by the component's name.
+    Components without scored targets are left out. In all other cases, return one split with the name "".
     """
     if path is not None or config.data.mixture is None:
         path = find_path(path or config.data.components[0].path, config.run)

@@ -190,8 +190,8 @@ def complete_while_training(
     no key-value cache.
 
     Args:
-        is_cancelled: called before each token. It must return the same value on all ranks. After True, the function
-            returns None.
+        is_cancelled: called before each token. It must return the same value on all ranks. If it returns True,
+            generation stops, and the result is None.
     """
     sample, tokenizer = config.sample, load_tokenizer()
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))

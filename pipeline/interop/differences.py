@@ -26,8 +26,9 @@ SHORT_TEXT = (
 def rows_of_the_tokenizer(rows: int) -> int:
     """Return how many rows of an embedding belong to tokens of the tokenizer. The embedding has ``rows`` rows.
 
-    Rows after GPT-2's last token are not counted. They are padding, or tokens that the other program added. With more
-    than ``LARGEST_PADDED_VOCABULARY`` rows, the tokenizer is not GPT-2's, and all rows are counted.
+    Rows after GPT-2's last token do not count. They are padding, or tokens that the other program added.
+
+    An embedding with more than ``LARGEST_PADDED_VOCABULARY`` rows has another tokenizer. In this case, all rows count.
     """
     return GPT2_VOCAB_SIZE if GPT2_VOCAB_SIZE < rows <= LARGEST_PADDED_VOCABULARY else rows
 
@@ -46,8 +47,8 @@ def describe_differences(
 ) -> list[str]:
     """Return one line per difference between the original model and our imported model.
 
-    Each line contains two losses on a short text. The first is the loss of the original model. The second is its loss
-    after a change that removes only this difference.
+    Each line contains two losses of the original model on a short text: its loss without a change, and its loss after
+    a change that removes only this difference.
 
     Args:
         config: the config of the original model. Its ``vocab_size`` counts all rows of the stored embedding.

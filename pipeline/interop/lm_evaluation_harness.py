@@ -166,7 +166,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
 def _join_alone(device: str) -> World:
     """Return the world of a single process.
 
-    This function sets no launcher variables, because ``transformers`` would then expect several processes.
+    This function sets no launcher variables. If they were set, ``transformers`` would expect several processes.
     """
     _check_choice("device", device, get_args(Device))
     if launched_world_size() > 1:

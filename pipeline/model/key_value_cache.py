@@ -79,8 +79,8 @@ class KeyValueCache:
         The caller counts the position of a token from this slot.
 
         Args:
-            starts: the same slots, shape (B, T). For a document that began in an earlier call, the slot is 0. This
-                method replaces the 0.
+            starts: the slots of documents that begin in the new tokens, shape (B, T). The value is 0 for the tokens of
+                a document that began in an earlier call.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -52,8 +52,8 @@ class Matrix:
 def iterations_per_gram(rows: int, columns: int) -> int:
     """Return how many Newton-Schulz iterations share one Gram matrix: 2 if this needs fewer FLOPs, otherwise 1.
 
-    Two iterations that share a Gram matrix save two products of a (rows, columns) matrix and a Gram matrix. They need
-    three more products of two Gram matrices.
+    For two iterations, sharing saves two products of a (rows, columns) matrix and a Gram matrix. It adds three products
+    of two Gram matrices.
     """
     return 2 if 2 * max(rows, columns) > 3 * min(rows, columns) else 1
 

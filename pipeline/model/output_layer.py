@@ -26,7 +26,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 class OutputLayer(nn.Linear):
-    """The linear layer that computes logits from hidden states, and the loss. torch.compile can fuse them."""
+    """The linear layer that computes logits from hidden states, and also the loss. torch.compile can fuse both."""
 
     __call__: Callable[..., Tensor]
 
@@ -96,7 +96,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
 
 
 class _CompiledCrossEntropy(torch.autograd.Function):
-    """Cross-entropy for compiled code. torch's backward pass also sums the one-hot targets, which this class omits."""
+    """Cross-entropy for compiled code. Unlike torch's backward pass, this class does not sum the one-hot targets."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

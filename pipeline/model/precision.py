@@ -36,8 +36,8 @@ class ComputeModel(nn.Module):
 class AutocastModel(ComputeModel):
     """A model that uses autocast inside its ``forward``. In the precision ``fp32``, it uses no autocast.
 
-    This also works with DeepSpeed, which turns off autocast that is active outside ``forward``. DeepSpeed's own option
-    ``torch_autocast`` is not used, because it clips fp16 gradients before it unscales them.
+    DeepSpeed turns off autocast that is active outside ``forward``, but not autocast inside ``forward``. DeepSpeed's
+    own option ``torch_autocast`` is not used. With this option, DeepSpeed clips fp16 gradients before it unscales them.
     """
 
     def __init__(self, model: GPT2, precision: str, device: torch.device) -> None:

@@ -86,8 +86,8 @@ def find_device(
         network_gbit_per_s: the bandwidth of all network adapters of a node together.
 
     Raises:
-        ConfigError: the name is unknown, ``memory_gib`` is too small, or the ranks would not fill the last of several
-            nodes.
+        ConfigError: the name is unknown, ``memory_gib`` is too small, or the ranks need several nodes and
+            ``world_size`` is not a multiple of the number of devices per node.
     """
     device = _measure_this_machine(precision, world_size) if name == THIS else DEVICES.get(name)
     if device is None:

@@ -87,7 +87,7 @@ class _Case:
 
     @property
     def compute(self) -> Compute:
-        """Return the kind of compute weights of a backend that keeps bf16 weights in the precision ``bf16``."""
+        """Return the kind of compute weights, for backends that keep bf16 weights if the precision is ``bf16``."""
         return "bf16_weights" if self.is_bf16 else "autocast"
 
     def growing(self, total: int) -> Callable[[int], int]:
@@ -274,8 +274,9 @@ def _shard_after_backward(case: _Case, shard: int) -> Callable[[int], int]:
 def _zero2(case: _Case) -> Layout:
     """Return the layout of ZeRO-2: as ZeRO-1, with partitioned gradients.
 
-    With bf16 weights, a rank keeps the gradients of its partition on the device, also with offload. With fp32 weights,
-    it keeps the gradients of all parameters that overlap the partition. Offload accumulates these in host memory.
+    With bf16 weights, a rank keeps the gradients of its partition on the device, even with offload. With fp32 weights,
+    a rank keeps the gradients of all parameters that overlap its partition. With fp32 weights and offload, these
+    gradients accumulate in host memory.
     """
     sizes, width = case.sizes, case.width
     shard = sum(partition for _, partition, _ in case.partitions())

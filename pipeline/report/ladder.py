@@ -30,7 +30,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Rung:
-    """The result of one decay: a run that continues a long run from a milestone. A loss can be missing (None)."""
+    """The result of one branch. A loss can be missing (None)."""
 
     milestone: int
     steps: int

@@ -49,7 +49,7 @@ class StopRequest:
         A second Ctrl-C ends the process.
 
         If the block raises a ``RuntimeError``, signals are still recorded after the block. A lost rank may have caused
-        the error. The launcher then sends SIGTERM to this process, which must first print which rank is lost.
+        the error. The launcher then sends SIGTERM, but this process must still print which rank is lost.
         """
         thread = SignalThread(self._record)
         thread.start()

@@ -66,7 +66,7 @@ def _find_candidates(options: CheckpointConfig, run_folder: Path) -> tuple[list[
 def _find_newer(url: str, resume: str, run_folder: Path, own: Path | None) -> list[RemoteCheckpoint]:
     """Return the checkpoints at ``checkpoint.remote`` that are newer than ``own``, the newest first.
 
-    Returns an empty list if ``resume`` does not ask for them.
+    Returns an empty list if ``resume`` is not ``auto``.
 
     Raises:
         CheckpointError: the URL belongs to another run, or the run needs a checkpoint from the URL and cannot get one.

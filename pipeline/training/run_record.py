@@ -26,7 +26,7 @@ class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
     The constructor deletes the rows of steps after ``resumed_step``. Some keys of ``backend.deepspeed`` can make the
-    results differ from those of other backends. Each row lists the keys of this kind that the config sets.
+    results differ from those of other backends. If the config sets such keys, each row lists them.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:

@@ -32,7 +32,7 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
 
 
 def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
-    """Return the share of (peak - floor) that is left at a point of the decay. ``progress`` is from 0 to 1."""
+    """Return (rate - minimum) / (peak - minimum) at a point of the decay. ``progress`` is from 0 to 1."""
     shape = (schedule.decay_shape or "linear") if schedule.name == "wsd" else schedule.name
     if shape == "cosine":  # Loshchilov and Hutter 2017, without restarts
         return 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -29,7 +29,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class TrainedStep:
-    """An optimizer step. The device may still be computing its loss and its gradient norm."""
+    """An optimizer step. The device may still be computing the loss and the gradient norm of this step."""
 
     step: int
     first_sample: int
@@ -77,7 +77,7 @@ class StepGuard:
         self._queue.append(trained)
 
     def judge_queued(self, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
-        """Judge all queued steps but the newest ``leave`` ones. Yield each step with its verdict, oldest first."""
+        """Judge all queued steps except the newest ``leave`` steps. Yield (step, verdict), the oldest step first."""
         while len(self._queue) > leave:
             queued = self._queue.popleft()
             loss = None if self.config.spike_zscore is None else queued.loss.read()

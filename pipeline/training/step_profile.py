@@ -75,7 +75,7 @@ class StepProfile:
     def _is_work(self, row: Any) -> bool:
         """Return whether a row is a kernel (on a GPU) or an operator (on a CPU).
 
-        On a GPU, the rows of operators include the time of their kernels, which must not count twice.
+        On a GPU, the rows of operators include the time of their kernels. This time must not count twice.
         """
         on_gpu = row.device_type == DeviceType.CUDA
         return on_gpu == (self._device.type == "cuda") and not row.is_user_annotation

@@ -371,7 +371,7 @@ class Trainer:
                 self.rank_comparison.log_links()
 
     def _mean_recent_loss(self) -> float | None:
-        """Return the mean of the finite losses since the previous call, or None if there is none."""
+        """Return the mean of the finite losses since the previous call, or None if there are no such losses."""
         losses = [loss for late in self._recent_losses if math.isfinite(loss := late.read())]
         self._recent_losses.clear()
         return statistics.fmean(losses) if losses else None

@@ -98,7 +98,7 @@ def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the two tokens that form a token, by applying the merges of lower ranks."""
+    """Return the two tokens that GPT-2's tokenizer merges into ``token``."""
     pieces = [bytes([byte]) for byte in token]
     while len(pieces) > 2:
         pair_ranks = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(pieces)]

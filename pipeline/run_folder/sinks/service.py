@@ -29,7 +29,7 @@ def one_line(error: Exception) -> str:
 
 
 class Service(ABC):
-    """A connection to a service that stores rows of metrics and cannot delete them. Its methods may raise any error."""
+    """A connection to a service that stores rows of metrics and cannot delete them. Methods may raise any error."""
 
     name: str
 
