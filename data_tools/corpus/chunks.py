@@ -132,7 +132,7 @@ class SkippedRows:
         self.places: list[str] = []
 
     def add(self, error: BadRowError) -> None:
-        """Count a row that cannot be read. Keep its message if it is among the first ``REPORTED_BAD_ROWS`` messages."""
+        """Count a row that cannot be read. Keep the messages of the first ``REPORTED_BAD_ROWS`` such rows."""
         self.count += 1
         if len(self.places) < REPORTED_BAD_ROWS:
             self.places.append(str(error).encode(errors="backslashreplace").decode())

@@ -72,7 +72,7 @@ def tokenize_share(
     last call writes and returns the manifest. The earlier calls return None.
 
     If ``deduplicate`` is ``exact``, each share needs two calls. The first call hashes the documents. The second call
-    encodes them. It must come after the first calls of all shares.
+    encodes the documents, and must come after the first calls of all shares.
     """
     return _tokenize(request, (share, shares), observer or Observer())
 

@@ -56,11 +56,12 @@ def assign_splits(
 
 
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
-    """Yield the documents of a corpus, each with its split. If all have the same split, move some to the other split.
+    """Yield the documents of a corpus, each with its split. Change splits only if all documents have the same split.
 
-    If all documents have the same split, the corpus determines what happens:
+    In this case, the corpus determines the change:
 
-    - Different documents: move the document whose first occurrence comes last, with its copies, to the other split.
+    - Different documents: find the document whose first occurrence comes last. Move all copies of this document to the
+      other split.
     - A single text: divide the text with ``divide_text``.
     - A single ``Dialogue``, or only copies of one document: use everything for training.
     """

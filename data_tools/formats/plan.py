@@ -89,7 +89,7 @@ class PlannedFile:
 def plan_files(request: ConvertRequest, collection: TokenCollection, *, knows_bytes: bool) -> list[PlannedFile]:
     """Return the files that a conversion must write.
 
-    ``knows_bytes`` is True for GPT-2's tokenizer: only then can the bytes of text be counted.
+    ``knows_bytes`` says whether the bytes of text can be counted. It is True only for GPT-2's tokenizer.
 
     Raises:
         DataError: the new format cannot store all information, or a split has no tokens.

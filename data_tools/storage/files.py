@@ -26,7 +26,9 @@ def is_writable(path: Path) -> bool:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Raise DataError if ``path`` is a file, or a folder that cannot be created or written. Call this before slow work.
+    """Raise DataError if ``path`` is a file, or if a folder at this path cannot be created or written.
+
+    Call this function before slow work.
 
     ``option`` is the command-line option that contains ``path``. The message begins with ``option``.
     """

@@ -88,8 +88,8 @@ def acquire_lock(path: Path, content: bytes | None) -> FileLock:
 
     If ``content`` is None, the lock is shared. Otherwise, it is exclusive, and ``content`` is written into the file.
 
-    A lock from ``FileLock.make_exclusive`` is held only briefly. A call for a shared lock waits until such a lock is
-    released. It does not raise LockHeldError.
+    A lock from ``FileLock.make_exclusive`` is held only briefly. A call for a shared lock therefore waits until such a
+    lock is released, and does not raise LockHeldError.
 
     Raises:
         LockHeldError: another process holds a lock that excludes this one.
@@ -138,7 +138,7 @@ def waiting_for_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_without_file(folder: Path) -> Iterator[None]:
-    """Return a context manager that locks a folder exclusively during its ``with`` block. It creates no lock file.
+    """Return a context manager that locks a folder exclusively during its ``with`` block, without a lock file.
 
     Raises:
         DataError: another process holds the lock.
