@@ -275,8 +275,8 @@ def _flush_stdout(status: int) -> int:
 def _exit(status: int) -> NoReturn:
     """End the process after all files are closed.
 
-    With several ranks, skip the shutdown of the interpreter. During the shutdown, a gloo thread may request the GIL,
-    which aborts the process (pytorch/pytorch#179291, #190489).
+    With several ranks, skip the shutdown of the interpreter. If a gloo thread requests the GIL during the shutdown, the
+    process aborts (pytorch/pytorch#179291, #190489).
     """
     if launched_world_size() == 1:
         sys.exit(status)

@@ -98,7 +98,7 @@ def _describe_division(config: Config, divided: Config, world_size: int) -> str:
 
 
 def _train_command(arguments: argparse.Namespace, config: Config, best: "Plan", chosen: Config, per_node: int) -> str:
-    """Return the command that trains with a plan. ``chosen`` is the config of its backend."""
+    """Return the command that trains with the plan ``best``. ``chosen`` is the config with this plan's backend."""
     options = _train_options(arguments, config, best.backend, chosen, best.micro_batch_size)
     return shlex.join([*_launcher(arguments.world_size, per_node), "-m", "launch.train", *options])
 

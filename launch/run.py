@@ -118,7 +118,7 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str], 
 def _signals_belong_to(process: subprocess.Popen[str]) -> Iterator[None]:
     """Leave Ctrl-C and SIGTERM to a process, which may save a checkpoint before it ends.
 
-    This process ignores Ctrl-C, because the other process receives it, too. It forwards SIGTERM.
+    This process ignores Ctrl-C, because the other process also receives Ctrl-C. This process forwards SIGTERM.
     """
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda number, _: process.send_signal(number)}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

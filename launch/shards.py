@@ -203,7 +203,7 @@ class ProgressLines:
     """Prints the progress of a long command to standard error, one line every ten seconds."""
 
     def __init__(self, done: str) -> None:
-        """Create a counter whose lines begin with ``done``. Time runs from the first call of ``advance``."""
+        """Create a counter whose lines begin with ``done``. Time counts from the first call of ``advance``."""
         self._done = done
         self._bytes = 0
         self._started_s: float | None = None

@@ -120,7 +120,7 @@ def _add_with_default(parser: ArgumentParser, option: str, help: str, **settings
 
 
 def share_of(share: int | None, shares: int | None, request: TokenizeRequest) -> tuple[int, int] | None:
-    """Return (``--task``, ``--tasks``). Without both options, return None: this process encodes all chunks.
+    """Return (``--task``, ``--tasks``). If neither option is given, return None: this process encodes all chunks.
 
     Raises:
         DataError: only one of the options is given, ``--task`` is out of range, or both are given for the engine
