@@ -1,6 +1,6 @@
 """Measure how fast a run trains on a CPU while other processes use the same cores.
 
-python -m benchmarks.busy_machine                                  # the default, and libgomp's own default
+python -m benchmarks.busy_machine                                  # our default, and libgomp's default
 python -m benchmarks.busy_machine --spins 0 1000 10000 300000 --busy 0 2 6
 
 The table has one row per number of busy processes, and one column per value of ``GOMP_SPINCOUNT``. A round measures

@@ -147,7 +147,7 @@ class EndlessStream:
 
 
 def seek_ms(weights: tuple[float, ...]) -> float:
-    """Construct a loader and read the batch at ``FAR_SAMPLE`` nine times. Returns the median time."""
+    """Return the median time of nine seeks. A seek constructs a loader and reads the batch at ``FAR_SAMPLE``."""
     stream = cast(TokenStream, EndlessStream())
     times = []
     for seed in range(9):

@@ -96,7 +96,10 @@ def plain_loop(config: Config, world: World, clock: RowClock, *, compiled: bool)
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """A dataset for ``Trainer``, which gives whole batches to the ranks in turn. A rank stores only its own batches."""
+    """A dataset for ``Trainer``. ``Trainer`` gives whole batches to the ranks in turn.
+
+    A rank stores only its own batches.
+    """
 
     def __init__(self, config: Config, world: World) -> None:
         self.size, self.world_size = config.batch.micro_batch_size, world.size

@@ -166,7 +166,7 @@ class Ranks:
         }
 
     def search(self) -> dict[str, float]:
-        """On all ranks but the last, ask which rank is lost. A real run does this after SIGTERM from the launcher."""
+        """On all ranks except the last, ask which rank is lost. A real run asks after SIGTERM from the launcher."""
         stopped = threading.Event()
         sending = threading.Thread(target=self._send_until, args=(stopped,))
         sending.start()

@@ -17,7 +17,7 @@ from tests.support.runs import ranks_command
 def run_script(
     processes: int, script: Path, arguments: Sequence[str], environment: dict[str, str], outputs: Path, timeout_s: float
 ) -> int:
-    """Run a script to its end as its users do. ``RankServer.run`` does the same, but only for ranks on a CPU."""
+    """Run a script until it ends. Return its exit status. ``RankServer.run`` is only for ranks on a CPU."""
     with (outputs / "stdout").open("w") as stdout, (outputs / "stderr").open("w") as stderr:
         command = ranks_command(processes, script, arguments)
         return subprocess.run(

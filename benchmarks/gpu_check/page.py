@@ -67,7 +67,7 @@ def _summary(stages: Sequence[Stage], record: Record, command: str) -> str:
 
 
 def _cell(record: Record, name: str, text: str | None = None) -> str:
-    """Return a text for a step that has figures, otherwise its status."""
+    """Return ``text`` if the step has figures. Otherwise, return the status of the step."""
     status = record.status(name)
     if status is None:
         return NOT_REACHED

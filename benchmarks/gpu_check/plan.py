@@ -1,7 +1,9 @@
 """List the steps of the check for a machine, the most important first.
 
-Sections: a, the machine and its tests; b, correctness against a CPU; c, speed and memory of one device; d, several
-devices.
+- Section a: the machine and its tests.
+- Section b: correctness, compared with a CPU.
+- Section c: speed and memory of one device.
+- Section d: several devices.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class Check:
     """Builds the stages for one machine.
 
     Args:
-        folder: each step writes to the subfolder of its name.
+        folder: each step writes to a subfolder with the name of the step.
         machine: the figures of the step ``machine``.
     """
 

@@ -1,7 +1,9 @@
 """Measure the speed of one contender of :mod:`benchmarks.train`, or the ceilings of the machine.
 
-``python -m benchmarks.gpu_check.speed SETTING_JSON OUT CONTENDER [FIRST]``. The losses must agree with the result FIRST
-of another contender. ``ceilings`` as CONTENDER measures matrix products and copies.
+``python -m benchmarks.gpu_check.speed SETTING_JSON OUT CONTENDER [FIRST]``
+
+FIRST is the file with the result of another contender. The losses of both contenders must agree. If CONTENDER is
+``ceilings``, the command measures matrix products and copies.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def read_events(trace: Path) -> list[Event]:
 
 
 def _without_nested(rows: list[dict[str, Any]]) -> list[Event]:
-    """Return the operators of one thread with their own time."""
+    """Return the operators of one thread. An operator's time does not include the operators that it calls."""
     events: list[Event] = []
     open_events: list[list[Any]] = []  # [name, start, end, own]
 

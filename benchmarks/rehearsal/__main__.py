@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> str | int:
-    """Return a message or the number 0.
+    """Return a message about all problems, or 0 if there are none.
 
     Raises:
         NamespacesError: this machine does not allow namespaces.

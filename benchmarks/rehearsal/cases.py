@@ -54,7 +54,7 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
     def expect(self, *, cause: str, within: str) -> None:
-        """Record the first match of a pattern as the cause, or a problem if there is none."""
+        """Record the first match of the pattern ``cause`` in ``within``. Without a match, record a problem."""
         if match := re.search(cause, within, re.MULTILINE):
             self.cause = f"{self.cause}; {match[0]}" if self.cause else match[0]
         else:
@@ -172,7 +172,7 @@ class Fault:
 
 
 def link_returns(rehearsal: Rehearsal) -> Row:
-    """Cut the link of a host in a step. Repair it when the ranks have ended. The launchers start the ranks again."""
+    """Cut the link of a host in a step. After all ranks end, repair the link. The launchers start the ranks again."""
     row = Row("a link is cut in a step, and returns", 2, "torchrun --max-restarts=3")
     restarting = torchrun(2, "--max-restarts=3")
     run_folder = rehearsal.new_run_folder()
@@ -190,7 +190,7 @@ def link_returns(rehearsal: Rehearsal) -> Row:
 
 
 def host_returns(rehearsal: Rehearsal) -> Row:
-    """Lose a host of an elastic run, which continues on one host and then on both."""
+    """Lose one of the two hosts of an elastic run. The run continues on the other host, and later on both."""
     row = Row("a host is lost, and returns", 2, "torchrun --nnodes=1:2")
     # Otherwise, the launcher that was not restarted does not publish the address of rank 0 to the new one.
     own_store = ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]

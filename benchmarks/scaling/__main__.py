@@ -4,7 +4,8 @@ The hosts are Linux namespaces. A prediction uses these measured values, but nev
 
 - the time of the backend's forward and backward pass, and of the update, while all processes compute but send nothing.
   With more processes than cores, this time includes the waits for a core.
-- the bandwidth and the latency of gloo between the same number of processes of this machine, without a limited link.
+- the bandwidth and the latency of gloo. They are measured with the same number of processes on this machine, and
+  without a limit on the link.
 - how long a rank waits for the slowest rank in a collective. Small all-reduces between matrix products measure this
   wait.
 
@@ -122,7 +123,7 @@ def predict(
 
 
 def count_collectives(collectives: StepCollectives) -> int:
-    """Return the number of collectives of several ranks in a step."""
+    """Return the number of a step's collectives that include more than one rank."""
     within = (
         (count, collective)
         for count, stages in collectives.micro_steps()
@@ -159,7 +160,7 @@ def print_comparison(config: Path, processes: int, limit_mbit: int | None, value
 
 
 def main(argv: Sequence[str] | None = None) -> str | int:
-    """Return a message or the number 0."""
+    """Return a message about all problems, or 0 if there are none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9, help="measured steps per row (default: %(default)s)")
     parser.add_argument(
