@@ -11,18 +11,17 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from data_tools.corpus.chunks import Chunk, ChunkRecord
-from data_tools.corpus.parallel import Unfinished, finished, start_server, unordered_map
+from data_tools.corpus.parallel import Unfinished, finished, unordered_map
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, Report
+from data_tools.corpus.worker_server import WORKER_MODULES, workers_of
 from data_tools.errors import DataError, install_command
 from data_tools.sources.files import describe_error
-from data_tools.threads import available_cores
 
 Result = TypeVar("Result")
 #: The functions ``encode_chunk`` or ``fingerprint_chunk`` of ``data_tools.corpus.worker``.
 ChunkWork = Callable[[Job, Chunk, Report], Result | Unfinished[Result]]
 
-_PRELOAD = ("data_tools.corpus.worker",)
 _RAY_RETRIES = 3
 #: The maximum number of chunks that the cluster has received but not finished.
 _RAY_IN_FLIGHT = 1000
@@ -43,18 +42,7 @@ def run_chunks(
         yield from _run_on_ray(work, job, chunks, on_report)
     else:
         workers = min(workers_of(job.request), max(len(chunks), 1))
-        yield from unordered_map(partial(work, job), chunks, workers, on_report, preload=_PRELOAD)
-
-
-def prepare_workers(request: TokenizeRequest, chunks: Sequence[Chunk]) -> None:
-    """Start the process from which this machine's workers will be forked, if workers are needed. Return at once."""
-    if request.engine == "local" and min(workers_of(request), len(chunks)) > 1:
-        start_server(_PRELOAD)
-
-
-def workers_of(request: TokenizeRequest) -> int:
-    """Return how many worker processes to start on this machine: the number in the request, or one per core."""
-    return request.workers or available_cores()
+        yield from unordered_map(partial(work, job), chunks, workers, on_report, preload=WORKER_MODULES)
 
 
 def _run_on_ray(

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_tools.corpus.chunks import Chunk, SkippedRows, documents_of
-from data_tools.corpus.engines import workers_of
 from data_tools.corpus.request import TokenizeRequest
+from data_tools.corpus.worker_server import workers_of
 from data_tools.encoding.documents import encode_document, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
 from data_tools.errors import DataError

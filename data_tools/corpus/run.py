@@ -8,12 +8,13 @@ from contextlib import closing
 
 from data_tools.corpus.chunks import Chunk, ChunkRecord, plan_chunks
 from data_tools.corpus.duplicates import write_repeated
-from data_tools.corpus.engines import ChunkWork, prepare_workers, run_chunks
+from data_tools.corpus.engines import ChunkWork, run_chunks
 from data_tools.corpus.estimate import Estimate, check_free_space, estimate_run
 from data_tools.corpus.identity import identity_of
 from data_tools.corpus.output import OutputFolder, load_complete, open_output
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk
+from data_tools.corpus.worker_server import start_worker_server
 from data_tools.encoding.encoders import choose_encoder
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import Manifest
@@ -87,7 +88,8 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
             return manifest
         encoder = choose_encoder(request.encoder)
         output.plan(lambda: plan_chunks(source, request))
-        prepare_workers(request, output.chunks)
+        if len(output.chunks) > 1:
+            start_worker_server(request)
         job = Job(request, encoder, len(output.chunks) == 1, sha256_of_json(identity))
         for line in source.notices():
             observer.noticed(line)

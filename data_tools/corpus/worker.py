@@ -94,7 +94,8 @@ def _write_documents(
     skipped = SkippedRows()
     lengths: CountArray = np.zeros(_LENGTH_CLASSES, dtype=np.int64)
     is_divided = False
-    done = Contents()  # the progress since the last report
+    # The progress since the last report. Adding a Contents per document would take longer.
+    new_documents = new_tokens = new_bytes = 0
     documents = assign_splits(
         documents_of(chunk, _open_source(job), request, skipped),
         val_fraction=request.val_fraction,
@@ -110,11 +111,13 @@ def _write_documents(
         tokens, utf8_bytes = encoded.tokens.size, len(assigned.utf8)
         writers[assigned.split].append(encoded, utf8_bytes)
         lengths[tokens.bit_length() - 1] += 1
-        done += Contents(1, tokens, utf8_bytes)
-        if done.utf8_bytes >= _REPORT_BYTES:
-            report(done)
-            done = Contents()
-    report(done)
+        new_documents += 1
+        new_tokens += tokens
+        new_bytes += utf8_bytes
+        if new_bytes >= _REPORT_BYTES:
+            report(Contents(new_documents, new_tokens, new_bytes))
+            new_documents = new_tokens = new_bytes = 0
+    report(Contents(new_documents, new_tokens, new_bytes))
     return ChunkRecord(
         index=chunk.index,
         shards=(),

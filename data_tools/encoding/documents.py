@@ -35,6 +35,8 @@ class Dialogue:
 
 Document = str | Dialogue
 
+_BEGINNING = np.array([END_OF_TEXT], dtype=np.uint16)
+
 
 @dataclass(frozen=True)
 class EncodedDocument:
@@ -76,7 +78,7 @@ def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     dialogue. The model thus learns to end an answer with ``END_OF_TEXT``.
     """
     segments = ((document, True),) if isinstance(document, str) else document.segments
-    pieces = [np.array([END_OF_TEXT], dtype=np.uint16), *(encoder.encode(text) for text, _ in segments)]
+    pieces = [_BEGINNING, *(encoder.encode(text) for text, _ in segments)]
     tokens = np.concatenate(pieces)
     if isinstance(document, str):
         return EncodedDocument(tokens, None)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from data_tools.arrays import TokenArray, as_arrow
 from data_tools.errors import DataError
@@ -58,6 +57,8 @@ class Vocabulary:
         Raises:
             DataError: an id is outside the vocabulary. The message begins with ``place``.
         """
+        import pyarrow.compute as pc  # here, because the import takes a tenth of a second and encoding does not need it
+
         contents = Contents()
         for start in range(0, tokens.size, _SCAN_TOKENS):
             piece = tokens[start : start + _SCAN_TOKENS]

@@ -113,7 +113,7 @@ def read_lines(piece: Slice) -> Iterator[Line]:
         stop = math.inf if compression_of(piece.path) else piece.stop
         while offset < stop and (line := file.readline()):
             content = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
-            if content.strip():
+            if content and not content.isspace():
                 yield Line(piece.path, offset + len(line) - len(content), content)
             offset += len(line)
 

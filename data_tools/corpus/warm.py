@@ -1,0 +1,16 @@
+"""Load what every worker process needs.
+
+Workers are forked from a process that has imported this module. They therefore share its packages and vocabulary, and
+start to encode at once.
+"""
+
+from contextlib import suppress
+
+from data_tools.corpus import worker
+from data_tools.encoding.encoders import choose_encoder, load_encoder
+from data_tools.errors import DataError
+
+__all__ = ["worker"]
+
+with suppress(DataError):  # the vocabulary is missing; the command reports it
+    load_encoder(choose_encoder("auto"))

@@ -1,0 +1,24 @@
+"""Start the process from which this machine's worker processes are forked.
+
+The module imports no slow package, so that a command can start the process before its own imports.
+"""
+
+from data_tools.corpus.parallel import start_server
+from data_tools.corpus.request import TokenizeRequest
+from data_tools.threads import available_cores
+
+WORKER_MODULES = ("data_tools.corpus.warm",)
+
+
+def start_worker_server(request: TokenizeRequest) -> None:
+    """Start the process from which workers will be forked. Do not wait until it is ready.
+
+    If the request needs only one process, do nothing.
+    """
+    if request.engine == "local" and workers_of(request) > 1:
+        start_server(WORKER_MODULES)
+
+
+def workers_of(request: TokenizeRequest) -> int:
+    """Return how many worker processes to start on this machine: the number in the request, or one per core."""
+    return request.workers or available_cores()
