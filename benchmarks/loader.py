@@ -135,7 +135,7 @@ def print_speeds(folder: Path) -> None:
 
 
 class EndlessStream:
-    """Replaces a token stream of any size, in which all tokens are zero."""
+    """A token stream whose tokens are all zero. It can have any size, because it needs no file."""
 
     has_mask = False
     split = TRAIN_SPLIT

@@ -100,7 +100,7 @@ def last_tensors(run_folder: Path) -> dict[str, bytes]:
 
 
 def all_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
-    """Return all pairs of backends from one process to two and back."""
+    """Return all pairs of backends. Each pair resumes once with two processes after one, and once with one after two."""
     return [
         (Side(saved_by, processes), Side(continued_by, 3 - processes))
         for processes, saved_by, continued_by in product((1, 2), backends, backends)
@@ -108,7 +108,7 @@ def all_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
 
 
 def ring_of_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
-    """Return the pairs from each backend to the next backend, from one process to two and back."""
+    """Return those of ``all_pairs`` in which the second backend comes next in the list ``backends``."""
     following = dict(zip(backends, (*backends[1:], backends[0]), strict=True))
     return [pair for pair in all_pairs(backends) if pair[1].backend == following[pair[0].backend]]
 

@@ -266,7 +266,10 @@ def _zero1(case: _Case) -> Layout:
 
 
 def _shard_after_backward(case: _Case, shard: int) -> Callable[[int], int]:
-    """Return the bytes of buffers: buckets during the backward pass, and then fp32 gradients of the partition."""
+    """Return a function that gives the bytes of buffers.
+
+    During the backward pass, these are buckets. After it, they are the fp32 gradients of the partition.
+    """
     buckets = _reduce_buckets(case)
     return lambda finished: FP32 * shard if finished == case.sizes.total else buckets
 
