@@ -267,10 +267,14 @@ def compare(inputs: dict[str, Path], megabytes: float, rounds: int, against: Seq
         medians: dict[str, float] = {}
         print()
         print_header(f"{kind}, {megabytes:.0f} MB of text", "s", "MB/s", "spread", "time relative to this project")
-        for name in (_OURS, *against):
-            results = [run_contender(name, source, scratch) for _ in range(rounds)]
-            hashes |= {result.sha256 for result in results}
-            seconds = [result.seconds for result in results]
+        names = (_OURS, *against)
+        results: dict[str, list[Measured]] = {name: [] for name in names}
+        for _ in range(rounds):  # contenders take turns, so that a slow moment affects all of them
+            for name in names:
+                results[name].append(run_contender(name, source, scratch))
+        for name, measured in results.items():
+            hashes |= {result.sha256 for result in measured}
+            seconds = [result.seconds for result in measured]
             medians[name] = statistics.median(seconds)
             spread = (max(seconds) - min(seconds)) / medians[name]
             ratio = medians[name] / medians[_OURS]

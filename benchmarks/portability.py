@@ -114,7 +114,10 @@ def ring_of_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
 
 
 def pairs_of_more_ranks(backends: Sequence[str]) -> list[tuple[Side, Side]]:
-    """Return pairs from one process to four, from four to two, and from two groups of two ranks to three."""
+    """Return pairs with more than two processes.
+
+    The first run and the resumed run have one and four, four and two, or four (in two groups) and three processes.
+    """
     every = (*backends, *GROUPED)
     following = (*every[1:], every[0])
     return [

@@ -1,1 +1,1 @@
-"""Rehearse runs on several hosts, and the loss of hosts and links, on one Linux machine."""
+"""Run the pipeline on several simulated hosts of one Linux machine. Some cases cut off a host or a network link."""

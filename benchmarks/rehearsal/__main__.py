@@ -1,4 +1,4 @@
-"""Rehearse runs on several hosts on this machine: good runs, and the loss of hosts and links.
+"""Run the pipeline on several simulated hosts of this machine. Some cases cut off a host or a network link.
 
 python -m benchmarks.rehearsal                     # what `make rehearse` runs
 python -m benchmarks.rehearsal --only torchrun-2 killed

@@ -222,7 +222,7 @@ def folder_not_shared(rehearsal: Rehearsal) -> Row:
             row.ranks_end_s = job.wait_until(lambda: job.launchers_ended(lab.hosts), "launchers", RUN_S)
             row.launchers_end_s = row.ranks_end_s
             folder = re.escape(str(run_folder))
-            row.expect(cause=f"run.out_dir: {folder} of rank 1 on node1 is not {folder} of rank 0", within=job.output)
+            row.expect(cause=f"run.out_dir: {folder} of rank 1 on node1 and {folder} of rank 0", within=job.output)
             row.cause = row.cause.replace(str(run_folder), "/local/run")
     return row
 

@@ -106,7 +106,7 @@ def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] 
 def _read_pieces(
     path: Path, group: str, shapes: dict[str, torch.Size], index: PieceIndex
 ) -> Iterator[tuple[str, str, Piece]]:
-    """Yield (kind, parameter name, piece) for each tensor of a file. ``index`` has the kinds in the manifest."""
+    """Yield (kind, parameter name, piece) for each tensor of a file. The keys of ``index`` are the valid kinds."""
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             stored = file.get_slice(key)

@@ -36,5 +36,5 @@ def test_ranks_with_different_working_folders_are_refused(byte_corpus: Path, tmp
     assert result.returncode == 2
     line = result.stderr.strip()
     assert line.startswith(f"error: run.out_dir: {tmp_path / 'node1' / 'run'} of rank 1 on ")
-    assert f"is not {tmp_path / 'node0' / 'run'} of rank 0" in line
+    assert f" and {tmp_path / 'node0' / 'run'} of rank 0 on " in line and "are different folders" in line
     assert not list(tmp_path.rglob(".shared-*"))
