@@ -54,7 +54,8 @@ def find_difference(views: Sequence[View]) -> str | None:
         if not view.has_token:
             return (
                 f"run.out_dir: {view.folder} of rank {rank} on {view.host} and {main.folder} of rank 0 on "
-                f"{main.host} are different folders; use the absolute path of a folder that all hosts share, such as one on NFS or Lustre"
+                f"{main.host} are different folders; use the absolute path of a folder that all hosts share, such as "
+                "one on NFS or Lustre"
             )
         if view.data_sha256 != main.data_sha256:
             return (
