@@ -7,17 +7,20 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from pipeline.backends.dtensors import is_dtensor, local_shard
 from pipeline.backends.muon import Muon, divide_parameters
 from pipeline.config.schema import Config, OptimizerConfig
 from pipeline.distributed.device import summing_dtype
 from pipeline.distributed.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +98,9 @@ def global_grad_norm(gradients: list[Tensor]) -> Tensor:
     For DTensors, the norm includes the shards of all ranks. The squares are summed in fp64 if possible, so that all
     backends get the same norm.
     """
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    local = [local_shard(gradient) for gradient in gradients]
     squares = torch.stack([_sum_of_squares(gradient) for gradient in local]).sum()
-    if isinstance(gradients[0], DTensor):
+    if is_dtensor(gradients[0]):
         dist.all_reduce(squares, group=_sharding_group(gradients[0]))
     return squares.sqrt()
 
@@ -130,7 +133,7 @@ def unscale_and_clip(gradients: list[Tensor], loss_scale: float, max_norm: float
     factor = torch.full_like(norm, 1.0 / loss_scale)
     if max_norm > 0:
         factor = factor * torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    local = [local_shard(gradient) for gradient in gradients]
     torch._foreach_mul_(local, factor.to(local[0].dtype))
     return norm
 

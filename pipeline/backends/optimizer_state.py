@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from pipeline.backends.dtensors import is_dtensor
 from pipeline.backends.muon import Muon
 from pipeline.backends.ranges import Range, local_elements
 from pipeline.backends.weight_average import WeightAverage
@@ -149,7 +148,10 @@ class ParameterState(OptimizerState):
 
 def _first_element(parameter: Tensor) -> int:
     """Return the index of this rank's first element in the flattened parameter."""
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return 0
+    # Imported here because it is slow to import, and only FSDP2 needs it.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return int(offset[0]) * (parameter.numel() // parameter.shape[0])

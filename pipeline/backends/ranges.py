@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from pipeline.backends.dtensors import local_shard
 
 
 @dataclass(frozen=True)
@@ -37,5 +38,4 @@ class Range:
 
 def local_elements(tensor: Tensor) -> Tensor:
     """Return the elements of a tensor on this rank, as a detached view with one dimension."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().view(-1)
+    return local_shard(tensor).detach().view(-1)

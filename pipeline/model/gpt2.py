@@ -108,8 +108,8 @@ class GPT2(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(padded_vocab_size(config.vocab_size), config.n_embd)
-        self.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.wte = _embedding(padded_vocab_size(config.vocab_size), config.n_embd)
+        self.wpe = _embedding(config.context_length, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.lm_head = OutputLayer(config.n_embd, config.vocab_size)
@@ -200,6 +200,14 @@ class GPT2(nn.Module):
         assert self.lm_head.weight is self.wte.weight, "lm_head.weight and wte.weight came apart"
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Return an embedding without initial values.
+
+    On the device ``meta``, torch's own initial values would import its compiler, which takes a second.
+    """
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
     """Return an fp32 model with uninitialized weights. On the device ``meta``, the weights have no memory."""
     with torch.device("meta"):
@@ -210,11 +218,14 @@ def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
 
 def place_model(model: GPT2, device: torch.device | str) -> None:
     """Move the weights to a device. Weights on ``meta`` are allocated on the device, without initial values."""
-    if model.wte.weight.is_meta:
-        model.to_empty(device=device)
-        model.tie_weights()
-    else:
+    if not model.wte.weight.is_meta:
         model.to(device)
+        return
+    for module in model.modules():  # nn.Module.to_empty would import torch's compiler
+        for name, weight in module.named_parameters(recurse=False):
+            placed = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+            setattr(module, name, nn.Parameter(placed, weight.requires_grad))
+    model.tie_weights()
 
 
 def build_model(config: ModelConfig, seed: int) -> GPT2:
