@@ -17,6 +17,10 @@ from pipeline.model.gpt2 import ScoringBatch
 #: The least fraction of tokens that a tree must save. A tree that saves less is slower than separate requests, because
 #: masked attention is slow.
 LEAST_SAVING = 0.1
+#: The largest fraction of padding in a batch.
+MOST_PADDING = 0.1
+#: Batches up to this fraction of ``batch_tokens`` may have more padding, because small batches are slow, too.
+SMALL_BATCH = 0.25
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,17 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
     """
     batches: list[list[Tree]] = []
     for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
-        if not batches or len(batches[-1][0].tokens) * (len(batches[-1]) + 1) > batch_tokens:
+        if not batches or not _fits(tree, batches[-1], batch_tokens):
             batches.append([])
         batches[-1].append(tree)
     return batches
+
+
+def _fits(tree: Tree, batch: Sequence[Tree], batch_tokens: int) -> bool:
+    """Return whether a tree can join a batch: not too many tokens, and not too much padding."""
+    padded = len(batch[0].tokens) * (len(batch) + 1)
+    own = sum(len(other.tokens) for other in batch) + len(tree.tokens)
+    return padded <= SMALL_BATCH * batch_tokens or (padded <= batch_tokens and own >= (1 - MOST_PADDING) * padded)
 
 
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:
