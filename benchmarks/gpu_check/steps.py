@@ -153,7 +153,7 @@ class Runner:
             self.record.add(step.name, outcome)
 
     def _outcome(self, step: Step, limit_s: float) -> dict[str, Any] | None:
-        """Run a step and return its outcome. If this call must end before the step's time limit, return None."""
+        """Run a step and return its outcome. Return None if the whole check ran out of time during the step."""
         folder = self.record.folder / step.name
         shutil.rmtree(folder, ignore_errors=True)  # an earlier call may have been interrupted
         folder.mkdir(parents=True)

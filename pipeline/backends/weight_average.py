@@ -14,8 +14,7 @@ _SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the temporary memory of ``swap``
 class WeightAverage:
     """The fp32 moving averages of this rank's masters (tensors that the optimizer updates).
 
-    An average starts as a copy of its master. Loading a checkpoint changes the masters, so an average is created only
-    when it is needed.
+    An average starts as a copy of its master. It is created at its first use, which comes after a checkpoint is loaded.
     """
 
     def __init__(self, masters: Iterable[Tensor]) -> None:

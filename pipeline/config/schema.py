@@ -621,10 +621,10 @@ class LoggingConfig(Section):
     slow_rank_ratio: float | None = Field(
         1.2,
         gt=1,
-        description="Name slow ranks in the log. In three consecutive rows, the steps of a slow rank take more than "
-        "this many times as long as the mean of the other ranks. Time in which a rank waits for other ranks does not "
-        "count. For runs on several hosts, this key also turns on a network check. If all ranks wait for more than "
-        "half of the time, the log names the slowest link between the hosts. `null` turns off both checks.",
+        description="Name slow ranks in the log. A rank is slow if the time of its steps, divided by the mean time of "
+        "the other ranks, is above this value in three consecutive rows. Time in which a rank waits for other ranks "
+        "does not count. For runs on several hosts, this key also turns on a network check. If all ranks wait for more "
+        "than half of the time, the log names the slowest link between the hosts. `null` turns off both checks.",
     )
     profile_steps: NonNegativeInt = Field(
         0,

@@ -60,9 +60,10 @@ def prints_for_node() -> bool:
 
 
 def _wait_for_end() -> None:
-    """Give the launcher two seconds to end this process, because rank 0 may have printed the same error.
+    """Wait two seconds, so that the launcher can end this process.
 
-    During these two seconds, SIGTERM ends the process at once. The run's own handler might wait longer.
+    If rank 0 has printed the same error, this process then does not print it again. During the wait, SIGTERM ends the
+    process at once. The run's own handler might wait longer.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
