@@ -66,6 +66,7 @@ def unordered_map(
         return
     pool = _Pool(work, items)
     try:
+        start_server(preload)
         pool.start(workers, _context(preload))
         yield from pool.results(on_report)
     finally:
@@ -95,8 +96,22 @@ def start_server(preload: tuple[str, ...]) -> None:
     """Start the process from which ``unordered_map`` forks its workers. Return at once."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         _context(preload)
-        with suppress(OSError):  # the start of the first worker raises the same error, with an explanation
+        # The start of the first worker raises the same OSError, with an explanation.
+        with _ignoring_interrupts(), suppress(OSError):
             forkserver.ensure_running()
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C in processes that the block starts, so that it does not interrupt their imports."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _context(preload: tuple[str, ...]) -> BaseContext:

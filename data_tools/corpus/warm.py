@@ -12,5 +12,5 @@ from data_tools.errors import DataError
 
 __all__ = ["worker"]
 
-with suppress(DataError):  # the vocabulary is missing; the command reports it
+with suppress(DataError, OSError):  # no vocabulary or no temporary folder; the worker reports it
     load_encoder(choose_encoder("auto"))

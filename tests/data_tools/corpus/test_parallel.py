@@ -193,6 +193,40 @@ def test_workers_leave_ctrl_c_to_their_parent() -> None:
     assert sorted(unordered_map(interrupt_itself, range(6), 2, ignore)) == list(range(6))
 
 
+IMPORTS_SLOWLY = """
+import os, pathlib, signal, time
+from data_tools.corpus.parallel import start_server, unordered_map
+
+def work(number, report):
+    return number
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: None)
+    start_server(("imported_slowly",))
+    while not pathlib.Path("importing").exists():
+        time.sleep(0.01)
+    os.killpg(0, signal.SIGINT)  # as Ctrl-C does
+    print(sorted(unordered_map(work, range(3), 2, print, ("imported_slowly",))))
+"""
+
+
+def test_ctrl_c_does_not_interrupt_the_imports_of_the_workers(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(IMPORTS_SLOWLY)
+    (tmp_path / "imported_slowly.py").write_text(
+        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(1)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "parent.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=120,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[0, 1, 2]\n", "")
+
+
 PARENT = """
 import os, time
 from data_tools.corpus.parallel import unordered_map
