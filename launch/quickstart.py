@@ -222,7 +222,12 @@ def other_backend(config: Config) -> str:
 
 
 def draw_losses(losses: Mapping[int, float]) -> list[str]:
-    """Return one line per evaluation: the step, the validation loss, and a bar of at most BAR_WIDTH characters."""
+    """Return one line per evaluation: the step, the validation loss, and a bar of at most BAR_WIDTH characters.
+
+    Above these lines is a line with headings. Returns an empty list if there is no evaluation.
+    """
+    if not losses:
+        return []
     bars = {step: "#" * round(BAR_WIDTH * loss / max(losses.values())) for step, loss in losses.items()}
     return [f"{'step':>6}  validation loss", *(f"{step:>6}  {losses[step]:5.2f}  {bar}" for step, bar in bars.items())]
 

@@ -70,7 +70,7 @@ def test_the_quickstart_runs_in_an_empty_folder_without_deepspeed(installed: Pat
     settings += ["schedule.warmup_steps=1", "tokenize.limit_documents=60", "sample.max_new_tokens=5"]
     finished = run(installed, tmp_path, "gpt2-pipeline", "quickstart", "--minutes", "0.01", "--set", *settings)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert f"{FEWEST_STEPS} steps, " in finished.stdout and "validation loss" in finished.stdout
+    assert f"{FEWEST_STEPS} steps, " in finished.stdout and "  step  validation loss\n" in finished.stdout
     assert "gpt2-pipeline generate --checkpoint runs/quickstart --prompt 'import '" in finished.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "runs"]
 

@@ -93,6 +93,7 @@ def test_the_bars_are_as_long_as_the_losses() -> None:
     header, first, last = quickstart.draw_losses({0: 10.0, 40: 2.5})
     assert header.split() == ["step", "validation", "loss"]
     assert first.split() == ["0", "10.00", 60 * "#"] and last.split() == ["40", "2.50", 15 * "#"]
+    assert quickstart.draw_losses({}) == []
 
 
 def test_the_box_keeps_indentation_and_wraps_long_lines(monkeypatch: pytest.MonkeyPatch) -> None:
