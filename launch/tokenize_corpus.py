@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, get_args
 
 from data_tools.corpus.request import TokenizeRequest
-from data_tools.corpus.worker_server import start_worker_server
+from data_tools.corpus.worker_server import has_large_input, start_worker_server
 from data_tools.errors import DataError
 from data_tools.options import BadRows, Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
 from launch.cli import ArgumentParser, path_or_url, positive_int, quick_imports, run_command, start_logging
@@ -22,7 +22,8 @@ def main() -> None:
     task, tasks = options.pop("task"), options.pop("tasks")
     request = TokenizeRequest(**{**options, "inputs": tuple(options["inputs"])})
     share = share_of(task, tasks, request)
-    start_worker_server(request)  # it imports its packages while this process imports its own
+    if has_large_input(request):
+        start_worker_server(request)  # it imports its packages while this process imports its own
     with quick_imports():
         from data_tools.corpus.run import find_complete, tokenize_corpus, tokenize_share
         from launch.tokenize_progress import ProgressDisplay, print_lengths, print_shards

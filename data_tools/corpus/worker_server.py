@@ -3,11 +3,14 @@
 The module imports no slow package, so that a command can start the process before its own imports.
 """
 
+import os
+
 from data_tools.corpus.parallel import start_server
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.threads import available_cores
 
 WORKER_MODULES = ("data_tools.corpus.warm",)
+_LARGE_INPUT_BYTES = 16 << 20  # certainly several chunks
 
 
 def start_worker_server(request: TokenizeRequest) -> None:
@@ -17,6 +20,11 @@ def start_worker_server(request: TokenizeRequest) -> None:
     """
     if request.engine == "local" and workers_of(request) > 1:
         start_server(WORKER_MODULES)
+
+
+def has_large_input(request: TokenizeRequest) -> bool:
+    """Return whether the input files are so large that the request surely needs workers."""
+    return sum(os.path.getsize(path) for path in request.inputs if os.path.isfile(path)) >= _LARGE_INPUT_BYTES
 
 
 def workers_of(request: TokenizeRequest) -> int:

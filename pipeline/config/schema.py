@@ -336,7 +336,9 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = Field(
         0.1, description="Decoupled weight decay. It does not apply to biases and LayerNorm weights."
     )
-    grad_clip: NonNegativeFloat = Field(1.0, description="Clip the global gradient norm to this value. `0`: off.")
+    grad_clip: NonNegativeFloat = Field(
+        1.0, description="Clip the global gradient norm to this value. 0 turns clipping off."
+    )
     muon: MuonConfig = MuonConfig()
 
 

@@ -54,7 +54,7 @@ def test_every_key_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert max(map(len, printed.splitlines())) <= 150, "a default such as a long list is not wrapped"
     config(monkeypatch, "keys", "run.compile")
     first, *meaning = capsys.readouterr().out.splitlines()
-    assert first == 'run.compile = "auto"' and meaning[0].startswith("    Compile model and loss")
+    assert first == 'run.compile = "auto"' and meaning[0].startswith("    Compile the model and the loss")
     with pytest.raises(UserError, match="runs: no such section or key; the sections are run, model, "):
         config(monkeypatch, "keys", "runs")
 
