@@ -98,7 +98,11 @@ def wait_for_the_end_of(processes: list[psutil.Process]) -> None:
 def workers_of(pid: int) -> Iterator[psutil.Process]:
     """Yield the worker processes, which are children of the fork server."""
     for child in descendants(pid):
-        if "forkserver" in " ".join(child.cmdline()) and child.ppid() != pid:
+        try:
+            is_worker = "forkserver" in " ".join(child.cmdline()) and child.ppid() != pid
+        except psutil.Error:  # the process has just ended
+            continue
+        if is_worker:
             yield child
 
 
