@@ -50,7 +50,7 @@ class Observer:
 
 
 class RequestCounter:
-    """Counts the requests of this process to stores, and also the requests of rank 0 alone."""
+    """Counts requests to stores: those of all ranks in this process, and separately those of rank 0."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Read the output of a step as figures. If the step found a problem, the figures have the key ``problem``."""
+"""Read the output of a step into a dict of figures. If the step found a problem, the dict has the key ``problem``."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
 
     In this case, the corpus determines the change:
 
-    - Different documents: find the document whose first occurrence comes last. Move all copies of this document to the
-      other split.
+    - Different documents: find the last document that is not a copy of an earlier one. Move this document and its
+      copies to the other split.
     - A single text: divide the text with ``divide_text``.
     - A single ``Dialogue``, or only copies of one document: use everything for training.
     """

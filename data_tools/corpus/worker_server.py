@@ -9,8 +9,8 @@ from data_tools.corpus.parallel import start_server
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.threads import available_cores
 
-WORKER_MODULES = ("data_tools.corpus.warm",)
-_LARGE_INPUT_BYTES = 16 << 20  # certainly several chunks
+WORKER_MODULES = ("data_tools.corpus.worker", "data_tools.corpus.warm")
+_LARGE_INPUT_BYTES = 16 << 20  # several chunks, unless a compressed file is one chunk
 
 
 def start_worker_server(request: TokenizeRequest) -> None:
@@ -23,7 +23,7 @@ def start_worker_server(request: TokenizeRequest) -> None:
 
 
 def has_large_input(request: TokenizeRequest) -> bool:
-    """Return whether the input files are so large that the request surely needs workers."""
+    """Return whether the input files are so large that the request almost certainly needs workers."""
     return sum(os.path.getsize(path) for path in request.inputs if os.path.isfile(path)) >= _LARGE_INPUT_BYTES
 
 

@@ -67,7 +67,7 @@ class ConvertRequest:
 
     @property
     def file_prefix(self) -> str:
-        """Return the text with which the names of new files in llm.c's format begin."""
+        """Return the prefix of the names of new files in llm.c's format."""
         return self.name or Path(os.path.abspath(self.out)).name
 
 

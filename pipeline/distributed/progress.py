@@ -120,7 +120,8 @@ class Place:
         A rank is still while it records no progress and uses no CPU time.
 
         Args:
-            timeout_s: the seconds that a rank may be still. If ``is_patient``, this is at least ``PATIENCE_S``.
+            timeout_s: how many seconds without progress and CPU time are allowed. If ``is_patient``, at least
+                ``PATIENCE_S`` seconds are allowed.
         """
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
         return self.still_s > allowed_s or self.loops(timeout_s)
@@ -189,7 +190,7 @@ class MainThread:
         return time.clock_gettime(time.pthread_getcpuclockid(self._thread_id))
 
     def _line(self) -> str:
-        """Return the current line in this project's code, and the current line in any code."""
+        """Return the current line of this project. If it calls another package, also return the current line there."""
         innermost = frame = sys._current_frames().get(self._thread_id)
         while frame and not frame.f_globals.get("__name__", "").startswith(("pipeline.", "data_tools.")):
             frame = frame.f_back

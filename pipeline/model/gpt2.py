@@ -221,10 +221,8 @@ def place_model(model: GPT2, device: torch.device | str) -> None:
     if not model.wte.weight.is_meta:
         model.to(device)
         return
-    for module in model.modules():  # nn.Module.to_empty would import torch's compiler
-        for name, weight in module.named_parameters(recurse=False):
-            placed = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-            setattr(module, name, nn.Parameter(placed, weight.requires_grad))
+    # nn.Module.to_empty would import torch's compiler.
+    model._apply(lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=device))  # type: ignore[no-untyped-call]
     model.tie_weights()
 
 
