@@ -35,6 +35,10 @@ class MainRankError(UserError):
         self.exit_status = exit_status
 
 
+class EvaluationStopped(Exception):
+    """All ranks have stopped an evaluation, because a signal asked the run to stop."""
+
+
 class Interrupted(UserError):
     """A signal has stopped the run. To continue the run, start the same command again."""
 

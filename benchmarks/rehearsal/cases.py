@@ -143,8 +143,8 @@ class Fault:
         sections = rehearsal.sections
         if self.in_save:  # the main thread waits for the end of the save
             sections = merged(sections, {"checkpoint": {"asynchronous": False}})
-        held = HELD_SAVE if self.in_save else HELD_AFTER
-        with rehearsal.lab(2) as lab, Job(lab, *arguments, sections, held, hold_in_save=self.in_save) as job:
+        held, hold_in = (HELD_SAVE, "save") if self.in_save else (HELD_AFTER, "step")
+        with rehearsal.lab(2) as lab, Job(lab, *arguments, sections, held, hold_in=hold_in) as job:
             job.wait_until_held(held)
             survivors = [lab.hosts[number] for number in self.causes]
             self.inject(lab.hosts)

@@ -56,7 +56,7 @@ class Job:
     Args:
         run_folder: an absolute path.
         hold_after: every rank waits after this step until ``release`` is called.
-        hold_in_save: every rank waits inside the save of this step, not after the step.
+        hold_in: ``step``, or ``save`` to wait inside the save of this step.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Job:
         sections: Sections,
         hold_after: int | None = None,
         *,
-        hold_in_save: bool = False,
+        hold_in: str = "step",
     ) -> None:
         self.lab = lab
         self.run_folder = run_folder
         self._launcher = launcher
         self._options = {"config": config, "run_folder": run_folder, "sections": sections}
-        self._holding = {"hold_after": hold_after, "hold_in_save": hold_in_save}
+        self._holding = {"hold_after": hold_after, "hold_in": hold_in}
         self._stack = ExitStack()
         self.commands: dict[Host, list[LiveRun]] = {host: [] for host in lab.hosts}
         with ExitStack() as failed:
@@ -128,7 +128,7 @@ class Job:
 
     def wait_until_held(self, step: int) -> None:
         """Wait until the ranks wait after a step, or inside the save of this step."""
-        if self._holding["hold_in_save"]:
+        if self._holding["hold_in"] == "save":
             aside = hidden_partial_path(checkpoint_folder(self.run_folder, step))
             ranks = range(len(self.lab.hosts))
             files = [aside / tensor_file(rank, group) for rank in ranks for group in GROUPS]

@@ -14,6 +14,7 @@ from pipeline.backends.optimizer_state import Fragment, OptimizerState
 from pipeline.config.schema import Config
 from pipeline.distributed.step_clock import StepClock
 from pipeline.distributed.world import World
+from pipeline.errors import EvaluationStopped
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.initialisation import draw_elements
 from pipeline.model.output_layer import Method
@@ -166,10 +167,14 @@ class Backend(ABC):
         """Return a context manager in which the model computes with the averages of its weights.
 
         Every rank must enter the block. The block needs no memory for a copy of the weights. Do not save or train
-        inside the block. After an error in the block, the run cannot continue.
+        inside the block. After an error in the block, the run cannot continue, except after EvaluationStopped.
         """
         self._swap_average()
-        yield
+        try:
+            yield
+        except EvaluationStopped:
+            self._swap_average()
+            raise
         self._swap_average()
 
     def _swap_average(self) -> None:

@@ -57,6 +57,7 @@ class TrainingState:
     guard: GuardState = field(default_factory=GuardState)
     validation: ValidationHistory = field(default_factory=ValidationHistory)
     optimizer_start: NonNegativeInt = 0  # ``updates`` when the optimizer's state was zero; AdamW counts from there
+    evaluation_is_due: bool = False  # a signal stopped the evaluation after ``step``; the next start repeats it
 
 
 @dataclass(frozen=True, kw_only=True)

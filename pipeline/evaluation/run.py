@@ -243,12 +243,21 @@ def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
     }
 
 
-def measure_tasks(tasks: Mapping[str, Prepared], backend: Backend, config: Config, world: World) -> dict[str, float]:
+def measure_tasks(
+    tasks: Mapping[str, Prepared],
+    backend: Backend,
+    config: Config,
+    world: World,
+    before_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Measure all tasks during training. Return the results by their keys in ``metrics.jsonl``.
 
     Every rank must call this function, within ``backend.evaluation_mode()``.
+
+    Args:
+        before_batch: is called on every rank before each batch.
     """
-    scorer = Scorer(backend, config.model, world, config.batch.micro_batch_size * config.seq_len)
+    scorer = Scorer(backend, config.model, world, config.batch.micro_batch_size * config.seq_len, before_batch)
     row: dict[str, float] = {}
     for name, task in tasks.items():
         result = task.measure(scorer)

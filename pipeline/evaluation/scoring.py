@@ -3,7 +3,7 @@
 The results do not depend on the batch size or the world size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,12 +37,14 @@ class Scorer:
     Args:
         compute: the model, in evaluation mode.
         batch_tokens: the largest number of tokens per forward pass and rank, including padding.
+        before_batch: is called on every rank before each forward pass.
     """
 
     compute: Backend | ComputeModel
     model: ModelConfig
     world: World
     batch_tokens: int
+    before_batch: Callable[[], None] = lambda: None
 
     @torch.no_grad()
     def score(self, groups: Sequence[Sequence[Request]], label: str) -> list[list[Score]]:
@@ -88,6 +90,7 @@ class Scorer:
             disable=None if world.is_main else True,  # None shows the bar only on a terminal
         ) as progress:
             for first in range(0, len(batches), world.size):
+                self.before_batch()
                 world.progress.pass_mark()
                 turn = batches[first : first + world.size]  # one batch per rank
                 inputs, links = make_batch(turn[world.rank] if world.rank < len(turn) else idle)

@@ -8,7 +8,7 @@ targets, because this token encodes no bytes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +34,18 @@ TOP_K = 5
 
 
 def validate(
-    backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World
+    backend: Backend,
+    datasets: Sequence[TokenDataset],
+    config: Config,
+    world: World,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float | None]:
     """Measure the validation loss during training, on at most ``evaluation.max_batches`` batches per dataset.
 
     Every rank must call this function, within ``backend.evaluation_mode()``.
+
+    Args:
+        before_batch: is called on every rank before each batch.
 
     Returns:
         A dict with ``val_loss``, ``val_perplexity``, and one ``val_loss_<name>`` per dataset of a mixture. The dict is
@@ -49,7 +56,11 @@ def validate(
     """
     if VALIDATION not in config.evaluation.tasks:
         return {}
-    losses = {data.name: _mean_loss(backend, data.validation, config, world) for data in datasets if data.validation}
+    losses = {
+        data.name: _mean_loss(backend, data.validation, config, world, before_batch)
+        for data in datasets
+        if data.validation
+    }
     if not losses:
         return {}
     by_name = {f"{DATASET_LOSS_PREFIX}{name}": value for name, value in losses.items()} if len(datasets) > 1 else {}
@@ -61,11 +72,18 @@ def validate(
 
 
 def validate_average(
-    backend: Backend, datasets: Sequence[TokenDataset], config: Config, world: World
+    backend: Backend,
+    datasets: Sequence[TokenDataset],
+    config: Config,
+    world: World,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float | None]:
     """Measure the validation loss of the moving averages of the weights.
 
     Every rank must call this function.
+
+    Args:
+        before_batch: is called on every rank before each batch.
 
     Returns:
         A dict with ``val_ema_loss``. The dict is empty if ``averaging.ema`` is null, if the task ``validation`` is not
@@ -74,7 +92,7 @@ def validate_average(
     if config.averaging.ema is None or VALIDATION not in config.evaluation.tasks:
         return {}
     with backend.averaged_weights():
-        losses = validate(backend, datasets, config, world)
+        losses = validate(backend, datasets, config, world, before_batch)
     return {"val_ema_loss": losses["val_loss"]} if losses else {}
 
 
@@ -87,11 +105,14 @@ def mixture_loss(losses: Mapping[str, float], weights: Mapping[str, float]) -> f
     return sum(weights[name] * loss for name, loss in losses.items()) / total
 
 
-def _mean_loss(backend: Backend, stream: TokenStream, config: Config, world: World) -> float | None:
+def _mean_loss(
+    backend: Backend, stream: TokenStream, config: Config, world: World, before_batch: Callable[[], None]
+) -> float | None:
     """Return the mean loss per target, or None if the mask excludes all targets."""
     batch_size, max_batches = config.batch.micro_batch_size, config.evaluation.max_batches
     sums = torch.zeros(2, dtype=summing_dtype(world.device), device=world.device)
     for batch in validation_batches(stream, config.seq_len, batch_size, world.rank, world.size, max_batches):
+        before_batch()
         world.progress.pass_mark()
         sums[0] += backend(*batch.to(world.device), method="loss")
         sums[1] += batch.scored_targets

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pipeline.distributed.environment import launcher_name
 from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
+from pipeline.errors import EvaluationStopped
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,11 @@ class StopRequest:
         number = self._world.max(self.received)
         self._is_agreed = bool(number)
         return signal.Signals(number) if number else None
+
+    def stop_evaluation(self) -> None:
+        """Raise EvaluationStopped if any rank has received a signal. Every rank must call this."""
+        if self.agreed():
+            raise EvaluationStopped
 
 
 def _print(line: str) -> None:

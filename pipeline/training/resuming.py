@@ -138,6 +138,8 @@ def _is_of_another_run(start: Path, config: Config) -> bool:
 
 def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
     """Return why the run is complete and how to train longer. If the run is not complete, return None."""
+    if state.evaluation_is_due:
+        return None
     if state.step >= schedule.max_steps:
         return (
             f"at step {state.step} of schedule.max_steps {schedule.max_steps}, nothing to train; raise "

@@ -23,7 +23,7 @@ from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
 from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name, synchronize
 from pipeline.distributed.heartbeat import failures_reported
 from pipeline.distributed.world import World
-from pipeline.errors import CheckpointError, Interrupted
+from pipeline.errors import CheckpointError, EvaluationStopped, Interrupted
 from pipeline.evaluation.run import measure_tasks
 from pipeline.evaluation.tasks import Prepared
 from pipeline.evaluation.validation import validate, validate_average
@@ -113,7 +113,7 @@ class Trainer:
         Raises:
             TrainingError: too many steps were skipped or were spikes.
             CheckpointError: the last checkpoint could not be written. The errors of earlier saves are only logged.
-            Interrupted: a signal asked the run to stop. A checkpoint was saved.
+            Interrupted: a signal asked the run to stop. A checkpoint was saved, unless no step was trained.
         """
         ended = "failed"
         try:
@@ -138,46 +138,70 @@ class Trainer:
             self.heartbeat_file.enter(ended, self.state.step)
         if received:
             self._finish_uploads()  # the launcher may kill this process during the wait
+            place = (
+                f"after step {self.state.step} of {self.config.schedule.max_steps}, the checkpoint is saved"
+                if self.state.step
+                else "before the first step, nothing to save"
+            )
             raise Interrupted(
-                f"{received.name} received: stopped after step {self.state.step} of {self.config.schedule.max_steps}, "
-                "the checkpoint is saved; run the same command again to continue",
-                received,
+                f"{received.name} received: stopped {place}; run the same command again to continue", received
             )
 
     def _train(self) -> signal.Signals | None:
         """Run the training loop. Returns the signal that ended it early, or None."""
-        config = self.config
         self._record_start()
-        if self.state.step == 0:
-            self.evaluate()
+        received = self._evaluate_at_start()
         self.throughput.restart()
-        while self.state.step < config.schedule.max_steps and not self._early_stop_reason():
-            with self.backend.step_clock.step():
-                trained = self.train_step()
-            self.record.count_step(trained.step)
-            received = self.stop_request.agreed()
-            saves = received is not None or self._is_due(config.checkpoint.every_steps) or self._is_milestone()
-            evaluates = self._is_due(config.evaluation.every_steps)
-            logs = saves or self.state.step == 1 or self._is_due(config.logging.every_steps)
-            spikes = self._judge_finished_steps(judge_all=logs or evaluates)
-            if any(self._roll_back(spike) for spike in spikes):
-                continue
-            if self._layer_norms:
-                self.record.write({"step": trained.step, **self._layer_norms})
-            if logs:
-                self.log_step(trained)
-            if evaluates:
-                self.evaluate()
-                received = received or self.stop_request.agreed()
-            self.record.write_saves(self.saver.poll())
-            self._write_uploads()
-            if saves or received or (evaluates and self._saves_after_evaluation()):
-                self.save()
-            if received:
-                return received
-        if reason := self._early_stop_reason():
-            log.info("stopped after step %d of %d: %s", self.state.step, config.schedule.max_steps, reason)
-        return None
+        while not received and not self._is_complete():
+            received = self._run_step()
+        if not received and (reason := self._early_stop_reason()):
+            log.info("stopped after step %d of %d: %s", self.state.step, self.config.schedule.max_steps, reason)
+        return received
+
+    def _evaluate_at_start(self) -> signal.Signals | None:
+        """Evaluate before the first step, or repeat an evaluation that a signal stopped in an earlier process.
+
+        Returns a signal that has arrived, or None.
+        """
+        repeats = self.state.evaluation_is_due
+        if self.state.step and not repeats:
+            return None
+        self.evaluate()
+        if repeats:
+            self.save()  # the checkpoint of this step lacks the results
+        return self.stop_request.agreed()
+
+    def _run_step(self) -> signal.Signals | None:
+        """Train one step. Then log, evaluate and save what is due.
+
+        Returns a signal that has arrived, or None.
+        """
+        config = self.config
+        with self.backend.step_clock.step():
+            trained = self.train_step()
+        self.record.count_step(trained.step)
+        received = self.stop_request.agreed()
+        saves = received is not None or self._is_due(config.checkpoint.every_steps) or self._is_milestone()
+        evaluates = self._is_due(config.evaluation.every_steps)
+        logs = saves or self.state.step == 1 or self._is_due(config.logging.every_steps)
+        spikes = self._judge_finished_steps(judge_all=logs or evaluates)
+        if any(self._roll_back(spike) for spike in spikes):
+            return None  # the next step saves
+        if self._layer_norms:
+            self.record.write({"step": trained.step, **self._layer_norms})
+        if logs:
+            self.log_step(trained)
+        if evaluates:
+            self.evaluate()
+            received = received or self.stop_request.agreed()
+        self.record.write_saves(self.saver.poll())
+        self._write_uploads()
+        if saves or received or (evaluates and self._saves_after_evaluation()):
+            self.save()
+        return received
+
+    def _is_complete(self) -> bool:
+        return self.state.step >= self.config.schedule.max_steps or self._early_stop_reason() is not None
 
     def _write_uploads(self) -> None:
         if self.mirror:
@@ -381,27 +405,39 @@ class Trainer:
 
         If ``evaluation.sample`` is True, also generate a completion.
 
+        If a signal stops the evaluation, its results are dropped, and the next start of the run repeats it.
+
         Every rank must call this.
         """
+        before = self.state
+        try:
+            self._evaluate()
+            self.state = replace(self.state, evaluation_is_due=False)
+        except EvaluationStopped:
+            self.state = replace(before, evaluation_is_due=True)
+            log.warning("the evaluation of step %d was stopped; the next start repeats it", self.state.step)
+
+    def _evaluate(self) -> None:
         self.heartbeat_file.enter("evaluating", self.state.step)
         self.world.progress.reach(f"evaluation after step {self.state.step}", is_patient=not self._has_evaluated)
         with self.throughput.paused():
             self._check_ceiling()
         with self.throughput.paused(), self.backend.evaluation_mode():
-            if losses := validate(self.backend, self.loader.datasets, self.config, self.world):
+            stop = self.stop_request
+            on = (self.backend, self.loader.datasets, self.config, self.world, stop.stop_evaluation)
+            if losses := validate(*on):
                 if (loss := losses["val_loss"]) is not None:
                     self.results["validation_loss"] = loss
                     validation = self.state.validation.after(self.state.step, loss)
                     self.state = replace(self.state, validation=validation)
-                losses |= validate_average(self.backend, self.loader.datasets, self.config, self.world)
+                losses |= validate_average(*on)
                 self.record.write({"step": self.state.step, "tokens": self.state.tokens, **losses})
             # Examples and prompts have many shapes, and torch would compile the model again for each shape.
             with torch.compiler.set_stance("force_eager"):
                 if self.tasks:
-                    figures = measure_tasks(self.tasks, self.backend, self.config, self.world)
+                    figures = measure_tasks(self.tasks, self.backend, self.config, self.world, stop.stop_evaluation)
                     self.record.write({"step": self.state.step, **figures})
                 if self.config.evaluation.sample:
-                    stop = self.stop_request
                     text = complete_while_training(self.backend, self.config, self.world, lambda: bool(stop.agreed()))
                     if text is not None:
                         self.record.write({"step": self.state.step, SAMPLE_KEY: text})

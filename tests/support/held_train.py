@@ -4,25 +4,29 @@ Environment:
 
 - HOLD_AFTER: the step.
 - HOLD_FILE: ranks wait while this file exists and no signal has asked them to stop.
-- HOLD_IN_SAVE: if it is 1, ranks wait inside the save of this step, after they have written their own files.
+- HOLD_IN: ``step`` to wait before the next step, ``save`` to wait inside the save of this step, after the ranks have
+  written their own files, or ``evaluation`` to wait inside the evaluation of this step, before its second batch.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from launch.cli import run_command
 from launch.train import main
 from pipeline.checkpoint import saving
 from pipeline.checkpoint.saving import Files, Snapshot
+from pipeline.data.loader import MicroBatch
+from pipeline.evaluation import validation
 from pipeline.training.step_guard import TrainedStep
 from pipeline.training.trainer import Trainer
 
 HOLD_AFTER = int(os.environ["HOLD_AFTER"])
 HOLD_FILE = Path(os.environ["HOLD_FILE"])
-HOLD_IN_SAVE = os.environ.get("HOLD_IN_SAVE") == "1"
 POLL_S = 0.02
 
 
@@ -51,9 +55,28 @@ def hold_in_the_save() -> None:
     saving.write_tensor_files = write
 
 
+def hold_in_the_evaluation() -> None:
+    """Wait before the second batch, whose collective then finds the signal that one rank has received."""
+    plain_evaluate, plain_batches = Trainer.evaluate, validation.validation_batches
+
+    def evaluate(self: Trainer) -> None:
+        def batches(*arguments: Any) -> Iterator[MicroBatch]:
+            for number, batch in enumerate(plain_batches(*arguments)):
+                if number == 1 and self.state.step == HOLD_AFTER and HOLD_FILE.exists():
+                    print("waits in the evaluation", flush=True)
+                while number == 1 and self.state.step == HOLD_AFTER and HOLD_FILE.exists():
+                    self.world.progress.move()
+                    time.sleep(POLL_S)
+                yield batch
+
+        validation.validation_batches = batches
+        plain_evaluate(self)
+
+    Trainer.evaluate = evaluate  # type: ignore[method-assign]
+
+
+HOLDS = {"step": hold_before_the_next_step, "save": hold_in_the_save, "evaluation": hold_in_the_evaluation}
+
 if __name__ == "__main__":
-    if HOLD_IN_SAVE:
-        hold_in_the_save()
-    else:
-        hold_before_the_next_step()
+    HOLDS[os.environ["HOLD_IN"]]()
     run_command(main)

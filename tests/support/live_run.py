@@ -134,7 +134,8 @@ class LiveRun(LiveCommand):
         command: a launcher to use instead of python and torchrun, without the script.
         name: the suffix of the output file, if several launchers start one run.
         hold_after: every rank waits after this step, until a signal asks it to stop or ``release`` is called.
-        hold_in_save: every rank instead waits inside the save of this step, until ``release`` is called.
+        hold_in: ``step``; or ``save`` or ``evaluation``, where every rank instead waits inside the save or the
+            evaluation of this step, until ``release`` is called.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class LiveRun(LiveCommand):
         command: Sequence[str] | None = None,
         name: str = "output",
         hold_after: int | None = None,
-        hold_in_save: bool = False,
+        hold_in: str = "step",
     ) -> None:
         self.run_folder = run_folder
         self.hold_path = run_folder.with_name(f"{run_folder.name}.hold")
@@ -160,7 +161,7 @@ class LiveRun(LiveCommand):
             holding = {
                 "HOLD_AFTER": str(hold_after),
                 "HOLD_FILE": str(self.hold_path),
-                "HOLD_IN_SAVE": str(int(hold_in_save)),
+                "HOLD_IN": hold_in,
             }
         arguments = train_arguments(config, run_folder, sections)
         whole = (

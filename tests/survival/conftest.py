@@ -9,7 +9,7 @@ import pytest
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.state import read_state
 from tests.support.agreement import LOSS_TOLERANCE
-from tests.support.runs import TINY_BYTE_RUN, TINY_RUN, Curve, Sections, curve_of, merged, read_curve
+from tests.support.runs import TINY_BYTE_RUN, TINY_RUN, Curve, Sections, merged, read_curve, train_run
 
 STEPS, EVERY_STEPS = 14, 4
 
@@ -35,9 +35,17 @@ def large_sections(corpus: Path) -> Sections:
 
 
 @pytest.fixture(scope="session")
-def whole(sections: Sections, tmp_path_factory: pytest.TempPathFactory) -> Curve:
+def whole_folder(sections: Sections, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_run("ddp", folder, sections)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(whole_folder: Path) -> Curve:
     """Return the curve of the uninterrupted run."""
-    return curve_of("ddp", tmp_path_factory.mktemp("whole"), sections)
+    return read_curve(whole_folder)
 
 
 def steps_of(run_folder: Path) -> list[int]:

@@ -14,6 +14,7 @@ from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.rendezvous import free_port
 from pipeline.run_folder.metrics import read_metrics
+from tests.support.agreement import LOSS_TOLERANCE
 from tests.support.live_run import LiveRun
 from tests.support.runs import Curve, Sections, curve_of, train_run
 from tests.survival.conftest import assert_same_curve
@@ -54,6 +55,31 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     assert find_damage(list_checkpoints(folder)[-1]) is None
     train_run("ddp", folder, sections)
     assert_same_curve(folder, whole)
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_a_signal_stops_a_running_evaluation(
+    backend: str, sections: Sections, tmp_path: Path, whole_folder: Path
+) -> None:
+    """One of two ranks gets the signal. Another backend repeats the evaluation and continues the run."""
+    folder = tmp_path / "run"
+    with LiveRun(backend, folder, sections, processes=2, hold_after=5, hold_in="evaluation") as run:
+        run.wait_until(lambda: run.output.count("waits in the evaluation") == 2)
+        run.ranks()[0].send_signal(signal.SIGUSR1)
+        run.wait_until(lambda: "SIGUSR1 received: finishing" in run.output)
+        run.release()
+        assert run.wait() != 0
+        assert "the evaluation of step 5 was stopped; the next start repeats it" in run.output
+        assert "SIGUSR1 received: stopped after step 5 of" in run.output
+    (last,) = list_checkpoints(folder)[-1:]
+    assert find_damage(last) is None and read_state(last)[0].step == 5
+    assert 5 not in validation_losses(folder)
+    train_run("ddp", folder, sections)
+    assert validation_losses(folder) == pytest.approx(validation_losses(whole_folder), abs=LOSS_TOLERANCE["fp32"])
+
+
+def validation_losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["val_loss"] for row in read_metrics(folder) if "val_loss" in row}
 
 
 def test_a_signal_to_torchrun_reaches_the_ranks(sections: Sections, tmp_path: Path) -> None:

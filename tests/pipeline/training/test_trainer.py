@@ -32,7 +32,7 @@ from pipeline.errors import CheckpointError, Interrupted, TrainingError
 from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.metrics import SAMPLE_KEY, read_metrics
 from pipeline.training import trainer as trainer_module
-from pipeline.training.resuming import load_start
+from pipeline.training.resuming import load_start, why_complete
 from pipeline.training.run import log_masks
 from pipeline.training.schedule import lr_at
 from pipeline.training.throughput import ThroughputMeter
@@ -92,6 +92,23 @@ def before_step(trainer: Trainer, step: int, action: Callable[[], object]) -> No
         return plain()
 
     trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def signal_in_evaluation(trainer: Trainer, step: int, batch: int) -> None:
+    """Send SIGTERM right before a batch of the evaluation of a step. The first batch is number 1."""
+    plain = trainer.stop_request.stop_evaluation
+    batches = 0
+
+    def stop_evaluation() -> None:
+        nonlocal batches
+        batches += trainer.state.step == step
+        if batches == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not trainer.stop_request.received:  # another thread receives the signal
+                time.sleep(0.01)
+        plain()
+
+    trainer.stop_request.stop_evaluation = stop_evaluation  # type: ignore[method-assign]
 
 
 def multiply_loss(trainer: Trainer, factor: float, samples: range) -> None:
@@ -346,6 +363,39 @@ class TestStop:
         with pytest.raises(Interrupted, match=f"SIGTERM received: stopped after step 5 of {STEPS}, "):
             trainer.fit()
         assert read_state(list_checkpoints(trainer.run_folder)[-1])[0].step == 5
+
+    @pytest.mark.parametrize("batch", [2, 6], ids=["of the weights", "of their average"])
+    @pytest.mark.parametrize("step", [5, STEPS])
+    def test_a_signal_stops_a_running_evaluation_and_the_next_start_repeats_it(
+        self, step: int, batch: int, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        averaging = {"averaging": {"ema": 0.5}}
+        whole, stopped = make_trainer("whole", **averaging), make_trainer("stopped", **averaging)
+        whole.fit()
+        signal_in_evaluation(stopped, step, batch)
+        with pytest.raises(
+            Interrupted, match=f"SIGTERM received: stopped after step {step} of {STEPS}, the checkpoint"
+        ):
+            stopped.fit()
+        assert f"the evaluation of step {step} was stopped; the next start repeats it" in caplog.text
+        newest = list_checkpoints(stopped.run_folder)[-1]
+        assert step_of(newest) == step and step not in rows_with(stopped, "val_loss")
+        assert why_complete(read_state(newest)[0], stopped.config.schedule) is None
+
+        resumed = make_trainer("stopped", resume_from=newest, **averaging)
+        resumed.fit()
+        for key in ("loss", "val_loss", "val_ema_loss"):
+            assert rows_with(resumed, key) == {**rows_with(stopped, key), **rows_with(whole, key)}
+        assert resumed.state == whole.state
+        repeated, _ = read_state(newest)
+        assert not repeated.evaluation_is_due and repeated.validation.best_step is not None
+
+    def test_a_signal_in_the_first_evaluation_has_nothing_to_save(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer()
+        signal_in_evaluation(trainer, 0, 2)
+        with pytest.raises(Interrupted, match="SIGTERM received: stopped before the first step, nothing to save"):
+            trainer.fit()
+        assert trainer.state.step == 0 and not list_checkpoints(trainer.run_folder)
 
     def test_a_signal_on_another_rank_ends_a_completion(
         self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
