@@ -14,7 +14,7 @@ from data_tools.corpus.chunks import Chunk, ChunkRecord
 from data_tools.corpus.parallel import Unfinished, finished, unordered_map
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, Report
-from data_tools.corpus.worker_server import WORKER_MODULES, workers_of
+from data_tools.corpus.worker_server import worker_modules, workers_of
 from data_tools.errors import DataError, install_command
 from data_tools.sources.files import describe_error
 
@@ -42,7 +42,7 @@ def run_chunks(
         yield from _run_on_ray(work, job, chunks, on_report)
     else:
         workers = min(workers_of(job.request), max(len(chunks), 1))
-        yield from unordered_map(partial(work, job), chunks, workers, on_report, preload=WORKER_MODULES)
+        yield from unordered_map(partial(work, job), chunks, workers, on_report, preload=worker_modules(job.request))
 
 
 def _run_on_ray(

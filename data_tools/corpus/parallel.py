@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from typing import Any, Generic, TypeVar
@@ -97,22 +97,22 @@ def start_server(preload: tuple[str, ...]) -> None:
     if "forkserver" in multiprocessing.get_all_start_methods():
         _context(preload)
         # The start of the first worker raises the same OSError, with an explanation.
-        with _ignoring_interrupts(), suppress(OSError):
+        with _interrupts_blocked(), suppress(OSError):
             forkserver.ensure_running()
 
 
 @contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C in processes that the block starts, so that it does not interrupt their imports."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():
-        yield  # Python cannot restore the handler
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_blocked() -> Iterator[None]:
+    """Delay Ctrl-C until the end of the block. Processes that the block starts never receive it.
+
+    Otherwise, Ctrl-C would interrupt their imports, and they would print tracebacks.
+    """
+    resource_tracker.ensure_running()  # it unblocks SIGINT when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _context(preload: tuple[str, ...]) -> BaseContext:
@@ -230,7 +230,7 @@ class _Worker(Generic[Item, Result]):
         process = self._context.Process(target=_serve, args=(self._work, theirs), daemon=True)
         try:
             process.start()
-        except OSError as error:
+        except (OSError, EOFError) as error:  # EOFError: the process that forks workers has died
             raise DataError(
                 f"cannot start a worker process: {error} (memory short, or the path of TMPDIR too long: "
                 f"{tempfile.gettempdir()}?); --workers 1 needs none"

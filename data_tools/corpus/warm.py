@@ -1,4 +1,4 @@
-"""Load the encoder that every worker process needs.
+"""Load the fastest encoder for all worker processes.
 
 Workers are forked from a process that has imported this module. They therefore share its vocabulary, and start to
 encode at once.
@@ -7,7 +7,6 @@ encode at once.
 from contextlib import suppress
 
 from data_tools.encoding.encoders import choose_encoder, load_encoder
-from data_tools.errors import DataError
 
-with suppress(DataError, OSError):  # no vocabulary or no temporary folder; the worker reports it
+with suppress(Exception):  # a damaged package may raise anything; a worker that needs the encoder reports the error
     load_encoder(choose_encoder("auto"))

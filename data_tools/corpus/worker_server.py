@@ -9,7 +9,6 @@ from data_tools.corpus.parallel import start_server
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.threads import available_cores
 
-WORKER_MODULES = ("data_tools.corpus.worker", "data_tools.corpus.warm")
 _LARGE_INPUT_BYTES = 16 << 20  # several chunks, unless a compressed file is one chunk
 
 
@@ -19,12 +18,18 @@ def start_worker_server(request: TokenizeRequest) -> None:
     If the request needs only one process, do nothing.
     """
     if request.engine == "local" and workers_of(request) > 1:
-        start_server(WORKER_MODULES)
+        start_server(worker_modules(request))
 
 
 def has_large_input(request: TokenizeRequest) -> bool:
     """Return whether the input files are so large that the request almost certainly needs workers."""
     return sum(os.path.getsize(path) for path in request.inputs if os.path.isfile(path)) >= _LARGE_INPUT_BYTES
+
+
+def worker_modules(request: TokenizeRequest) -> tuple[str, ...]:
+    """Return the modules to import once for all workers."""
+    worker = "data_tools.corpus.worker"
+    return (worker,) if request.encoder == "tiktoken" else (worker, "data_tools.corpus.warm")
 
 
 def workers_of(request: TokenizeRequest) -> int:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Return whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # a DTensor exists only after this import
-    return module is not None and isinstance(tensor, module.DTensor)
+    dtensor = getattr(module, "DTensor", None)  # missing while another thread imports the module
+    return dtensor is not None and isinstance(tensor, dtensor)
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -125,18 +125,26 @@ def pack(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
     A batch has at most ``batch_tokens`` tokens, including padding. A longer tree gets its own batch.
     """
     batches: list[list[Tree]] = []
+    own_tokens = 0  # of the last batch, without padding
     for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
-        if not batches or not _fits(tree, batches[-1], batch_tokens):
+        own_tokens += len(tree.tokens)
+        if not batches or not _fits(len(batches[-1][0].tokens) * (len(batches[-1]) + 1), own_tokens, batch_tokens):
             batches.append([])
+            own_tokens = len(tree.tokens)
         batches[-1].append(tree)
     return batches
 
 
-def _fits(tree: Tree, batch: Sequence[Tree], batch_tokens: int) -> bool:
-    """Return whether a tree can join a batch: not too many tokens, and not too much padding."""
-    padded = len(batch[0].tokens) * (len(batch) + 1)
-    own = sum(len(other.tokens) for other in batch) + len(tree.tokens)
-    return padded <= SMALL_BATCH * batch_tokens or (padded <= batch_tokens and own >= (1 - MOST_PADDING) * padded)
+def _fits(padded_tokens: int, own_tokens: int, batch_tokens: int) -> bool:
+    """Return whether a batch is small enough, and does not have too much padding.
+
+    Args:
+        padded_tokens: the number of tokens in the batch, including padding.
+        own_tokens: the number of tokens in the batch, without padding.
+    """
+    if padded_tokens <= SMALL_BATCH * batch_tokens:
+        return True
+    return padded_tokens <= batch_tokens and own_tokens >= (1 - MOST_PADDING) * padded_tokens
 
 
 def make_batch(trees: Sequence[Tree]) -> tuple[ScoringBatch, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from data_tools.corpus.parallel import Unfinished, unordered_map
+from data_tools.corpus.parallel import Unfinished, start_server, unordered_map
 from data_tools.errors import DataError
 from tests.data_tools.conftest import environment
 
@@ -225,6 +225,45 @@ def test_ctrl_c_does_not_interrupt_the_imports_of_the_workers(tmp_path: Path) ->
         timeout=120,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "[0, 1, 2]\n", "")
+
+
+def test_ctrl_c_while_the_server_starts_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def ensure_running() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        events.append("started")
+
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", ensure_running)
+    before = signal.signal(signal.SIGINT, lambda *_: events.append("interrupted"))
+    try:
+        start_server(())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert events == ["started", "interrupted"]
+
+
+DIES = """
+from data_tools.corpus.parallel import unordered_map
+from data_tools.errors import DataError
+
+def work(number, report):
+    return number
+
+if __name__ == "__main__":
+    try:
+        list(unordered_map(work, range(3), 2, print, ("dies",)))
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_the_death_of_the_server_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(DIES)
+    (tmp_path / "dies.py").write_text("import os\nos._exit(1)\n")
+    command = [sys.executable, "parent.py"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert ended.stdout.startswith("cannot start a worker process: ") and "--workers 1 needs none" in ended.stdout
 
 
 PARENT = """
