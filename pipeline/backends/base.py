@@ -54,7 +54,7 @@ class Backend(ABC):
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         """Run the forward and backward pass of one micro-batch, and accumulate its gradients.
 
-        Returns the sum of the losses of all targets, as a detached scalar.
+        Returns the sum of the losses of the micro-batch's targets, as a detached scalar.
 
         Args:
             tokens: (B, T) int64 ids.
@@ -149,7 +149,7 @@ class Backend(ABC):
 
     @torch.no_grad()
     def __call__(self, *inputs: Any, method: Method) -> Tensor:
-        """Return the result of ``GPT2.forward``, without gradients. Every rank must call this."""
+        """Call ``GPT2.forward`` with these arguments, without gradients. Every rank must call this."""
         result: Tensor = self.compute(*inputs, method=method)
         return result
 

@@ -27,7 +27,7 @@ def wait_for_build_elsewhere(extension: str) -> None:
 
 
 def clear_dead_lock(lock: Path) -> None:
-    """Wait until no other host builds the C++ extension of a lock file. Remove the file if the build was killed.
+    """Wait until no build on another host holds the lock file. Remove the file if its build was killed.
 
     If a process on this host has the file open, return at once, because torch itself waits for this build. Otherwise,
     wait until the file disappears. If the file is older than ``LONGEST_BUILD_S`` seconds, the build counts as killed.

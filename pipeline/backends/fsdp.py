@@ -56,8 +56,8 @@ class FsdpBackend(TorchBackend):
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Reduce gradients only if ``enabled``.
 
-        If not ``enabled``, the root group keeps its gathered weights after the backward pass. A block keeps its
-        gathered weights only if it also keeps them after the forward pass. Therefore, the peak memory does not grow.
+        If not ``enabled``, the root group keeps its gathered weights after the backward pass. Blocks keep theirs
+        only if ``reshard_after_forward`` is false. Therefore, the peak memory does not grow.
         """
         assert isinstance(self.compute, FSDPModule)
         self.compute.set_requires_gradient_sync(enabled)
@@ -70,7 +70,7 @@ class FsdpBackend(TorchBackend):
 
 
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
-    """Apply recomputation, compile the blocks and the output layer, and shard the model.
+    """Set up the recomputation of activations, compile the blocks and the output layer, and shard the model.
 
     Each block is one FSDP2 group. All other weights form the root group, so ``wte`` and ``lm_head`` stay tied. The root
     group stays gathered between the forward and the backward pass. Compiled graphs contain no collectives.

@@ -20,7 +20,7 @@ from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batc
 
 @dataclass(frozen=True)
 class Span:
-    """A range of a flattened parameter that is completely on one rank."""
+    """A range of a flattened parameter. One rank holds the whole range."""
 
     name: str  # the canonical name of the parameter
     start: int
@@ -148,7 +148,7 @@ class MatrixExchange:
 
 
 class _Batch:
-    """The owners of some matrices, and what this rank exchanges with each rank."""
+    """Matrices that are exchanged together, with their owners and the elements that this rank exchanges."""
 
     def __init__(
         self, matrices: Sequence[Matrix], spans: Sequence[Sequence[Span]], world: World, ranks_per_copy: int

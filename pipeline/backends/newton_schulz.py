@@ -19,8 +19,8 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     Each iteration replaces X by P X with P = a I + b G + c G^2. Here, G = X X^T is the Gram matrix, and a, b and c
     are constants. For tall matrices, X P with the smaller G = X^T X gives the same result.
 
-    If X is far from square, two iterations share one Gram matrix to save FLOPs. The second iteration uses P G P, which
-    is the Gram matrix of P X. More than two iterations per Gram matrix would not be stable in bf16.
+    Two iterations share one Gram matrix if this needs fewer FLOPs. The second iteration uses P G P, which is the Gram
+    matrix of P X. More than two iterations per Gram matrix would not be stable in bf16.
 
     Args:
         matrices: shape (n, rows, columns), in the dtype of the computation and of the result.
@@ -42,7 +42,7 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
 
 
 def _polynomial(gram: Tensor, constant: float) -> Tensor:
-    """Return constant I + b G + c G^2 for Gram matrices G, shape (n, rows, rows)."""
+    """Return ``constant * I + b * G + c * G^2`` for Gram matrices G, shape (n, rows, rows)."""
     result = torch.baddbmm(gram, gram, gram, beta=_CUBIC, alpha=_QUINTIC)
     result.diagonal(dim1=1, dim2=2).add_(constant)
     return result

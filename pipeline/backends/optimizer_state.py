@@ -23,7 +23,7 @@ class Fragment:
     """The weights and the optimizer state on this rank for a range of one flattened parameter.
 
     The tensors are views, so writing into them changes the training state. Together, the fragments of all ranks
-    contain all elements of all parameters. The padding rows of the vocabulary are zero.
+    contain all elements of all parameters. The padding rows of the embedding are zero.
     """
 
     name: str  # the canonical name, as in GPT2.named_parameters()
@@ -83,8 +83,7 @@ class OptimizerState(ABC):
     def fragments(self) -> list[Fragment]:
         """Return views of the masters, of the optimizer state and of the averages of the weights.
 
-        Missing optimizer state and averages are created. The result contains only parameters of which this rank holds
-        elements.
+        Missing optimizer state and averages are created. Parameters without elements on this rank are left out.
         """
         self.create_states()
         return [

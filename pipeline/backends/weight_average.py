@@ -14,7 +14,7 @@ _SWAPPED_ELEMENTS = 1 << 22  # 16 MiB, the temporary memory of ``swap``
 class WeightAverage:
     """The fp32 moving averages of this rank's masters (tensors that the optimizer updates).
 
-    An average starts as a copy of its master. It is created at its first use, which comes after a checkpoint is loaded.
+    An average is created at its first use, as a copy of its master.
     """
 
     def __init__(self, masters: Iterable[Tensor]) -> None:

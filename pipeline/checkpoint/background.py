@@ -85,10 +85,10 @@ class BackgroundSaver:
         return saved
 
     def poll(self) -> list[SaveOutcome]:
-        """Return a list with the outcome of the last save, if ``poll`` or ``wait`` has not returned this outcome yet.
+        """Return the outcome of the last save in a list.
 
-        The list is empty while the save is running. Ranks can finish a save at different times, so the result can
-        differ between ranks.
+        Returns [] if the save is still running, or if the outcome was returned before. Ranks can finish a save at
+        different times, so the result can differ between ranks.
         """
         return self.wait() if self._in_flight and self._in_flight[2].done() else []
 

@@ -80,8 +80,7 @@ class RunReport:
 def find_different_numbers(run_folder: Path, step: int, config: Config) -> list[str]:
     """Return the keys of ``backend.deepspeed`` that can make a run's results differ from those of other backends.
 
-    Earlier steps of the run may have used another config. Therefore, this function also returns the keys in the run's
-    metrics of the steps up to ``step``.
+    Earlier steps may have used another config, so the keys in the run's metrics up to ``step`` are included.
     """
     rows = (row.get(DIFFERENT_NUMBERS_KEY) for row in read_metrics(run_folder) if row["step"] <= step)
     earlier = [key for keys in rows if isinstance(keys, list) for key in keys]

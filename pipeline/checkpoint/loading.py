@@ -86,7 +86,7 @@ def _has_all(pieces: list[Piece], fragment: Fragment) -> bool:
 
 
 def _kinds_by_parameter(index: PieceIndex) -> dict[str, set[str]]:
-    """Return parameter -> the names of its stored tensors, without the weight."""
+    """Return the names of the stored optimizer tensors of each parameter."""
     kinds = index.keys() - {WEIGHT}
     return {name: {kind for kind in kinds if name in index[kind]} for name in index[WEIGHT]}
 

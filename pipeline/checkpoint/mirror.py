@@ -111,7 +111,7 @@ class Mirror:
         returned yet.
 
         Args:
-            wait: called about twice per second during the wait.
+            wait: called about twice per second during the wait, for example to record progress.
         """
         self._ending.set()
         self._due.set()
@@ -240,7 +240,7 @@ class Mirror:
     def _delete_older(self, found: Mapping[int, Mapping[str, int]]) -> None:
         """Delete checkpoints at the URL by the rules of ``delete_older``, and the files of interrupted uploads.
 
-        The newest checkpoint that is both on the disk and at the URL counts as ``verified`` in these rules.
+        In these rules, ``verified`` is the newest checkpoint that is both on the disk and at the URL.
         """
         remote = self._open()
         complete = {step for step, files in found.items() if MANIFEST_FILE in files}

@@ -25,7 +25,7 @@ def pair(run_folder: Path, url: str) -> None:
 
 
 def abandon(run_folder: Path, step: int) -> None:
-    """Record that the run has abandoned the checkpoints of ``step`` and of later steps at all its URLs.
+    """Record for all URLs of the run that the checkpoints of ``step`` and of later steps are abandoned.
 
     Call this function if the run continues from an earlier checkpoint. The function needs no access to the URLs.
     """

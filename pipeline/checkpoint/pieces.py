@@ -46,7 +46,7 @@ PieceIndex = dict[str, dict[str, list[Piece]]]
 
 
 def group_of(kind: str) -> str:
-    """Return the group of a kind of tensors: ``weights`` or ``moments``.
+    """Return which tensor files store a kind of tensors: ``weights`` or ``moments``.
 
     A kind is ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
     """

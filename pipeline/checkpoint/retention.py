@@ -190,7 +190,7 @@ def prune(run_folder: Path, keep: int, *, dry_run: bool) -> Pruning:
 def _plan_pruning(run_folder: Path, keep: int) -> tuple[list[Path], list[tuple[Path, int, str]]]:
     """Return the checkpoints to keep, and (folder, bytes, reason) for each folder to delete.
 
-    Incomplete folders come first, because deleting a checkpoint uses the same temporary names.
+    Incomplete folders come first, because ``delete_checkpoint`` can remove an incomplete folder of the same step.
     """
     kept: list[Path] = []
     best = None

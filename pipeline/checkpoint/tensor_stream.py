@@ -1,4 +1,4 @@
-"""Write a safetensors file while only one tensor is in memory at a time.
+"""Write a safetensors file with only one tensor in memory at a time.
 
 The safetensors library needs all tensors in memory.
 """

@@ -142,7 +142,7 @@ def changes_of_numbers(backend: BackendConfig) -> list[str]:
 
 
 def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
-    """Return the keys of DeepSpeed in a config file. For a run config, the list is empty."""
+    """Return DeepSpeed's keys if a config file is DeepSpeed's own JSON. Return [] for a run config."""
     own = [key for key in content if key in (*PASSED_THROUGH, *OWNED_BY_RUN, *MONITORS)]
     sections = [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]
     return [] if sections else [key for key in own if key not in Config.model_fields]

@@ -190,8 +190,8 @@ def validation_batches(
     batches may contain padding, which is not scored.
 
     Args:
-        max_batches: the largest number of batches over all ranks. Batches that contain only padding do not count. If
-            the split has more batches, the windows are spread evenly over the split. If None, there is no limit.
+        max_batches: the maximum total number of batches of all ranks. Batches that contain only padding do not count.
+            If the split has more batches, the windows are spread evenly over the split. If None, there is no limit.
     """
     windows = -(-(stream.tokens - 1) // seq_len)
     chosen = np.arange(windows, dtype=np.int64)

@@ -70,7 +70,10 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class _Fork:
-    """An inner node of the tree. The left child gets round(n * left_weight / weight) of the node's first n samples."""
+    """An inner node of a ``Mixture``'s tree.
+
+    The left child gets round(n * left_weight / weight) of the node's first n samples.
+    """
 
     left: _Fork | int
     right: _Fork | int
@@ -139,7 +142,7 @@ class Mixture:
 def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
     """Return the root of the tree. The leaves are indices of datasets.
 
-    If weights are equal, the older node is joined first.
+    If two nodes have equal weights, the older one gets its parent first.
     """
     denominator = math.lcm(*(share.denominator for share in shares))
     heap: list[tuple[int, int, _Fork | int]] = [

@@ -17,7 +17,7 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torc
 _OPENMP_WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MASTER_ADDR, _MASTER_PORT)
 
-#: The number of checks of a waiting OpenMP thread before it sleeps. See docs/performance.md.
+#: How often a waiting OpenMP thread spins before it sleeps. See docs/performance.md.
 DEFAULT_SPINS = 10_000
 
 
@@ -149,12 +149,12 @@ def set_openmp_threads(threads: int) -> None:
 
 
 def set_openmp_default() -> None:
-    """Make waiting OpenMP threads sleep after ``DEFAULT_SPINS`` checks, unless the user has configured the waiting.
+    """Make waiting OpenMP threads spin ``DEFAULT_SPINS`` times before they sleep, unless the user has configured this.
 
     Call this function before torch is imported, because OpenMP reads its environment variables when it is loaded.
 
-    Torch on Linux uses GNU's OpenMP, which would check 300,000 times. If other processes use the same cores,
-    these checks take time from the other threads of this process.
+    Torch on Linux uses GNU's OpenMP, which would spin 300,000 times. If other processes use the same cores,
+    the spinning takes time from the other threads of this process.
     """
     if not any(name in os.environ for name in _OPENMP_WAIT_VARIABLES):
         os.environ[_OPENMP_WAIT_VARIABLES[0]] = str(DEFAULT_SPINS)

@@ -62,8 +62,8 @@ def prints_for_node() -> bool:
 def _wait_for_end() -> None:
     """Wait two seconds, so that the launcher can end this process.
 
-    If rank 0 has printed the same error, this process then does not print it again. During the wait, SIGTERM ends the
-    process at once. The run's own handler might wait longer.
+    A process that ends during the wait does not repeat the error that rank 0 has printed. During the wait, SIGTERM ends
+    the process at once. The run's own handler might wait longer.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

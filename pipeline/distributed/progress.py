@@ -190,7 +190,7 @@ class MainThread:
         return time.clock_gettime(time.pthread_getcpuclockid(self._thread_id))
 
     def _line(self) -> str:
-        """Return the current line of this project. If it calls another package, also return the current line there."""
+        """Return the main thread's line in this project's code, and its line in a called package, if there is one."""
         innermost = frame = sys._current_frames().get(self._thread_id)
         while frame and not frame.f_globals.get("__name__", "").startswith(("pipeline.", "data_tools.")):
             frame = frame.f_back

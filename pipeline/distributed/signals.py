@@ -34,7 +34,7 @@ class SignalThread:
         self._thread.join()
 
     def _read_signals(self) -> None:
-        """Call ``hear`` for each signal number that the interpreter writes, until the socket is closed."""
+        """Call ``hear`` for each signal number that the interpreter writes to the socket, until the socket closes."""
         with self._reader:
             while numbers := self._reader.recv(64):
                 # Signals that arrive together have no order. A Ctrl-C comes before the launcher's SIGTERM.

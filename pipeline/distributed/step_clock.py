@@ -152,7 +152,7 @@ class StepClock:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Return a context manager. The time inside its block counts as time in which the rank waits for data."""
+        """Return a context manager. The time inside its block counts as data wait."""
         if self._step is None:
             yield
             return
