@@ -1,1 +1,1 @@
-"""Check a machine with GPUs in about ten minutes: correctness, speed, memory and, with several GPUs, overlap."""
+"""Check a machine with GPUs: correctness, speed, memory and, with several GPUs, overlap."""
