@@ -100,7 +100,7 @@ def last_tensors(run_folder: Path) -> dict[str, bytes]:
 
 
 def all_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
-    """Return all pairs of backends, each with two processes after one process, and with one after two."""
+    """Return all pairs of backends, each twice: with one and then two processes, and with two and then one."""
     return [
         (Side(saved_by, processes), Side(continued_by, 3 - processes))
         for processes, saved_by, continued_by in product((1, 2), backends, backends)

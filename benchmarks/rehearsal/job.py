@@ -127,7 +127,7 @@ class Job:
         return time.monotonic() - started
 
     def wait_until_held(self, step: int) -> None:
-        """Wait until the ranks wait after a step, or inside the save of this step."""
+        """Return as soon as all ranks are held at ``step``, in the place that ``hold_in`` names."""
         if self._holding["hold_in"] == "save":
             aside = hidden_partial_path(checkpoint_folder(self.run_folder, step))
             ranks = range(len(self.lab.hosts))

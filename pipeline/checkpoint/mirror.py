@@ -97,9 +97,9 @@ class Mirror:
 
     @contextmanager
     def pinned(self) -> Iterator[Set[int]]:
-        """Return a context manager. Delete local checkpoints only inside its ``with`` block.
+        """Return a context manager for the deletion of local checkpoints. No upload begins inside its block.
 
-        The block gets the set of steps whose checkpoints are being uploaded. Do not delete these checkpoints.
+        The block gets the steps whose checkpoints are being uploaded, and must not delete these checkpoints.
         """
         with self._lock:
             yield frozenset(self._uploading)
