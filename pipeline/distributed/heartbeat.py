@@ -148,9 +148,10 @@ class Heartbeat:
             return Verdict(_LOST_STORE)
 
     def _turns(self) -> Iterator[float]:
-        """Yield once per second the number of seconds since the last turn, at most two.
+        """Yield about once per second. The value is the time since the previous yield, in seconds.
 
-        A longer pause means that this process was suspended. Other ranks must not count as silent for this time.
+        The value is at most 2. A longer pause means that this process was suspended, and other ranks must not count as
+        silent for this time.
         """
         last_turn = time.monotonic()
         while not self._stopped.wait(INTERVAL_S):

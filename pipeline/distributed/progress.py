@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-#: A rank may be still for this long in a phase that waits for a compiler, a download or a disk.
+#: A rank may be idle for this long in a phase that waits for a compiler, a download or a disk.
 PATIENCE_S = 600.0
 #: A rank loops if its CPU time since the last mark is more than this many times the longest so far. The factor is
 #: large, because waiting for a shared GPU also uses CPU time.
@@ -105,7 +105,7 @@ class Place:
     position: int  # how many marks the rank has passed
     phase: str
     is_patient: bool
-    still_s: float
+    idle_s: float  # the time without progress and without CPU time
     line: str  # the current line of source code
     busy_s: float = 0.0  # the CPU time since the last mark; 0 in a patient phase
     longest_s: float = 0.0  # the most CPU time between two marks so far; 0 if not known yet
@@ -115,16 +115,13 @@ class Place:
         return json.dumps(asdict(self))
 
     def is_overdue(self, timeout_s: float) -> bool:
-        """Return whether the rank seems to be stuck: it loops (see ``loops``), or it has been still for too long.
-
-        A rank is still while it records no progress and uses no CPU time.
+        """Return whether the rank seems to be stuck: it loops (see ``loops``), or it has been idle for too long.
 
         Args:
-            timeout_s: how many seconds without progress and CPU time are allowed. If ``is_patient``, at least
-                ``PATIENCE_S`` seconds are allowed.
+            timeout_s: the largest allowed ``idle_s``. If ``is_patient``, at least ``PATIENCE_S`` are allowed.
         """
         allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
-        return self.still_s > allowed_s or self.loops(timeout_s)
+        return self.idle_s > allowed_s or self.loops(timeout_s)
 
     def loops(self, timeout_s: float) -> bool:
         """Return whether the rank computes without progress, for example in an infinite loop.
@@ -146,7 +143,7 @@ class MainThread:
         self._seen = (progress.position, progress.moves)
         self._own_cpu_s = self._read_own_cpu_s()
         self._cpu_s = self._read_cpu_s()
-        self._still_s = 0.0
+        self._idle_s = 0.0
 
     def observe(self, elapsed_s: float) -> Place:
         """Return what the main thread is doing.
@@ -157,7 +154,7 @@ class MainThread:
         progress = self._progress
         seen, cpu_s, own_cpu_s = (progress.position, progress.moves), self._read_cpu_s(), self._read_own_cpu_s()
         has_moved = seen != self._seen or cpu_s - self._cpu_s > _LEAST_CPU_SHARE * elapsed_s
-        self._still_s = 0.0 if has_moved else self._still_s + elapsed_s
+        self._idle_s = 0.0 if has_moved else self._idle_s + elapsed_s
         is_compiling = _is_compiling()
         if is_compiling:
             progress.excused_s += own_cpu_s - self._own_cpu_s
@@ -167,7 +164,7 @@ class MainThread:
             progress.position,
             progress.phase,
             self._is_patient or progress.is_patient or is_compiling,
-            self._still_s,
+            self._idle_s,
             self._line(),
             own_cpu_s - progress.marked_at_s - progress.excused_s if is_busy else 0.0,
             progress.longest_s,
@@ -249,8 +246,8 @@ def describe_places(places: Mapping[int, Place], stuck: Sequence[int], name: Cal
 
 
 def _describe_delay(places: Sequence[Place]) -> str:
-    still_s, busy_s = min(place.still_s for place in places), min(place.busy_s for place in places)
-    if still_s >= busy_s:
-        return f"not moved for {still_s:.0f} s"
+    idle_s, busy_s = min(place.idle_s for place in places), min(place.busy_s for place in places)
+    if idle_s >= busy_s:
+        return f"not moved for {idle_s:.0f} s"
     usual_s = max(place.longest_s for place in places)
     return f"no progress in {busy_s:.0f} s of CPU time (at most {usual_s:.2g} s before)"

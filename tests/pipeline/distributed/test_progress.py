@@ -19,11 +19,11 @@ from pipeline.distributed.progress import (
 )
 
 TIMEOUT_S = 60.0
-MOVING = Place(position=7, phase="step 5, optimizer", is_patient=False, still_s=0.0, line="trainer.py:1 in train_step")
-STILL = replace(MOVING, still_s=61.0)
-BEHIND = replace(STILL, position=6, phase="step 5, waiting for data", line="loader.py:2 in _read")
+MOVING = Place(position=7, phase="step 5, optimizer", is_patient=False, idle_s=0.0, line="trainer.py:1 in train_step")
+IDLE = replace(MOVING, idle_s=61.0)
+BEHIND = replace(IDLE, position=6, phase="step 5, waiting for data", line="loader.py:2 in _read")
 PATIENT = replace(BEHIND, is_patient=True)
-OUT_OF_PATIENCE = replace(PATIENT, still_s=PATIENCE_S + 1)
+OUT_OF_PATIENCE = replace(PATIENT, idle_s=PATIENCE_S + 1)
 SPINS = replace(MOVING, busy_s=61.0, longest_s=2.0)  # for example in a wait for a GPU
 LOOPS = replace(SPINS, position=6)
 WORKS = replace(LOOPS, longest_s=61.0 / LOOP_FACTOR)
@@ -34,22 +34,22 @@ FIRST = replace(LOOPS, longest_s=0.0)
     ("places", "stuck"),
     [
         pytest.param([MOVING, MOVING], [], id="all move"),
-        pytest.param([STILL, replace(MOVING, position=6)], [], id="a rank waits for one that works"),
-        pytest.param([STILL, BEHIND], [1], id="a rank waits for one that does not"),
-        pytest.param([MOVING, BEHIND, STILL], [1], id="a rank that waits for its GPU uses CPU time"),
-        pytest.param([MOVING, STILL], [], id="the rank that is still may wait for the other one"),
-        pytest.param([STILL, STILL], [0, 1], id="all are still at the same mark"),
-        pytest.param([STILL], [0], id="the only rank"),
-        pytest.param([STILL, PATIENT], [], id="the rank behind compiles"),
-        pytest.param([STILL, OUT_OF_PATIENCE], [1], id="the rank behind has compiled for too long"),
-        pytest.param([BEHIND, STILL, BEHIND], [0, 2], id="two ranks are behind"),
-        pytest.param([STILL, LOOPS], [1], id="a rank waits for one that loops"),
+        pytest.param([IDLE, replace(MOVING, position=6)], [], id="a rank waits for one that works"),
+        pytest.param([IDLE, BEHIND], [1], id="a rank waits for one that does not"),
+        pytest.param([MOVING, BEHIND, IDLE], [1], id="a rank that waits for its GPU uses CPU time"),
+        pytest.param([MOVING, IDLE], [], id="the rank that is still may wait for the other one"),
+        pytest.param([IDLE, IDLE], [0, 1], id="all are still at the same mark"),
+        pytest.param([IDLE], [0], id="the only rank"),
+        pytest.param([IDLE, PATIENT], [], id="the rank behind compiles"),
+        pytest.param([IDLE, OUT_OF_PATIENCE], [1], id="the rank behind has compiled for too long"),
+        pytest.param([BEHIND, IDLE, BEHIND], [0, 2], id="two ranks are behind"),
+        pytest.param([IDLE, LOOPS], [1], id="a rank waits for one that loops"),
         pytest.param([SPINS, LOOPS], [1], id="a rank waits with its GPU for one that loops"),
         pytest.param([SPINS, BEHIND], [1], id="a rank waits with its GPU for one that is still"),
         pytest.param([SPINS], [0], id="the only rank waits for its GPU"),
         pytest.param([SPINS, SPINS], [0, 1], id="all wait for their GPUs"),
-        pytest.param([STILL, WORKS], [], id="the rank behind works as long as it has worked before"),
-        pytest.param([STILL, FIRST], [], id="the rank behind does its first work"),
+        pytest.param([IDLE, WORKS], [], id="the rank behind works as long as it has worked before"),
+        pytest.param([IDLE, FIRST], [], id="the rank behind does its first work"),
         pytest.param([SPINS, replace(MOVING, position=6)], [], id="a rank waits with its GPU for one that works"),
         pytest.param([SPINS, MOVING], [], id="a rank waits with its GPU for one in the same collective"),
         pytest.param([SPINS, PATIENT], [], id="a rank waits with its GPU for one that compiles"),
@@ -64,7 +64,7 @@ def test_a_longer_timeout_is_also_that_of_patient_phases() -> None:
 
 
 def test_stuck_ranks_are_described_first() -> None:
-    text = describe_places(dict(enumerate([STILL, BEHIND])), [1], {1: "host, pid 5"}.__getitem__)
+    text = describe_places(dict(enumerate([IDLE, BEHIND])), [1], {1: "host, pid 5"}.__getitem__)
     assert text == (
         "rank 1 (host, pid 5): not moved for 61 s, in step 5, waiting for data (loader.py:2 in _read); "
         "rank 0: in step 5, optimizer (trainer.py:1 in train_step)"
@@ -94,18 +94,18 @@ def test_a_thread_is_still_until_it_passes_a_mark_or_uses_the_cpu() -> None:
     progress = Progress()
     progress.reach("step 1")
     main_thread = MainThread(progress, is_patient=False)
-    assert [observe(progress, main_thread).still_s for _ in range(3)] == [1.0, 2.0, 3.0]
+    assert [observe(progress, main_thread).idle_s for _ in range(3)] == [1.0, 2.0, 3.0]
     progress.move()
-    assert observe(progress, main_thread).still_s == 0.0
+    assert observe(progress, main_thread).idle_s == 0.0
     busy_until = time.thread_time() + 0.05
     while time.thread_time() < busy_until:
         pass
-    assert observe(progress, main_thread).still_s == 0.0
+    assert observe(progress, main_thread).idle_s == 0.0
     place = observe(progress, main_thread)
-    assert (place.still_s, place.position, place.phase) == (1.0, 1, "step 1")
+    assert (place.idle_s, place.position, place.phase) == (1.0, 1, "step 1")
     assert place.line.endswith(" in join") or "threading.py" in place.line
     progress.pass_mark()
-    assert observe(progress, main_thread).still_s == 0.0
+    assert observe(progress, main_thread).idle_s == 0.0
 
 
 def use_cpu(seconds: float) -> None:
