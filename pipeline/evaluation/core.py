@@ -111,7 +111,7 @@ def prepare_core(path: str | None, settings: Settings, name: str) -> PreparedCor
         settings: ``limit`` is the number of examples per task, taken from the start of nanochat's shuffled order.
 
     Raises:
-        ConfigError: ``path`` is None, or ``settings`` sets the number of few-shot examples or the stride.
+        ConfigError: ``path`` is None, or ``settings`` sets ``shots`` or ``stride``, which CORE does not use.
         DataError: a file is missing or cannot be used.
     """
     if path is None:

@@ -112,8 +112,8 @@ def arc(row: Row) -> Example:
 def _question(row: Row, counts: range) -> Example:
     """Read ``query``, ``choices``, ``gold`` of a task whose prompts begin with "Question: " and end with "Answer:".
 
-    A missing "Answer:" is added. But the query does not change if "Question: " is missing, or if ``counts`` does not
-    contain the number of choices. ``rendered_by_file`` is then True.
+    A missing "Answer:" is added. If the query has another form, or the number of choices is not in ``counts``, the
+    query does not change, and ``rendered_by_file`` is True.
     """
     example = any_choices(row)
     question = row["query"].removesuffix("\nAnswer:").removesuffix("\n")
@@ -175,7 +175,7 @@ def lambada(row: Row) -> Example:
     """Read ``text``, or instead ``context`` and ``continuation``. The last word of ``text`` is the continuation.
 
     Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. If the continuation has
-    several words, the row is not in LAMBADA's format. ``rendered_by_file`` is then True.
+    several words, ``rendered_by_file`` is True, because the row is not in LAMBADA's format.
     """
     if "context" in row:
         context, word = text_field(row, "context"), text_field(row, "continuation").removeprefix(" ")
@@ -259,8 +259,8 @@ def draw_shots(
     The seed is fixed, as in lm-evaluation-harness.
 
     Args:
-        spare: whether the pool can contain the example to score. If True, ``count + 1`` examples are drawn, and one of
-            them is removed. This is the example to score if it was drawn, otherwise the last example.
+        spare: whether the pool can contain the example to score. If True, ``count + 1`` examples are drawn. The
+            example to score is then removed from them. If it was not drawn, the last example is removed.
 
     Raises:
         DataError: the pool contains too few examples.

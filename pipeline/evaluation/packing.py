@@ -45,7 +45,7 @@ class Request:
 
 @dataclass
 class Tree:
-    """The tokens of several requests. Each node is one token. Requests with a common beginning share its nodes."""
+    """The tokens of several requests. Each node is one token. Requests share the nodes of their common beginning."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)  # the node of the previous token; -1 for the first token
@@ -56,7 +56,7 @@ class Tree:
 
     @property
     def is_chain(self) -> bool:
-        """Return whether the tree has no branches. The normal causal mask is then right."""
+        """Return whether the tree has no branches. Such a tree needs only the normal causal mask."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, request: Request, context_length: int, reset_at: int | None) -> None:

@@ -34,9 +34,9 @@ class PreparedTask:
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
     def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Score the examples. Return the results, such as ``acc``, and the values of the attribute ``facts``.
+        """Score the examples. Return the results, such as ``acc``, together with ``facts`` in one dict.
 
-        The result is one dict of JSON values. Every rank must call this method.
+        Every rank must call this method.
         """
         return self.measure_examples(scorer)[0]
 
@@ -115,7 +115,7 @@ class ChoiceTask:
 
         Raises:
             DataError: a row cannot be used.
-            ConfigError: the settings contain a stride.
+            ConfigError: the settings contain ``stride``, which is only for tasks of whole texts.
         """
         examples, groups = _read_and_encode(data, self.read, self.encode)
         facts = facts_of(_protocol_of(name, self.protocol, examples), data, len(examples))
@@ -179,7 +179,7 @@ class ContinuationTask:
 
         Raises:
             DataError: a row cannot be used.
-            ConfigError: the settings contain a stride.
+            ConfigError: the settings contain ``stride``, which is only for tasks of whole texts.
         """
         examples, groups = _read_and_encode(data, self.read, encode_pair)
         facts = facts_of(_protocol_of(name, self.protocol, examples), data, len(examples))
@@ -226,7 +226,7 @@ def _read_and_encode(data: TaskData, read: Callable[[Row], Example], encode: Enc
 
 
 def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
-    """Return the name of the protocol. If the prompts come from the user's file, the name says so."""
+    """Return a task's protocol as text for the results. If prompts come from the user's file, the text says so."""
     count = sum(example.rendered_by_file for example in examples)
     if not count:
         return protocol

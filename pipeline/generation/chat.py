@@ -26,8 +26,8 @@ class Chat:
     Each message begins with a heading line such as ``### User:``. An answer ends at ``<|endoftext|>`` or before the
     next heading line.
 
-    With the template "messages", an answer also ends at the token of the empty line after a message. An empty line
-    between two paragraphs has other tokens, and does not end the answer.
+    With the template "messages", the empty line after a message also ends an answer. An empty line between two
+    paragraphs does not end it, because its tokens differ.
 
     Args:
         template: the kind of training data. With "instruction", the model sees only the last message.
@@ -59,7 +59,10 @@ class Chat:
                 self._history.append(question + self._encode(answer.strip() + END_OF_TURN))
 
     def _recall(self, question: list[int]) -> list[int]:
-        """Return the tokens before a question. If the context is too short, remove the oldest exchanges."""
+        """Return the tokens of the system message and the earlier exchanges.
+
+        If the context is too short for them and the question, remove the oldest exchanges.
+        """
         context = self.writer.model.config.context_length
         room = context - min(self.sample.max_new_tokens, context // 2) - 1 - len(self._system) - len(question)
         forgotten = 0

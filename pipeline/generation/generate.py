@@ -18,8 +18,8 @@ PADDING = 0  # any id: no token attends to it
 def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> int:
     """Draw the next token at random from its logits, and return the token's id.
 
-    ``top_k`` limits the draw to the k most likely tokens. ``top_p`` then keeps only the most likely of these tokens: as
-    few as are needed for a total probability of ``top_p``. With temperature 0, the most likely token is returned.
+    ``top_k`` limits the draw to the k most likely tokens. ``top_p`` limits it further, to the smallest set of these
+    tokens with a total probability of at least ``top_p``. With temperature 0, the most likely token is returned.
 
     Args:
         logits: fp32 of shape (V,), on the CPU.

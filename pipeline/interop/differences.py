@@ -47,8 +47,7 @@ def describe_differences(
 ) -> list[str]:
     """Return one line per difference between the original model and our imported model.
 
-    Each line contains two losses of the original model on a short text: its loss without a change, and its loss after
-    a change that removes only this difference.
+    Each line contains the original model's loss on a short text, with and without this difference.
 
     Args:
         config: the config of the original model. Its ``vocab_size`` counts all rows of the stored embedding.

@@ -94,7 +94,7 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
     """Load a pickle of tensors and plain values. Objects of ``classes`` become ``SettingsObject``s.
 
     Raises:
-        UnpicklingError: the file contains an object of another class. The message names the class after ``GLOBAL``.
+        UnpicklingError: the file contains an object of another class. The message contains ``GLOBAL CLASS``.
     """
     try:
         with warnings.catch_warnings(), safe_globals([(SettingsObject, name) for name in classes]):

@@ -1,4 +1,4 @@
-"""Import nanoGPT's ``ckpt.pt``: the weights, AdamW's moments, and the settings that exist in a run config.
+"""Import nanoGPT's ``ckpt.pt``: the weights, AdamW's moments, and the settings that a run config also has.
 
 The file contains a dict. Its keys are ``model`` and ``optimizer`` (state dicts), ``model_args``, ``iter_num`` and
 ``config``. build-nanogpt's ``model_*.pt`` differs: ``config`` contains the sizes of the model, and ``step`` replaces
@@ -135,7 +135,7 @@ def _translate_config(file: NanoGptFile, model: ModelConfig, run_folder: Path, n
 
 
 def _translate_schedule(settings: Section, notes: list[str]) -> dict[str, Any]:
-    """Return a schedule with the same learning rates.
+    """Return a schedule with nanoGPT's learning rates. Only the warm-up differs slightly.
 
     The new run ends at the end of the decay. nanoGPT may train longer.
     """
@@ -189,8 +189,8 @@ def _read_moments(
 
     The result contains only the first ``kept_rows`` rows of the embedding's moments.
 
-    AdamW numbers the parameters in two groups: first those with at least two dimensions, then all others. Each group
-    has the model's order.
+    AdamW numbers the parameters in two groups: first those with at least two dimensions, then all others. Within a
+    group, they are in the model's order.
     """
     if file.content.get("optimizer") is None:
         return {}, None

@@ -76,11 +76,10 @@ class KeyValueCache:
     def carry_text_starts(self, starts: Tensor) -> Tensor:
         """Return the slot where the document of each new token begins, shape (B, T).
 
-        The caller counts the position of a token from this slot.
+        The position of a token is its slot minus this slot.
 
         Args:
-            starts: the slots of documents that begin in the new tokens, shape (B, T). The value is 0 for the tokens of
-                a document that began in an earlier call.
+            starts: the same slots, shape (B, T), but 0 for documents that began in an earlier call.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -96,7 +96,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
 
 
 class _CompiledCrossEntropy(torch.autograd.Function):
-    """Cross-entropy for compiled code. Unlike torch's backward pass, this class does not sum the one-hot targets."""
+    """Cross-entropy for compiled code. Unlike torch's, its backward pass does not sum over the vocabulary."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

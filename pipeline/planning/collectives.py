@@ -43,7 +43,7 @@ class StepCollectives:
     after: list[Collective]  # after the last backward pass, one by one
 
     def micro_steps(self) -> Iterator[tuple[int, list[Stage]]]:
-        """Yield pairs ``(count, stages)``: ``count`` micro-steps of the step consist of these stages."""
+        """Yield (number of micro-steps, their stages) for the first, the middle and the last micro-steps."""
         if self.accumulation > 1:
             yield 1, self.first
             yield self.accumulation - 2, self.middle
@@ -135,7 +135,7 @@ class _Issuer:
             yield Collective("all_gather", self.weight_width * self.sizes.total, self.world)
 
     def _fsdp(self, *, is_first: bool, is_last: bool) -> list[Stage]:
-        """Return the stages of FSDP2. The root group is gathered once per step."""
+        """Return the stages of FSDP2. The weights outside the blocks are gathered once per step."""
         shard = Group(self.backend.ranks_per_copy(self.world.size))
         copies = Group(self.world.size // shard.size, stride=shard.size)
         reshards = self.backend.fsdp.reshard_after_forward

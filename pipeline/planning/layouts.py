@@ -72,7 +72,7 @@ class _Case:
     pins_host_memory: bool
 
     def pinned(self, size: int, *, always: bool = False) -> int:
-        """Return the bytes of host memory of a buffer that DeepSpeed pins.
+        """Return the bytes that a buffer takes in host memory. Pinning rounds ``size`` up to a power of two.
 
         Args:
             always: whether DeepSpeed ignores ``offload_optimizer.pin_memory`` for this buffer.
@@ -87,7 +87,7 @@ class _Case:
 
     @property
     def compute(self) -> Compute:
-        """Return the kind of compute weights, for backends that keep bf16 weights if the precision is ``bf16``."""
+        """Return the kind of compute weights in FSDP2 and ZeRO-1 to ZeRO-3. DDP and ZeRO-0 differ in ``bf16``."""
         return "bf16_weights" if self.is_bf16 else "autocast"
 
     def growing(self, total: int) -> Callable[[int], int]:
@@ -107,7 +107,7 @@ class _Case:
     def partitions(self) -> Iterator[tuple[list[int], int, int]]:
         """Yield the parameter sizes, elements per rank and state bytes per element of each optimizer group.
 
-        The number of elements per rank is even.
+        The number of elements per rank is rounded up to a multiple of 2.
         """
         groups: dict[tuple[bool, int], list[int]] = {}
         for name, shape in self.sizes.shapes.items():
@@ -241,7 +241,10 @@ def _overlapping_bytes(case: _Case, bytes_of: Callable[[int], int]) -> int:
 
 
 def _reduce_buckets(case: _Case) -> int:
-    """Return the bytes of the contiguous buffers: two if reductions overlap with the backward pass, otherwise one."""
+    """Return the bytes of the contiguous buffers.
+
+    There are two buffers if reductions overlap with the backward pass, otherwise one.
+    """
     zero = case.backend.zero
     if not zero.get("contiguous_gradients", True):
         return 0
@@ -250,7 +253,7 @@ def _reduce_buckets(case: _Case) -> int:
 
 
 def _zero1(case: _Case) -> Layout:
-    """Return the layout of ZeRO-1: moments and master weights are partitioned. Accumulated gradients are whole."""
+    """Return the layout of ZeRO-1: moments and master weights are partitioned, accumulated gradients are not."""
     sizes = case.sizes
     shard = sum(partition for _, partition, _ in case.partitions())
     state = sum(partition * width for _, partition, width in case.partitions())

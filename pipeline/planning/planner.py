@@ -76,9 +76,9 @@ def plan_run(
     Args:
         mfu: the fraction of the device's FLOP/s that the computation reaches without communication.
         tokens: the number of training tokens in the whole run.
-        grow_batch: whether to enlarge a batch that the ranks cannot divide equally. If True, the plan may have a
-            smaller micro-batch than the config: the largest one that divides the sequences per rank. If this size fits
-            in memory, it is also the ``largest_micro_batch`` of the plan.
+        grow_batch: whether to enlarge a batch that the ranks cannot divide equally. If True, the micro-batch size is
+            the largest one that divides the sequences per rank, but at most that of the config. If this size fits in
+            memory, it is also the ``largest_micro_batch`` of the plan.
 
     Raises:
         ConfigError: ``grow_batch`` is False, and the batch cannot be divided equally among the ranks.
@@ -110,7 +110,7 @@ def plan_run(
 
 
 def peak_memory(config: Config, plan: BatchPlan) -> Memory:
-    """Return the peak memory of a rank on its device during a step: the bytes per use, such as gradients.
+    """Return the bytes of each kind of tensor when a rank uses the most device memory in a step.
 
     The first step can have another peak, because it creates the optimizer state and the buckets for gradients.
     """

@@ -65,7 +65,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
-    """Return whether a JSON value is a row: an object with a step, and with numbers or null for the console."""
+    """Return whether a JSON value is a row: an object with a step. Metrics on the console must be numbers or null."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
     numbers = ("loss", "lr", *_SPEED_KEYS, *_CONSOLE_FORMATS)

@@ -63,7 +63,7 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     Raises:
         CheckpointError: the checkpoint cannot be used, the run folder contains another run, or the data, seed or
             model has changed.
-        ConfigError: the checkpoint belongs to another run, and ``config`` allows no training step after it.
+        ConfigError: the checkpoint belongs to another run, and a run that starts from it is already complete.
     """
     run_folder = Path(config.run.out_dir)
     try:
@@ -198,7 +198,10 @@ def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, An
 def _check_same_run(
     config: Config, data_sha256: str, folder: Path, state: TrainingState, stored_config: dict[str, Any]
 ) -> None:
-    """Raise CheckpointError if the model has changed, or if the data order has changed after the first step."""
+    """Raise CheckpointError if the model has changed.
+
+    If the checkpoint was trained on samples, also raise it if the data or their order has changed.
+    """
     model = config_section(stored_config, "model")
     settings: list[tuple[str, Any, Any, str]] = [
         ("model.reset_positions_at", model.get("reset_positions_at"), config.model.reset_positions_at, "model")

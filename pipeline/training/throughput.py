@@ -54,7 +54,7 @@ class ThroughputMeter:
         self.ceiling_flops = max(self.ceiling_flops, flops)
 
     def restart(self) -> None:
-        """Restart the clock, just before the first step."""
+        """Start a new measurement now."""
         self._started, self._steps, self._waited_s = time.perf_counter(), 0, 0.0
 
     def count_step(self) -> None:

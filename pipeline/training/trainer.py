@@ -172,7 +172,7 @@ class Trainer:
         return self.stop_request.agreed()
 
     def _run_step(self) -> signal.Signals | None:
-        """Train one step. Then log, evaluate and save what is due.
+        """Train one step. Then log, evaluate or save if this is due.
 
         Returns a signal that has arrived, or None.
         """
@@ -444,7 +444,7 @@ class Trainer:
         self._has_evaluated = True
 
     def _check_ceiling(self) -> None:
-        """Measure the ceiling of MFU again, because other programs may have disturbed the earlier measurement."""
+        """Measure ``ceiling_flops`` again, because other programs may have disturbed the earlier measurement."""
         if 0 < self.state.step < self.config.schedule.max_steps:
             tokens = self.plan.micro_batch_size * self.plan.seq_len
             with self.peak_memory.ignored():
