@@ -1,1 +1,1 @@
-"""Measure speed, memory and agreement with real runs. The results are in docs/benchmarks."""
+"""Measure the speed, memory use and correctness of the pipeline. The results are in docs/benchmarks."""

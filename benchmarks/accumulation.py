@@ -1,4 +1,4 @@
-"""Compare the curves of runs that split the same batch into micro-batches and ranks in six ways.
+"""Compare the loss curves of runs that divide the same batch into micro-batches and among ranks in six ways.
 
 python -m benchmarks.accumulation                                                    # what `make accumulation` runs
 python -m benchmarks.accumulation --bytes --backends fsdp/2 zero3/2 --processes 2 4  # groups of two ranks
@@ -29,7 +29,7 @@ def compare(
     processes: Sequence[int] = PROCESSES,
     base: Sections = TINY_RUN,
 ) -> Iterator[Agreement]:
-    """Train ``base`` with each split of the batch in fp32. Yields one comparison per run."""
+    """Train ``base`` in fp32 with each division of the batch. Yields one comparison per run."""
     if masked:
         data = copy_with_masks(data, scratch / "masked_data")
 
@@ -56,7 +56,7 @@ def compare(
 
 
 def main() -> None:
-    """Exit with a non-zero status if a run does not agree."""
+    """Exit with a non-zero status if a run does not agree with the reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--processes", type=int, nargs="+", default=list(PROCESSES))

@@ -1,10 +1,11 @@
 """Measure how fast a run trains on a CPU while other processes use the same cores.
 
-python -m benchmarks.busy_machine                                  # our default, and libgomp's default
+python -m benchmarks.busy_machine                                  # the defaults of this project and of libgomp
 python -m benchmarks.busy_machine --spins 0 1000 10000 300000 --busy 0 2 6
 
-The table has one row per number of busy processes, and one column per value of ``GOMP_SPINCOUNT``. A round measures
-each value once. The cells are medians over the rounds, in tokens per second.
+The table has one row per number of busy processes, and one column per value of ``GOMP_SPINCOUNT``: how many times
+an OpenMP thread polls for work before it sleeps. A round measures each value once. The cells are medians over the
+rounds, in tokens per second.
 """
 
 from __future__ import annotations

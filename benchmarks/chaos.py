@@ -60,7 +60,7 @@ class Outcome:
         return f"run {self.number}: {', '.join(self.history)}: difference {self.loss_difference:.1e}, {verdict}"
 
     def note_continuation(self, output: str, reached: int) -> None:
-        """Record the checkpoint from which a start resumed. The previous start had logged ``reached`` steps."""
+        """Record the checkpoint from which the run resumed after a kill. It had logged ``reached`` steps before."""
         match = _CONTINUES.search(output)
         if not reached or not match:
             return
@@ -160,7 +160,7 @@ def kill_at_random(run: LiveRun, processes: int, chance: random.Random) -> str |
 
 
 def is_in_save_after(run: LiveRun, step: int) -> bool:
-    """Return whether a checkpoint of a later step is being written now."""
+    """Return whether a checkpoint of a step after ``step`` is being written now."""
     folders = run.run_folder.glob("checkpoints/.step_*.partial")
     return any(int(folder.name.split("_")[1].split(".")[0]) > step for folder in folders)
 

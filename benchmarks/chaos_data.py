@@ -1,4 +1,6 @@
-"""Kill the tokenize command with SIGKILL at random moments, repeat it until it is complete, and compare the bytes.
+"""Kill the tokenize command with SIGKILL at random moments, and repeat it until it is complete.
+
+The shards must equal those of an uninterrupted command.
 
 python -m benchmarks.chaos_data       # what `make chaos-data` runs
 """
@@ -79,7 +81,7 @@ def states(paths: Iterable[Path]) -> dict[Path, State]:
 
 
 def interrupt(source: Path, out: Path, moments: list[float], whole: dict[str, str]) -> Outcome:
-    """Start the command and kill all its processes at each moment. Then run the command to its end and compare."""
+    """Start the command and kill its processes at each moment. Then run it to its end and compare with ``whole``."""
     outcome = Outcome()
     kept: dict[Path, State] = {}
     for moment in moments:

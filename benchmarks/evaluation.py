@@ -1,4 +1,4 @@
-"""Compare our scores with those of lm-evaluation-harness, and our speed with that of build-nanogpt's loop.
+"""Compare our scores with those of lm-evaluation-harness, and our speed with that of build-nanogpt's HellaSwag loop.
 
 python -m benchmarks.evaluation --piqa FILE --lambada FILE     # what `make bench-evaluation` runs
 
@@ -148,7 +148,7 @@ def like_hellaswag(texts: Sequence[str]) -> list[Example]:
 
 @torch.no_grad()
 def one_at_a_time(model: GPT2, examples: Sequence[Example], precision: str) -> Answers:
-    """Score like build-nanogpt's HellaSwag: one example per forward pass, logits at all positions, a masked loss."""
+    """Score as build-nanogpt scores HellaSwag: one example per forward pass, logits at all positions, a masked loss."""
     tokenizer, compute = load_tokenizer(), replicated_compute(model, precision, ALONE.device).eval()
     answers = []
     for example in examples:

@@ -81,7 +81,7 @@ def compile_whole(model: GPT2) -> None:
 
 
 def train(config: Config, world: World, steps: int) -> tuple[Backend, list[tuple[float, float]]]:
-    """Build the backend as a run does. Returns the seconds and CPU seconds of steps of one micro-batch."""
+    """Build the backend as a run does. Returns the seconds and CPU seconds of each step with one micro-batch."""
     plan = plan_batch(config, world.size)
     backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
     backend.draw_weights(config.run.seed)

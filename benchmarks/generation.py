@@ -93,7 +93,7 @@ def print_products(model: GPT2, precision: str, numbers_of_rows: Sequence[int]) 
 
 
 def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
-    """Return the products to compare: that of transformers' Conv1D, and one per ``Way`` of our layer."""
+    """Return the matrix products to compare: that of transformers' Conv1D, and one per ``Way`` of our layer."""
     inputs = {layer.in_features: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
     transposed = {layer: layer.weight.detach().t().contiguous() for layer in layers}
     products: dict[str, Product] = {

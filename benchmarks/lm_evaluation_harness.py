@@ -40,7 +40,7 @@ class HarnessResult:
 def evaluate_with_harness(
     model: GPT2, task: str, splits: dict[str, list[dict[str, Any]]], *, shots: int = 0, limit: int | None = None
 ) -> HarnessResult:
-    """Run one of ``TASKS`` on rows in the form of its dataset on the hub, by split."""
+    """Run one of ``TASKS``. ``splits`` contains rows in the form of the task's dataset on the hub."""
     name, folder = TASKS[task]
     manager = TaskManager(include_defaults=False, include_path=str(Path(lm_eval.__file__).parent / "tasks" / folder))
     with replaced_hub(splits):

@@ -63,7 +63,7 @@ def compare(
 
 
 def main() -> None:
-    """Exit with a non-zero status if a run does not agree."""
+    """Exit with a non-zero status if a run does not agree with the reference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "amp_bf16", "bf16"], choices=LOSS_TOLERANCE)

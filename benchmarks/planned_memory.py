@@ -1,4 +1,4 @@
-"""Compare planned memory with measured peaks, and with the real wrapping code at large world sizes.
+"""Compare planned memory with measured peaks and, at large world sizes, with the sizes of real shards.
 
 python -m benchmarks.planned_memory            # what `make plan-check` runs; run nothing else on the machine
 """
@@ -153,7 +153,7 @@ def start_ranks() -> RankServer:
 
 
 def main() -> None:
-    """Exit with a non-zero status if a row does not agree."""
+    """Exit with a non-zero status if a measured size does not agree with the plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--optimizer", nargs="+", default=OPTIMIZERS, choices=OPTIMIZERS, help="rows of the first table"

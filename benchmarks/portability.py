@@ -108,16 +108,13 @@ def all_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
 
 
 def ring_of_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
-    """Return those of ``all_pairs`` in which the second backend comes next in the list ``backends``."""
+    """Return the pairs of ``all_pairs`` whose second backend follows the first one in ``backends``."""
     following = dict(zip(backends, (*backends[1:], backends[0]), strict=True))
     return [pair for pair in all_pairs(backends) if pair[1].backend == following[pair[0].backend]]
 
 
 def pairs_of_more_ranks(backends: Sequence[str]) -> list[tuple[Side, Side]]:
-    """Return pairs with more than two processes.
-
-    The first run and the resumed run have one and four, four and two, or four (in two groups) and three processes.
-    """
+    """Return pairs with more than two processes: from 1 to 4, from 4 to 2, and from 4 in two groups to 3."""
     every = (*backends, *GROUPED)
     following = (*every[1:], every[0])
     return [
@@ -167,7 +164,7 @@ def print_matrices(results: Sequence[Continuation], backends: Sequence[str]) -> 
 
 
 def main() -> None:
-    """Exit with a non-zero status if a continuation does not agree."""
+    """Exit with a non-zero status if a continuation does not agree with the uninterrupted run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=LOSS_TOLERANCE)
     parser.add_argument(

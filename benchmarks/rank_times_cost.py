@@ -69,7 +69,7 @@ class Steps:
         return (clock() - started) / every_steps
 
     def rounds(self, step: Callable[[], None], clock: Callable[[], float], count: int) -> list[list[float]]:
-        """Return the seconds per step of each round of A B B A. An extra round comes first, to allocate and compile."""
+        """Return the seconds per step of each round of ``ORDER``. An extra first round allocates and compiles."""
         rounds = [[self.seconds(step, clock, measures=measures) for measures in ORDER] for _ in range(count + 1)]
         return rounds[1:]
 

@@ -101,7 +101,7 @@ def measure_limits(setting: Setting) -> Limits:
 
 
 def run_script(processes: int, script: Path, arguments: Sequence[str]) -> str:
-    """Run a script, which chooses its own threads, and return its output."""
+    """Run a script and return its output. The script sets its number of threads."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
     command = ranks_command(processes, script, arguments)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

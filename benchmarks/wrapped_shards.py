@@ -1,4 +1,4 @@
-"""Measure the state that the real wrapping code keeps on rank 0 at any world size, with a fake process group.
+"""Measure the size of parameters, gradients and moments on rank 0 at any world size, with a fake process group.
 
 FSDP2 wraps a model with the shapes of GPT-2, because it allocates only the shards of this rank. DDP and ZeRO wrap a
 small model.

@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 class _StoreEveryValue(argparse.Action):
-    """Collects the values of a repeated option that takes several values. Other options must not be repeated."""
+    """Joins the values if an option with several values is repeated. Any other repeated option is an error."""
 
     was_given = False  # whether the current command line has contained this option
 

@@ -141,7 +141,7 @@ def _by_task(parser: ArgumentParser, option: str, values: list[tuple[str, _T]]) 
 
 
 def _limit(text: str) -> tuple[str, int]:
-    """Return (task, N) for ``TASK=N``. For ``N``, the task is ``EVERY_TASK``."""
+    """Return (task, N) for ``TASK=N``. For ``N`` alone, the task is ``EVERY_TASK``."""
     task, _, number = text.rpartition("=")
     return task, positive_int(number)
 

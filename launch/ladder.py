@@ -82,7 +82,7 @@ def build_parser() -> ArgumentParser:
 
 
 def _check_settings(arguments: argparse.Namespace, stable: Path, milestones: Sequence[int]) -> None:
-    """Raise ConfigError if the settings or the folder do not suit a ladder."""
+    """Raise ConfigError if this command cannot use the settings or the folder."""
     for key in keys_of_overrides(arguments.set):
         if key in OWN_KEYS:
             raise ConfigError(f"--set {key}: this command sets the key for each run; {OWN_KEYS[key]}")

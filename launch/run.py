@@ -116,9 +116,9 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str], 
 
 @contextmanager
 def _signals_belong_to(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Leave Ctrl-C and SIGTERM to a process, which may save a checkpoint before it ends.
+    """Let a child process handle Ctrl-C and SIGTERM, so that it can save a checkpoint before it ends.
 
-    This process ignores Ctrl-C, because the other process also receives Ctrl-C. This process forwards SIGTERM.
+    The parent process forwards SIGTERM. It ignores Ctrl-C, because the child process also receives Ctrl-C.
     """
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda number, _: process.send_signal(number)}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -1,1 +1,1 @@
-"""Measure the store, the heartbeats, the saves, the loader and the metrics of a run with thousands of ranks."""
+"""Measure the control plane of a run with thousands of ranks: store, heartbeats, saves, loader and metrics."""

@@ -3,7 +3,7 @@
 python -m benchmarks.control_plane --ranks 4096        # what `make control-plane` runs
 python -m benchmarks.control_plane --ranks 64 --seconds 3
 
-The ranks are threads in a few processes on this machine, with a real store. The network is not measured.
+The ranks are threads in a few processes on this machine, with a real ``TCPStore``. The network is not measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.tables import print_header, print_row
 
 
 def measure(ranks: int, processes: int, seconds: float, timeout_s: float, preset: str) -> Iterator[tuple[str, str]]:
-    """Yield what was measured, and the value with its unit."""
+    """Yield (name, value with its unit) for each measurement."""
     yield from measure_store(ranks, processes, seconds, timeout_s)
     with tempfile.TemporaryDirectory() as folder:
         yield from measure_checkpoint(ranks, Path(folder), shapes_of(preset))

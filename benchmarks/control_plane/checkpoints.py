@@ -29,7 +29,7 @@ def shapes_of(preset: str) -> dict[str, list[int]]:
 
 
 def measure_checkpoint(ranks: int, folder: Path, shapes: dict[str, list[int]]) -> Iterator[tuple[str, str]]:
-    """Yield what was measured, and the value with its unit. Every rank holds the rows that it has under FSDP2."""
+    """Yield (name, value with its unit) for each measurement. Each rank saves its FSDP2 shard."""
     state_names = {name: list(ADAMW_STATE) for name in shapes}
     target = checkpoint_folder(folder, 1)
     aside = target.with_name("aside")

@@ -36,14 +36,14 @@ PLACE = Place(1000, "step 7, micro-batch 1 of 4", False, 0.0, "gpt2.py:180 in lo
 
 
 class Uploader(Mirror):
-    """A mirror that waits for rounds and reports results, but uploads nothing."""
+    """A mirror that takes part in each upload round, but uploads nothing."""
 
     def _upload_share(self, step: int, files: Files) -> str:
         return ""
 
 
 class Observer:
-    """Takes the place of ``MainThread``."""
+    """Replaces ``MainThread``: the main thread is always at ``PLACE``."""
 
     def observe(self, elapsed_s: float) -> Place:
         return PLACE
@@ -142,7 +142,7 @@ class Ranks:
         return {"seconds": seconds}
 
     def lost(self) -> dict[str, float]:
-        """Stop the heartbeats of the last rank, until all other ranks of this process have noticed."""
+        """Stop the heartbeats of the last rank. Wait until all other ranks of this process notice this."""
         silent = self.size - 1
         with ThreadPoolExecutor(SENDERS) as threads:
             self._take_turns(threads, self.heartbeats)
@@ -233,7 +233,7 @@ class Ranks:
 
 
 def main() -> None:
-    """Run each phase when the conductor begins it, and report what was measured."""
+    """Run each phase when the parent process begins it, and report what was measured."""
     index, size, begin, end, port = map(int, sys.argv[1:6])
     threading.stack_size(STACK_BYTES)
     conductor = TCPStore("localhost", port, None, False, TIMEOUT, wait_for_workers=False)

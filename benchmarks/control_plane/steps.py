@@ -45,7 +45,7 @@ def measure_loader(ranks: int, folder: Path) -> Iterator[tuple[str, str]]:
 
 
 class SimulatedWorld(World):
-    """Rank 0 of many ranks. The other ranks answer at once, and one of them is slow."""
+    """Rank 0 of many ranks. Collectives return at once. One rank reports slow steps."""
 
     def gather(self, item: Any) -> list[Any]:
         """Return the host of each rank, with eight ranks per host."""

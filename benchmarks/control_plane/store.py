@@ -1,4 +1,4 @@
-"""Measure the store that all ranks share."""
+"""Measure the ``TCPStore`` that all ranks share."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Ranks:
 
 
 def measure_store(ranks: int, processes: int, seconds: float, timeout_s: float) -> Iterator[tuple[str, str]]:
-    """Yield what was measured, and the value with its unit.
+    """Yield (name, value with its unit) for each measurement.
 
     Args:
         seconds: the time in which heartbeats are counted.

@@ -1,4 +1,4 @@
-"""List all groups by name."""
+"""List all groups of inputs by name."""
 
 from benchmarks.fuzz.data_groups import DATA_GROUPS
 from benchmarks.fuzz.model_groups import MODEL_GROUPS

@@ -94,7 +94,7 @@ def workers_for(cores: int) -> int:
 
 
 def _exit_on_signal(number: int, _: FrameType | None) -> None:
-    """End like Ctrl-C, which stops the running children."""
+    """Raise KeyboardInterrupt. Like Ctrl-C, it stops the running children."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 

@@ -10,7 +10,7 @@ from tests.support.runs import make_byte_corpus, make_corpus
 
 
 def main() -> None:
-    """Write ``curves``, the data of the curves, and ``speed``, the data of the measurements."""
+    """Write the data for loss curves to ``curves``, and the data for measurements to ``speed``."""
     device_type, folder = sys.argv[1], Path(sys.argv[2])
     if device_type == "cpu":
         make_byte_corpus(folder / "curves")

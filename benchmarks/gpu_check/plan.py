@@ -166,7 +166,7 @@ class Check:
         )
 
     def curve(self, backend: str, precision: str, compiled: bool, processes: int = 1) -> Step:
-        """Return a run. Its loss curve must agree with the curve of the reference."""
+        """Return a step that trains a run. The loss curve must agree with the reference."""
         how = "compiled" if compiled else "eager"
         name = f"curve {backend} {precision} {how}" + (f" x{processes}" if processes > 1 else "")
         run = self._at(name) / "run"

@@ -1,4 +1,4 @@
-"""Measure the speed of one contender of :mod:`benchmarks.train`, or the ceilings of the machine.
+"""Measure the speed of one contender of :mod:`benchmarks.train`, or of matrix products and copies.
 
 ``python -m benchmarks.gpu_check.speed SETTING_JSON OUT CONTENDER [FIRST]``
 

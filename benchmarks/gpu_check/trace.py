@@ -93,7 +93,7 @@ def shares_of_time(events: Sequence[Event]) -> dict[str, float]:
 
 
 def longest(events: Sequence[Event], kind: str, count: int) -> list[tuple[str, float]]:
-    """Return the slowest names of a class, and the share of each name in the time of all events."""
+    """Return the names in a class that take the most time, each with its share of the time of all events."""
     total = sum(event.own for event in events)
     by_name: dict[str, float] = defaultdict(float)
     for event in events:

@@ -72,7 +72,7 @@ def print_case(name: str, row: Row) -> None:
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    """End like Ctrl-C, which ends all hosts."""
+    """Raise KeyboardInterrupt. Like Ctrl-C, it ends all hosts."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 

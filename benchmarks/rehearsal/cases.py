@@ -172,7 +172,7 @@ class Fault:
 
 
 def link_returns(rehearsal: Rehearsal) -> Row:
-    """Cut the link of a host in a step. After all ranks end, repair the link. The launchers start the ranks again."""
+    """Cut a host's link during a step. After all ranks end, repair the link. The launchers start the ranks again."""
     row = Row("a link is cut in a step, and returns", 2, "torchrun --max-restarts=3")
     restarting = torchrun(2, "--max-restarts=3")
     run_folder = rehearsal.new_run_folder()

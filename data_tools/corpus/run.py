@@ -34,7 +34,7 @@ class Observer:
         """Receive the estimate before the first chunk is processed. ``tokenize_share`` does not call this method."""
 
     def progressed(self, progress: Contents) -> None:
-        """Receive the numbers of all documents, tokens and bytes of text that are encoded so far.
+        """Receive how many documents, tokens and bytes of text are encoded so far.
 
         For a continued request, the numbers include the work before the interruption.
         """

@@ -41,8 +41,8 @@ def assign_splits(
 ) -> Iterator[AssignedDocument]:
     """Choose a split for each document with ``draw_split``. No document may be empty.
 
-    If ``fill_both`` is True, ``fill_both_splits`` moves documents to a split that would be empty. ``documents`` must
-    then be the whole corpus.
+    If ``fill_both`` is True, ``fill_both_splits`` moves documents to a split that would otherwise be empty.
+    ``documents`` must then be the whole corpus.
     """
 
     def assign(document: Document) -> AssignedDocument:
@@ -56,9 +56,9 @@ def assign_splits(
 
 
 def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) -> Iterator[AssignedDocument]:
-    """Yield the documents of a corpus, each with its split. Change splits only if all documents have the same split.
+    """Yield the documents of a corpus, each with its split.
 
-    In this case, the corpus determines the change:
+    If all documents have the same split, it is changed as follows:
 
     - Different documents: find the last document that is not a copy of an earlier one. Move this document and its
       copies to the other split.

@@ -171,7 +171,7 @@ class _ReferenceCheck:
             self.drawn.append((number, assigned, encoded))
 
     def compare(self) -> None:
-        """Raise DataError if tiktoken returns other tokens for a document in ``drawn``."""
+        """Raise DataError if tiktoken returns other tokens for one of the compared documents."""
         for number, assigned, encoded in self.drawn:
             assert self._reference is not None
             expected = encode_document(self._reference, assigned.document).tokens

@@ -87,7 +87,7 @@ def has_new_characters(text: str) -> bool:
 
 @functools.cache
 def _kinds_of_characters() -> npt.NDArray[np.uint8]:
-    """Return an array for the kind of each code point. ``_find_kinds`` fills the array."""
+    """Return the kind of each code point: ``_OLD``, ``_NEW`` or ``_UNKNOWN``. ``_find_kinds`` replaces ``_UNKNOWN``."""
     kinds = np.full(sys.maxunicode + 1, _UNKNOWN, dtype=np.uint8)
     for first, last in _NEW_IN_UNICODE_17:
         kinds[first : last + 1] = _NEW
@@ -95,7 +95,7 @@ def _kinds_of_characters() -> npt.NDArray[np.uint8]:
 
 
 def _find_kinds(points: Iterable[int]) -> None:
-    """Set the kinds of the given code points. Setting the kinds of all code points would take a tenth of a second."""
+    """Mark the given code points as ``_OLD`` or ``_NEW``. For all code points, this would take a tenth of a second."""
     kinds = _kinds_of_characters()
     for point in points:
         kinds[point] = _NEW if unicodedata.category(chr(point)) == "Cn" else _OLD

@@ -47,7 +47,7 @@ def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
     document. This function does not change the order of the tokens.
 
     Raises:
-        DataError: the file does not have GPT-2's vocabulary.
+        DataError: the tokens are not of GPT-2's vocabulary, or the number of bytes is odd.
     """
     own_vocabulary = path.parent / _OWN_VOCABULARY
     if own_vocabulary.exists():

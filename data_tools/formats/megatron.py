@@ -130,7 +130,7 @@ class _Index:
     def text_starts(self, first: int, stop: int) -> CountArray:
         """Return the position of the first token of each document from ``first`` to ``stop - 1``, int64.
 
-        For the index after the last document, the position is the number of tokens.
+        ``stop`` can be ``documents + 1``. The last position is then the number of tokens.
         """
         sequences = self.boundaries[first:stop]
         starts = np.full(sequences.size, self.tokens, dtype=np.int64)

@@ -152,7 +152,7 @@ def _document_shards(collection: TokenCollection, suffix: str, shard_tokens: int
 
 
 def _llmc_shards(collection: TokenCollection, name: str, shard_tokens: int) -> Iterator[PlannedFile]:
-    """Yield shards of exactly ``shard_tokens``, numbered like llm.c: validation from 000000, training from 000001."""
+    """Yield shards of ``shard_tokens`` tokens. The numbers begin at 0 with validation shards, or at 1 without them."""
     splits = sorted(collection.splits, key=lambda split: [VAL_SPLIT, TRAIN_SPLIT, split].index(split))
     numbers = count(0 if VAL_SPLIT in splits else 1)
     for split in splits:

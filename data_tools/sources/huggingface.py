@@ -156,5 +156,5 @@ class HuggingFaceSource:
 
 
 def _text_bytes_of(rows: Any, text_field: str) -> int:
-    """Return the bytes of a column of a ``Dataset``, or 0 if the column is missing."""
+    """Return the size of a column of a ``Dataset`` in bytes, or 0 if the column is missing."""
     return rows.data.column(text_field).nbytes if text_field in rows.column_names else 0

@@ -1,4 +1,4 @@
-"""Measure HTML pages in a real browser, with chromium's command line and a page that measures another one."""
+"""Measure HTML pages in a real browser, with chromium's command line. The page to measure is in a frame."""
 
 from __future__ import annotations
 

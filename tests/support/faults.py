@@ -1,4 +1,4 @@
-"""What hardware, file systems and other programs do to a rank, by name."""
+"""Define the faults of a rank by name, such as running out of memory."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def remember_micro_batch() -> None:
 
 
 def break_the_loss() -> None:
-    """Multiply the loss in training only, because all validation batches begin at sample 0."""
+    """Multiply the loss, but not in validation, where every batch has ``first_sample`` 0."""
     plain_loss = GPT2.loss
 
     def faulty_loss(self: GPT2, tokens: Tensor, targets: Tensor) -> Tensor:

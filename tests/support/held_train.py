@@ -3,9 +3,11 @@
 Environment:
 
 - HOLD_AFTER: the step.
-- HOLD_FILE: ranks wait while this file exists and no signal has asked them to stop.
-- HOLD_IN: ``step`` to wait before the next step, ``save`` to wait inside the save of this step, after the ranks have
-  written their own files, or ``evaluation`` to wait inside the evaluation of this step, before its second batch.
+- HOLD_FILE: ranks wait while this file exists.
+- HOLD_IN: where ranks wait.
+    - ``step``: before the next step, at most until a signal asks them to stop.
+    - ``save``: inside the save of this step, after the ranks have written their own files.
+    - ``evaluation``: inside the evaluation of this step, before its second batch.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def hold_in_the_save() -> None:
 
 
 def hold_in_the_evaluation() -> None:
-    """Wait before the second batch, whose collective then finds the signal that one rank has received."""
+    """Wait before the second batch. Its collective tells all ranks that one rank has received a signal."""
     plain_evaluate, plain_batches = Trainer.evaluate, validation.validation_batches
 
     def evaluate(self: Trainer) -> None:

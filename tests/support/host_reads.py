@@ -11,7 +11,7 @@ WAITS = ("aten::_local_scalar_dense", "aten::lift_fresh", "aten::nonzero", "aten
 
 
 class HostReads(TorchDispatchMode):
-    """Records the names of these operations within the block."""
+    """Records the operations in the ``with`` block for which the host would wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(200, {"id": name, "private": model.private, "sha": "0" * 40, "siblings": siblings})
 
     def choose_modes(self, asked: dict[str, Any]) -> None:
-        """Ask for large files as blobs, and for the other files inside the commit."""
+        """Tell the client to upload large files as LFS blobs, and the other files inside the commit."""
         modes = [
             {
                 "path": file["path"],

@@ -133,9 +133,9 @@ class LiveRun(LiveCommand):
         environment: variables in addition to the caller's.
         command: a launcher to use instead of python and torchrun, without the script.
         name: the suffix of the output file, if several launchers start one run.
-        hold_after: every rank waits after this step, until a signal asks it to stop or ``release`` is called.
-        hold_in: ``step``; or ``save`` or ``evaluation``, where every rank instead waits inside the save or the
-            evaluation of this step, until ``release`` is called.
+        hold_after: every rank waits after this step, until ``release`` is called.
+        hold_in: ``step``, or ``save`` or ``evaluation`` to wait inside the save or the evaluation of this step. With
+            ``step``, a signal that asks a rank to stop also ends the wait.
     """
 
     def __init__(
@@ -179,5 +179,5 @@ class LiveRun(LiveCommand):
         self.wait_until(lambda: self.last_step() >= step)
 
     def release(self) -> None:
-        """Let a held run continue, also after a restart by its launcher."""
+        """Let a held run continue. Ranks that the launcher restarts do not wait again."""
         self.hold_path.unlink()

@@ -129,7 +129,7 @@ def write_manifest(folder: Path, source: str, tokenizer: TokenizerRecord, record
 
 
 def copy_with_masks(data: Path, folder: Path, longest_tokens: int = 100) -> Path:
-    """Copy a dataset with masks: prompts and answers of 1 to ``longest_tokens`` tokens alternate.
+    """Copy a dataset and add masks: prompts and answers of 1 to ``longest_tokens`` tokens alternate.
 
     Only answers are scored.
     """
@@ -185,7 +185,7 @@ def overrides(sections: Sections) -> list[str]:
 
 
 def split_config(config: str) -> tuple[str, Sections]:
-    """Return ``fsdp/2`` as the name of a file in ``ds_configs`` and the sections that set groups of two ranks."""
+    """Return ``fsdp`` and config sections for ``fsdp/2``, with which each group of two ranks holds all weights."""
     name, _, size = config.partition("/")
     if not size:
         return name, {}

@@ -20,7 +20,7 @@ END = 50256
 
 
 def write_folder(folder: Path, shards: list[np.ndarray], format: str = "npy") -> Manifest:
-    """Write one training shard per array, each with one document, and the manifest."""
+    """Write one training shard per array, and the manifest."""
     folder.mkdir(exist_ok=True)
     records = []
     for index, tokens in enumerate(shards):
@@ -44,12 +44,12 @@ def random_tokens(size: int, seed: int = 0) -> np.ndarray:
 
 
 def edit_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Return damage that changes the manifest and removes its own SHA-256, which other programs do not write."""
+    """Return a function that changes a folder's manifest and removes the manifest's own SHA-256."""
     return edit_sealed_manifest(lambda value: (value.pop("sha256", None), change(value)))
 
 
 def edit_sealed_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Return damage that changes the manifest and keeps its own SHA-256."""
+    """Return a function that changes a folder's manifest and keeps the manifest's own SHA-256."""
 
     def damage(folder: Path) -> None:
         value = json.loads((folder / "manifest.json").read_text())

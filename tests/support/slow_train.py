@@ -31,7 +31,7 @@ def count_steps() -> None:
 
 
 def slow_the_loader() -> None:
-    """Sleep before the loader returns the micro-batches of a step up to ``SLOW_STEPS``."""
+    """Sleep before the loader returns the micro-batches of each of the first ``SLOW_STEPS`` steps."""
     plain = Prefetcher.micro_batches
 
     def micro_batches(self: Prefetcher, consumed: int) -> list[MicroBatch]:

@@ -1,4 +1,4 @@
-"""Run ``launch/train.py`` with one rank that fails or stops in the middle of training, as hardware and file systems do.
+"""Run ``launch/train.py`` with one rank that fails or hangs in the middle of training.
 
 Environment:
 

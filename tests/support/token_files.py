@@ -47,7 +47,7 @@ def small_pieces(tokens: int = 16) -> Iterator[Path]:
 
 
 def utf8_bytes_of(tokens: Sequence[int] | Tokens) -> int:
-    """Count the bytes of text by decoding it."""
+    """Return the number of bytes of the decoded text."""
     return len(load_tokenizer()._encoding.decode_bytes([int(token) for token in tokens if token != END]))
 
 
@@ -128,7 +128,7 @@ def write_megatron(
 
 
 def edit(name: str, change: Callable[[bytearray], object]) -> Damage:
-    """Return damage that changes the bytes of a file. Bytes that ``change`` returns replace them."""
+    """Return a function that damages a file. ``change`` edits the bytes in place, or returns the new bytes."""
 
     def damage(folder: Path) -> None:
         content = bytearray((folder / name).read_bytes())

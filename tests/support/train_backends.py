@@ -100,7 +100,7 @@ class _Trainee:
             self._check_initial_weights()
 
     def _check_initial_weights(self) -> None:
-        """Check that this rank has its ranges of the weights of a model that is built as a whole, bit for bit."""
+        """Check that this rank's weights are bit-identical to the same ranges of an undivided model."""
         whole = dict(build_model(self.backend.model.config, SEED).named_parameters())
         for held in self.backend.state.ranges():
             expected = whole[held.name].detach().view(-1)[held.start : held.stop]

@@ -37,7 +37,7 @@ def _as_dict(items: Any) -> dict[str, Any]:
 
 
 def read_offline_run(run_folder: Path, run_id: str) -> dict[str, Any]:
-    """Return the history, config, summary and saved files of a run from all its starts, in order.
+    """Return the history, config, summary and saved files of a run, from all processes that trained it, in order.
 
     The history has the rows without the keys that W&B adds, which begin with an underscore.
     """
