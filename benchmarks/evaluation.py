@@ -67,7 +67,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def hub_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Convert query, choices, gold (PIQA) or context, continuation (LAMBADA) to the form of the hub's datasets."""
+    """Convert an example of PIQA or LAMBADA to the form that the Hugging Face Hub uses.
+
+    Args:
+        row: has ``query``, ``choices`` and ``gold`` (PIQA), or ``context`` and ``continuation`` (LAMBADA).
+    """
     if "continuation" in row:
         return {"text": f"{row['context']} {row['continuation']}"}
     if "query" in row:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import PROJECT, UserError
+from data_tools.storage.atomic import write_bytes_durably
 from data_tools.storage.files import dotted_keys
 from launch.cli import ArgumentParser, add_config_options, run_command
 from pipeline.config.loading import dump_config, load_config_with_origins
@@ -87,11 +88,10 @@ def write_first_config(path: Path) -> None:
     for key in FIRST_KEYS:
         section, name = key.split(".")
         content.setdefault(section, {})[name] = defaults[section][name]
+    if path.exists():
+        raise UserError(f"{path}: exists already; name a new file")
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
-    except FileExistsError:
-        raise UserError(f"{path}: exists already; name a new file") from None
+        write_bytes_durably(path, f"{json.dumps(content, indent=2)}\n".encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name a file in a writable folder") from None
     print(f"wrote {path}; this command explains all keys: {PROJECT} config keys")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -117,6 +118,8 @@ def _train_options(
     arguments: argparse.Namespace, config: Config, name: str, chosen: Config, micro_batch_size: int
 ) -> list[str]:
     overrides = list(arguments.set)
+    if arguments.tokens:
+        overrides.append(f"schedule.max_steps={math.ceil(arguments.tokens / config.batch.tokens_per_step)}")
     name, _, group = name.partition(GROUP_MARK)
     if group:
         overrides.append(f"backend.fsdp.shard_group_size={group}")

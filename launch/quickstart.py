@@ -160,7 +160,7 @@ def fit_steps(config: Config, step_s: float, left_s: float) -> int:
     """
     assert config.data.path is not None
     one_pass = load_manifest(config.data.path).tokens_of("train") // config.batch.tokens_per_step
-    return max(FEWEST_STEPS, min(one_pass, int(left_s / step_s)))
+    return max(FEWEST_STEPS, int(min(one_pass, left_s / step_s)))
 
 
 def parsed_options(settings: Sequence[str]) -> argparse.Namespace:

@@ -110,8 +110,16 @@ def run_stage(stage: str, launcher: list[str], script: str, options: list[str], 
     ):
         text, _ = process.communicate()
     if process.returncode:
-        sys.exit(process.returncode)
+        sys.exit(_exit_status(stage, process.returncode))
     return text or ""
+
+
+def _exit_status(stage: str, returncode: int) -> int:
+    """Return the exit status for a failed stage: that of its command, or 128 + n if the signal n killed the command."""
+    if returncode > 0:
+        return returncode
+    print(f"error: {stage}: ended by {signal.Signals(-returncode).name}", file=sys.stderr)
+    return 128 - returncode
 
 
 @contextmanager

@@ -31,8 +31,8 @@ def compare_resumed(backend: str, sections: Sections, folder: Path) -> dict[str,
     """Train with dropout and recomputation: two equal runs, and a run that resumes from the middle of the first run.
 
     On a GPU, compiled code may add gradients of the embedding in any order. The two equal runs then differ in the last
-    bits. In this case, the resumed run may also differ from the first run, but only slightly. With other dropout masks,
-    it would differ by 1e-2 nats or more.
+    bits. In this case, the resumed run may also differ from the first run, but only slightly. A resumed run that draws
+    wrong dropout masks would differ by 1e-2 nats or more.
     """
     sections = merged(
         sections,

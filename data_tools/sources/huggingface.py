@@ -63,7 +63,7 @@ class HuggingFaceSource:
         }
 
     def text_bytes(self) -> int | None:
-        """Return the approximate size of the text in bytes, or None for a dataset that ``save_to_disk`` did not write."""
+        """Return the approximate size of the text in bytes, or None if ``save_to_disk`` did not write the dataset."""
         with self._one_line_errors():
             rows = self._open() if self._is_saved() else None
             return None if rows is None else _text_bytes_of(rows, self._text_field)

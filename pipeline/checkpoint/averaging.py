@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def average_checkpoints(
     return write_new_run(
         run_folder,
         config_of_new_run(folders[-1], stored_config, run_folder),
-        state,
+        replace(state, evaluation_is_due=False),
         shapes,
         partial(_read_mean, shapes, indices),
         stored_config,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import SampleConfig
+from pipeline.errors import TrainingError
 from pipeline.model.attention import kernels_for_any_length
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.key_value_cache import KeyValueCache
@@ -24,7 +25,12 @@ def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> in
     Args:
         logits: fp32 of shape (V,), on the CPU.
         generator: a random generator on the CPU.
+
+    Raises:
+        TrainingError: a logit is NaN or infinite.
     """
+    if not bool(logits.isfinite().all()):
+        raise TrainingError("the model's logits are not finite; the model's weights are unusable")
     if sample.temperature == 0:
         return int(logits.argmax())
     if sample.top_k is not None and sample.top_k < logits.numel():

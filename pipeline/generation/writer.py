@@ -182,25 +182,23 @@ def prompt_loop(
 
 
 def complete_while_training(
-    backend: Backend, config: Config, world: World, is_cancelled: Callable[[], bool] = lambda: False
-) -> str | None:
+    backend: Backend, config: Config, world: World, before_token: Callable[[], None] = lambda: None
+) -> str:
     """Return the prompt in the config section ``sample``, followed by its completion.
 
     Every rank must call this function, within ``backend.evaluation_mode()``. Generation is slow here, because it uses
     no key-value cache.
 
     Args:
-        is_cancelled: called before each token. It must return the same value on all ranks. If it returns True,
-            generation stops, and the result is None.
+        before_token: is called on every rank before each token.
     """
     sample, tokenizer = config.sample, load_tokenizer()
     generator = torch.Generator().manual_seed(derive_seed(config.run.seed, "sample"))
     text = tokenizer.encode(sample.prompt).tolist()
     new: list[int] = []
     for _ in range(sample.max_new_tokens):
+        before_token()
         world.progress.pass_mark()
-        if is_cancelled():
-            return None
         window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
         new.append(draw(backend(window, method="logits")[0, -1].float().cpu(), sample, generator))
     completion = TextStream(tokenizer.token_bytes, sample.stop)

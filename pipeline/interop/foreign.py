@@ -78,7 +78,7 @@ def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
         CheckpointError: the file is damaged, or is not a dict of tensors and plain values.
     """
     try:
-        content = _load_pickle(path, [])
+        content = _load_pickle(path, [], expected)
     except UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
@@ -90,7 +90,7 @@ def load_pickled_tensors(path: Path, expected: str) -> dict[Any, Any]:
     return content
 
 
-def _load_pickle(path: Path, classes: list[str]) -> Any:
+def _load_pickle(path: Path, classes: list[str], expected: str) -> Any:
     """Load a pickle of tensors and plain values. Objects of ``classes`` become ``SettingsObject``s.
 
     Raises:
@@ -104,12 +104,11 @@ def _load_pickle(path: Path, classes: list[str]) -> Any:
     except Exception as error:  # a damaged pickle can raise any exception
         name = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, UnpicklingError) else None
         if name and name[1].endswith(_SETTINGS_CLASS) and name[1] not in classes:
-            return _load_pickle(path, [*classes, name[1]])
+            return _load_pickle(path, [*classes, name[1]], expected)
         if name:
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = describe_content(path, "zip") or f"cannot be read as a file of torch.save ({reason})"
-        raise CheckpointError(f"{path}: {reason}") from error
+        found = describe_content(path, "zip") or "is damaged, or not a file of torch.save"
+        raise CheckpointError(f"{path}: {found}; expected {expected}") from error
 
 
 def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
-from data_tools.errors import install_command
+from data_tools.errors import install_command, one_line_write_errors
 from data_tools.storage.atomic import write_bytes_durably
 from data_tools.storage.files import require_writable
 from pipeline.errors import ReportError
@@ -61,7 +61,7 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
 
     Raises:
         ReportError: matplotlib is not installed, or a run folder cannot be used.
-        DataError: ``out`` is not writable.
+        DataError: the report cannot be written to ``out``.
     """
     try:
         from pipeline.report.drawing import draw  # imports matplotlib, which is optional
@@ -73,9 +73,10 @@ def write_report(run_folders: Sequence[Path], out: Path) -> list[Path]:
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     page = "\n".join(_page_lines(runs, [picture.svg for picture in pictures], now)) + "\n"
     contents = {PAGE_FILE: page.encode(), **{f"{picture.name}.png": picture.png for picture in pictures}}
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        write_bytes_durably(out / name, content)
+    with one_line_write_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            write_bytes_durably(out / name, content)
     return [out / name for name in contents]
 
 

@@ -33,7 +33,7 @@ _LAUNCHER_NOTES = {
 class StopRequest:
     """Records signals that ask a run to stop, and tells all ranks.
 
-    A thread answers the first signal with a line at once, even while the main thread compiles the model.
+    After the first signal, a thread immediately logs what the run will do, even while the main thread compiles.
     """
 
     def __init__(self, world: World) -> None:

@@ -36,8 +36,17 @@ _OF_DECAY = ("schedule.max_steps", "schedule.decay_steps", "schedule.decay_shape
 
 
 def has_step(run_folder: Path, step: int) -> bool:
-    """Return whether a run has a checkpoint of the given step or of a later step."""
-    return any(step_of(folder) >= step for folder in list_checkpoints(run_folder))
+    """Return whether a run has a checkpoint of the given step or of a later step.
+
+    A checkpoint whose evaluation was stopped does not count.
+    """
+    return any(step_of(folder) >= step and not _lacks_evaluation(folder) for folder in list_checkpoints(run_folder))
+
+
+def _lacks_evaluation(folder: Path) -> bool:
+    with suppress(CheckpointError):
+        return read_state_file(folder).evaluation_is_due
+    return False
 
 
 def check_long_run(run_folder: Path, config: Config) -> None:

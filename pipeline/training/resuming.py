@@ -76,7 +76,7 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
         _check_same_origin(config, start, stored_config)
         _check_same_sizes(config, start, stored_config)
         _check_same_run(config, data_sha256, start, state, stored_config)
-        if _is_of_another_run(start, config) and (reason := why_complete(state, config.schedule)):
+        if _is_of_another_run(start, config) and (reason := why_no_step_is_left(state, config.schedule)):
             raise ConfigError(f"{start}: {reason}, or name an earlier checkpoint with --at-step")
         if state.step < config.schedule.max_steps:
             set_aside_after(run_folder, state.step, start)
@@ -138,8 +138,11 @@ def _is_of_another_run(start: Path, config: Config) -> bool:
 
 def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
     """Return why the run is complete and how to train longer. If the run is not complete, return None."""
-    if state.evaluation_is_due:
-        return None
+    return None if state.evaluation_is_due else why_no_step_is_left(state, schedule)
+
+
+def why_no_step_is_left(state: TrainingState, schedule: ScheduleConfig) -> str | None:
+    """Return why there is no step to train, and how to train longer. If there is a step, return None."""
     if state.step >= schedule.max_steps:
         return (
             f"at step {state.step} of schedule.max_steps {schedule.max_steps}, nothing to train; raise "

@@ -23,7 +23,7 @@ from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
 from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name, synchronize
 from pipeline.distributed.heartbeat import failures_reported
 from pipeline.distributed.world import World
-from pipeline.errors import CheckpointError, EvaluationStopped, Interrupted
+from pipeline.errors import CheckpointError, EvaluationStopped, Interrupted, TrainingError
 from pipeline.evaluation.run import measure_tasks
 from pipeline.evaluation.tasks import Prepared
 from pipeline.evaluation.validation import validate, validate_average
@@ -409,39 +409,42 @@ class Trainer:
 
         Every rank must call this.
         """
-        before = self.state
         try:
-            self._evaluate()
-            self.state = replace(self.state, evaluation_is_due=False)
+            rows = self._measure()
         except EvaluationStopped:
-            self.state = replace(before, evaluation_is_due=True)
+            self.state = replace(self.state, evaluation_is_due=True)
             log.warning("the evaluation of step %d was stopped; the next start repeats it", self.state.step)
+            return
+        self._has_evaluated = True
+        self.state = replace(self.state, evaluation_is_due=False)
+        for row in rows:
+            self.record.write({"step": self.state.step, **row})
+            if (loss := row.get("val_loss")) is not None:
+                self.results["validation_loss"] = loss
+                self.state = replace(self.state, validation=self.state.validation.after(self.state.step, loss))
 
-    def _evaluate(self) -> None:
+    def _measure(self) -> list[dict[str, Any]]:
+        """Return the results of an evaluation as rows of metrics. Raises EvaluationStopped after a signal."""
+        rows: list[dict[str, Any]] = []
         self.heartbeat_file.enter("evaluating", self.state.step)
         self.world.progress.reach(f"evaluation after step {self.state.step}", is_patient=not self._has_evaluated)
         with self.throughput.paused():
             self._check_ceiling()
         with self.throughput.paused(), self.backend.evaluation_mode():
-            stop = self.stop_request
-            on = (self.backend, self.loader.datasets, self.config, self.world, stop.stop_evaluation)
-            if losses := validate(*on):
-                if (loss := losses["val_loss"]) is not None:
-                    self.results["validation_loss"] = loss
-                    validation = self.state.validation.after(self.state.step, loss)
-                    self.state = replace(self.state, validation=validation)
-                losses |= validate_average(*on)
-                self.record.write({"step": self.state.step, "tokens": self.state.tokens, **losses})
+            where = (self.backend, self.loader.datasets, self.config, self.world, self.stop_request.stop_evaluation)
+            if losses := validate(*where):
+                rows.append({"tokens": self.state.tokens, **losses, **validate_average(*where)})
             # Examples and prompts have many shapes, and torch would compile the model again for each shape.
             with torch.compiler.set_stance("force_eager"):
-                if self.tasks:
-                    figures = measure_tasks(self.tasks, self.backend, self.config, self.world, stop.stop_evaluation)
-                    self.record.write({"step": self.state.step, **figures})
-                if self.config.evaluation.sample:
-                    text = complete_while_training(self.backend, self.config, self.world, lambda: bool(stop.agreed()))
-                    if text is not None:
-                        self.record.write({"step": self.state.step, SAMPLE_KEY: text})
-        self._has_evaluated = True
+                on = (self.backend, self.config, self.world, self.stop_request.stop_evaluation)
+                try:
+                    if self.tasks:
+                        rows.append(measure_tasks(self.tasks, *on))
+                    if self.config.evaluation.sample:
+                        rows.append({SAMPLE_KEY: complete_while_training(*on)})
+                except TrainingError as error:  # the step guard decides whether the run continues
+                    log.warning("evaluation of step %d: %s", self.state.step, error)
+        return rows
 
     def _check_ceiling(self) -> None:
         """Measure ``ceiling_flops`` again, because other programs may have disturbed the earlier measurement."""

@@ -382,7 +382,10 @@ def test_a_mistake_is_one_line(
         (("average", used, "--last", "4", "--out", tmp_path / "a"), "has fewer than 4 checkpoints"),
         (("average", run_folder, "--last", "2", "--out", tmp_path / "a"), "state.json: contents changed"),
         (("average", used, "--last", "2", "--out", used), "already has checkpoints (step_00000003); name another"),
-        (("convert", tmp_path / "file", "--out", tmp_path / "a"), "file: cannot be read as a file of torch.save"),
+        (
+            ("convert", tmp_path / "file", "--out", tmp_path / "a"),
+            "file: is damaged, or not a file of torch.save; expected ",
+        ),
     ]
     for arguments, expected in mistakes:
         done = in_process(monkeypatch, capsys, *arguments)

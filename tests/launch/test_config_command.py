@@ -33,6 +33,16 @@ def test_a_first_config_has_the_defaults(monkeypatch: pytest.MonkeyPatch, tmp_pa
         config(monkeypatch, "init", str(tmp_path / "nowhere" / "my.json"))
 
 
+def test_a_full_disk_leaves_no_empty_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(UserError, match=r"my\.json: cannot be written \(No space left on device\)"):
+        config(monkeypatch, "init", str(tmp_path / "my.json"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_key_is_shown_with_its_origin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

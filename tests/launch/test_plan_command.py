@@ -58,6 +58,7 @@ def test_a_table_of_every_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     verdict, *_, command = printed.splitlines()
     assert verdict.startswith("verdict  fits: ")
     assert command.startswith(f"{verdict.removeprefix('verdict  ')}: torchrun --standalone --nproc_per_node=4 -m ")
+    assert "schedule.max_steps=16" in shlex.split(command), "16 steps of 65,536 tokens"
 
 
 @pytest.mark.parametrize("backends", [["ddp"], ["fsdp"], ["zero1"], ["zero3", "zero2"]])

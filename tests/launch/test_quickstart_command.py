@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import time
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_at_least_some_steps_and_at_most_one_pass_over_the_data(config: Config) 
     assert config.data.path is not None
     tokens = load_manifest(config.data.path).tokens_of("train")
     small = config.model_copy(update={"batch": config.batch.model_copy(update={"tokens_per_step": tokens // 30})})
-    assert fit_steps(small, step_s=1e-6, left_s=60.0) == 30
+    assert fit_steps(small, step_s=1e-6, left_s=60.0) == fit_steps(small, step_s=1e-6, left_s=math.inf) == 30
 
 
 def test_values_of_the_user_win(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,3 +23,11 @@ def test_a_signal_waits_for_the_stage(number: signal.Signals, seconds: float, st
         run_stage("train", [sys.executable, "-c", script], "train.py", [])
     assert ended.value.code == status
     assert signal.getsignal(number) == before
+
+
+def test_a_stage_that_a_signal_killed(capsys: pytest.CaptureFixture[str]) -> None:
+    script = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    with pytest.raises(SystemExit) as ended:
+        run_stage("evaluate", [sys.executable, "-c", script], "evaluate.py", [])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "error: evaluate: ended by SIGTERM\n"

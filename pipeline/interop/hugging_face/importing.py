@@ -5,6 +5,7 @@ The weights are in ``model.safetensors`` or ``pytorch_model.bin``, or in several
 
 import logging
 import re
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def find_folder(source: str) -> Path:
             if any(folder.glob(patterns[0])):
                 return folder
     except Exception as error:  # the client has dozens of error types: no network, unknown name, no access, ...
-        reason = " ".join(str(error).split())[:160]
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise CheckpointError(
             f"--from-hf {source}: no such folder here, and the hub does not provide it "
             f"({type(error).__name__}: {reason})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from tests.pipeline.checkpoint.conftest import (
     stored_tensors,
     train_steps,
 )
+from tests.support.checkpoints import save_checkpoint
 
 
 @pytest.fixture
@@ -56,6 +58,13 @@ class TestMean:
             torch.testing.assert_close(averaged[name], tensor, rtol=1e-7, atol=0, msg=name)
         assert not torch.equal(averaged["weight wte.weight"], newest["weight wte.weight"])
         assert read_state(folder) == read_state(checkpoint_folder(run, 8))
+
+    def test_the_mean_has_no_evaluation_to_repeat(self, run: Path, backend: DdpBackend, world: World) -> None:
+        state, config = read_state(checkpoint_folder(run, 8))
+        stopped = replace(state, step=9, evaluation_is_due=True)
+        save_checkpoint(run, stopped, config, backend, world, keep_last=9)
+        folder = average_checkpoints(run, run / "mean", last=2).folder
+        assert not read_state(folder)[0].evaluation_is_due
 
     def test_the_steps_are_chosen_and_recorded(self, run: Path) -> None:
         folder = average_checkpoints(run, run / "mean", steps=[8, 3, 8]).folder

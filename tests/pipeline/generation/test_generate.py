@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config.schema import SampleConfig
+from pipeline.errors import TrainingError
 from pipeline.generation.generate import Decoder, draw, generate_batch, window_start
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.packed_linear import InferenceLinear, pack_linear_layers
@@ -36,6 +38,13 @@ def test_temperature_0_is_greedy(model: GPT2) -> None:
         assert token == likeliest(model, text)
         text.append(token)
     assert len(text) == 9
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_one_line(temperature: float) -> None:
+    logits = torch.tensor([1.0, math.nan])
+    with pytest.raises(TrainingError, match="logits are not finite"):
+        draw(logits, SampleConfig(temperature=temperature), torch.Generator())
 
 
 def test_top_k_of_1_is_greedy(model: GPT2) -> None:

@@ -81,6 +81,9 @@ def test_a_branch_with_other_settings_has_a_folder_of_its_own(tmp_path: Path) ->
     older = write_checkpoint(folder, 9, schedule={"name": "wsd", "max_steps": 10, "decay_steps": 2})
     newest = write_checkpoint(folder, 10, schedule={"name": "wsd", "max_steps": 10, "decay_steps": 3})
     assert choose_branch_folder(tmp_path, 8, config) == tmp_path / "decay-from-8-to-10-2"
+    state = json.loads((newest / STATE_FILE).read_text())
+    (newest / STATE_FILE).write_text(json.dumps({**state, "evaluation_is_due": True}))
+    assert has_step(folder, 9) and not has_step(folder, 10), "a signal stopped the evaluation of step 10"
     (newest / STATE_FILE).write_text("{")
     assert choose_branch_folder(tmp_path, 8, config) == folder, "the run continues from the older checkpoint"
     (older / STATE_FILE).write_text("{")

@@ -297,6 +297,16 @@ class TestAnotherRun:
         own = save(7, other)
         assert start(run_folder, other, schedule={"warmup_steps": 1, "max_steps": 7}) == own
 
+    def test_a_stopped_evaluation_of_another_run_is_no_reason_to_start(
+        self, world: World, run_folder: Path, tmp_path: Path
+    ) -> None:
+        config = config_of(tmp_path / "other")
+        state = TrainingState(6, 24, 288, 6, 1.0, 0, 1337, DATA, evaluation_is_due=True)
+        backend = DdpBackend(build_model(config.model, 1), config, world)
+        other = save_checkpoint(tmp_path / "other", state, dump_config(config), backend, world, keep_last=1)
+        with pytest.raises(ConfigError, match="at step 6 of schedule.max_steps 6, nothing to train"):
+            start(run_folder, other, schedule={"warmup_steps": 1, "max_steps": 6})
+
     def test_one_that_has_stopped_early_is_not_continued_with_the_same_key(
         self, world: World, run_folder: Path, tmp_path: Path
     ) -> None:

@@ -337,6 +337,21 @@ class ReceivesASignal(World):
         return max(value, signal.SIGTERM)
 
 
+def test_unusable_weights_do_not_end_an_evaluation(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def complete(*_: Any) -> str:
+        raise TrainingError("the model's logits are not finite")
+
+    monkeypatch.setattr("pipeline.training.trainer.complete_while_training", complete)
+    trainer = make_trainer()
+    samples = trainer.config.evaluation.model_copy(update={"sample": True})
+    trainer.config = trainer.config.model_copy(update={"evaluation": samples})
+    trainer.fit()
+    assert list(rows_with(trainer, "val_loss")) == [0, 5, 10] and not rows_with(trainer, SAMPLE_KEY)
+    assert "evaluation of step 10: the model's logits are not finite" in caplog.text
+
+
 class TestStop:
     def test_a_signal_stops_after_the_step_with_a_checkpoint(self, make_trainer: MakeTrainer) -> None:
         trainer = make_trainer()
@@ -404,18 +419,25 @@ class TestStop:
         trainer = make_trainer()
         samples = trainer.config.evaluation.model_copy(update={"sample": True})  # a loaded config needs GPT-2's ids
         trainer.config = trainer.config.model_copy(update={"evaluation": samples})
-        answers: list[bool] = []
+        tokens = 0
 
-        def complete(*arguments: Any) -> None:
-            is_cancelled = arguments[-1]
-            answers.append(is_cancelled())
-            monkeypatch.setattr(trainer.stop_request, "_world", ReceivesASignal(0, 2, 0, trainer.world.device))
-            answers.append(is_cancelled())
+        def complete(*arguments: Any) -> str:
+            nonlocal tokens
+            before_token = arguments[-1]
+            for tokens in range(5):
+                if tokens == 3:
+                    monkeypatch.setattr(trainer.stop_request, "_world", ReceivesASignal(0, 2, 0, trainer.world.device))
+                before_token()
+            return "text"
 
         monkeypatch.setattr("pipeline.training.trainer.complete_while_training", complete)
         trainer.evaluate()
-        assert answers == [False, True]
-        assert not trainer.stop_request.received and not rows_with(trainer, SAMPLE_KEY)
+        assert tokens == 3 and trainer.state.evaluation_is_due
+        assert not trainer.stop_request.received and not read_metrics(trainer.run_folder)
+        monkeypatch.undo()
+        monkeypatch.setattr("pipeline.training.trainer.complete_while_training", lambda *_: "text")
+        trainer.evaluate()
+        assert not trainer.state.evaluation_is_due and rows_with(trainer, SAMPLE_KEY) == {0: "text"}
 
     def test_after_a_signal_the_end_is_written_before_the_wait_for_the_upload(
         self, make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
