@@ -47,7 +47,7 @@ ROOMS: dict[str, str] = {
     "pipeline.backends": "errors config distributed model data",
     "pipeline.checkpoint": "errors config run_folder distributed model backends",
     "pipeline.evaluation": "errors config run_folder distributed model data backends checkpoint",
-    "pipeline.generation": "seeds config distributed model backends checkpoint",
+    "pipeline.generation": "seeds errors config distributed model backends checkpoint",
     "pipeline.report": "errors config run_folder checkpoint evaluation",
     "pipeline.interop": "errors config run_folder distributed model checkpoint evaluation generation report",
     "pipeline.training": (

@@ -22,7 +22,7 @@ MOVED_AT = 10  # steps on the first device, and then on the second device
 
 
 def train(backend: str, folder: Path, sections: Sections) -> Curve:
-    """Train in a separate process, and return the loss curve. The output goes to the log of this process."""
+    """Train in a child process, and return the loss curve. The child process writes to the caller's output."""
     subprocess.run(ranks_command(1, TRAIN, train_arguments(backend, folder, sections)), check=True, env=os.environ)
     return read_curve(folder)
 

@@ -162,7 +162,7 @@ def first_documents(
 ) -> Iterator[DocumentPreview]:
     """Yield the text of the first documents of a split. Cut each text after ``characters`` characters.
 
-    ``END_OF_TEXT`` can come before or after each document.
+    In the split, an ``END_OF_TEXT`` separates two documents. It may also be the first or the last token.
 
     Raises:
         DataError: the split does not exist, or the tokenizer is not GPT-2's.

@@ -86,7 +86,7 @@ def _fill(text: str, columns: int, indent: int = 0) -> str:
 
 
 def _choices(annotation: Any) -> str:
-    """Return the choices of a ``Literal`` as text, also if it is inside a list or a union. Without one, return ""."""
+    """Return the choices of a ``Literal`` as text. It may be inside a list or a union. If there is none, return ""."""
     if get_origin(annotation) is Literal:
         return f"One of {', '.join(f'`{json.dumps(choice)}`' for choice in get_args(annotation))}."
     return next(filter(None, map(_choices, get_args(annotation))), "")

@@ -99,6 +99,6 @@ def _describe(error: BaseException) -> tuple[int, str]:
 
 
 def _one_line(prefix: str, message: str) -> str:
-    """Return a message as one line, without the middle of very long words."""
+    """Return a message as one line. In very long words, ``[...]`` replaces the middle."""
     line = prefix + " ".join(message.splitlines())
     return _LONG_WORD.sub(lambda word: f"{word[0][:100]}[...]{word[0][-100:]}", line)

@@ -55,7 +55,7 @@ def format_plans(
 
 def _describe_links(device: Device, world_size: int) -> str:
     hosts = -(-world_size // device.per_node)
-    within = f"{min(world_size, device.per_node)} per host, {8 * device.node_gb_per_s:,.4g} Gbit/s between two of them"
+    within = f"{min(world_size, device.per_node)} per host, {8 * device.node_gb_per_s:,.4g} Gbit/s between two GPUs"
     if hosts == 1:
         return f"1 host, {within}"
     return f"{hosts} hosts, {within}; {8 * device.network_gb_per_s * device.per_node:,.4g} Gbit/s between hosts"

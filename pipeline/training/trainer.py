@@ -23,18 +23,16 @@ from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
 from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name, synchronize
 from pipeline.distributed.heartbeat import failures_reported
 from pipeline.distributed.world import World
-from pipeline.errors import CheckpointError, EvaluationStopped, Interrupted, TrainingError
-from pipeline.evaluation.run import measure_tasks
+from pipeline.errors import CheckpointError, EvaluationStopped, Interrupted
 from pipeline.evaluation.tasks import Prepared
-from pipeline.evaluation.validation import validate, validate_average
-from pipeline.generation.writer import complete_while_training
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.heartbeat_file import HeartbeatFile
-from pipeline.run_folder.metrics import MEAN_LOSS_KEY, SAMPLE_KEY
+from pipeline.run_folder.metrics import MEAN_LOSS_KEY
 from pipeline.seeds import derive_seed
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.group_norms import GroupNorms
 from pipeline.training.interruption import StopRequest
+from pipeline.training.measurement import measure_model
 from pipeline.training.provenance import describe_process
 from pipeline.training.rank_comparison import RankComparison
 from pipeline.training.resuming import load_checkpoint
@@ -401,50 +399,32 @@ class Trainer:
         return statistics.fmean(losses) if losses else None
 
     def evaluate(self) -> None:
-        """Measure the validation loss, and run the tasks in ``evaluation.tasks``.
-
-        If ``evaluation.sample`` is True, also generate a completion.
+        """Evaluate the model with ``measure_model``, and log the results.
 
         If a signal stops the evaluation, its results are dropped, and the next start of the run repeats it.
 
         Every rank must call this.
         """
-        try:
-            rows = self._measure()
-        except EvaluationStopped:
-            self.state = replace(self.state, evaluation_is_due=True)
-            log.warning("the evaluation of step %d was stopped; the next start repeats it", self.state.step)
-            return
-        self._has_evaluated = True
-        self.state = replace(self.state, evaluation_is_due=False)
-        for row in rows:
-            self.record.write({"step": self.state.step, **row})
-            if (loss := row.get("val_loss")) is not None:
-                self.results["validation_loss"] = loss
-                self.state = replace(self.state, validation=self.state.validation.after(self.state.step, loss))
-
-    def _measure(self) -> list[dict[str, Any]]:
-        """Return the results of an evaluation as rows of metrics. Raises EvaluationStopped after a signal."""
-        rows: list[dict[str, Any]] = []
         self.heartbeat_file.enter("evaluating", self.state.step)
         self.world.progress.reach(f"evaluation after step {self.state.step}", is_patient=not self._has_evaluated)
         with self.throughput.paused():
             self._check_ceiling()
-        with self.throughput.paused(), self.backend.evaluation_mode():
-            where = (self.backend, self.loader.datasets, self.config, self.world, self.stop_request.stop_evaluation)
-            if losses := validate(*where):
-                rows.append({"tokens": self.state.tokens, **losses, **validate_average(*where)})
-            # Examples and prompts have many shapes, and torch would compile the model again for each shape.
-            with torch.compiler.set_stance("force_eager"):
-                on = (self.backend, self.config, self.world, self.stop_request.stop_evaluation)
-                try:
-                    if self.tasks:
-                        rows.append(measure_tasks(self.tasks, *on))
-                    if self.config.evaluation.sample:
-                        rows.append({SAMPLE_KEY: complete_while_training(*on)})
-                except TrainingError as error:  # the step guard decides whether the run continues
-                    log.warning("evaluation of step %d: %s", self.state.step, error)
-        return rows
+            before_batch = self.stop_request.stop_evaluation
+            try:
+                rows = measure_model(
+                    self.backend, self.loader.datasets, self.tasks, self.config, self.world, before_batch
+                )
+            except EvaluationStopped:
+                self.state = replace(self.state, evaluation_is_due=True)
+                log.warning("the evaluation of step %d was stopped; the next start repeats it", self.state.step)
+                return
+        self._has_evaluated = True
+        self.state = replace(self.state, evaluation_is_due=False)
+        for row in rows:
+            self.record.write({"step": self.state.step, "tokens": self.state.tokens, **row})
+            if (loss := row.get("val_loss")) is not None:
+                self.results["validation_loss"] = loss
+                self.state = replace(self.state, validation=self.state.validation.after(self.state.step, loss))
 
     def _check_ceiling(self) -> None:
         """Measure ``ceiling_flops`` again, because other programs may have disturbed the earlier measurement."""
