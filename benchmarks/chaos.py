@@ -60,7 +60,7 @@ class Outcome:
         return f"run {self.number}: {', '.join(self.history)}: difference {self.loss_difference:.1e}, {verdict}"
 
     def note_continuation(self, output: str, reached: int) -> None:
-        """Record the checkpoint from which the run resumed after a kill. It had logged ``reached`` steps before."""
+        """Record from which checkpoint the run resumed. Before it was killed, the run had logged ``reached`` steps."""
         match = _CONTINUES.search(output)
         if not reached or not match:
             return

@@ -12,7 +12,7 @@ from launch.cli import ArgumentParser, add_config_options, positive_int, run_com
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
-from pipeline.evaluation.results import find_results, format_table
+from pipeline.evaluation.results import VALIDATION, find_results, format_table
 
 
 def main() -> None:
@@ -73,12 +73,16 @@ def train(
 
 def evaluate(config: Config) -> None:
     """Run the tasks in ``evaluation.tasks`` on the last checkpoint. If their results already exist, do nothing."""
-    run_folder = Path(config.run.out_dir)
-    results = find_results(run_folder, config.evaluation.tasks, step_of(list_checkpoints(run_folder)[-1]))
+    run_folder, tasks = Path(config.run.out_dir), config.evaluation.tasks
+    data = {task: path for task, path in config.evaluation.data.items() if task in tasks}
+    of_run = {VALIDATION: config.data.path or "data.mixture", **data}
+    results = find_results(run_folder, tasks, step_of(list_checkpoints(run_folder)[-1]), of_run)
     if results is not None:
         print(f"\n== evaluate: done before\n{format_table(results)}", flush=True)
         return
-    options = ["--checkpoint", config.run.out_dir, "--tasks", *config.evaluation.tasks, "--device", config.run.device]
+    options = ["--checkpoint", config.run.out_dir, "--tasks", *tasks, "--device", config.run.device]
+    if data:
+        options += ["--data", *(f"{task}={path}" for task, path in data.items())]
     run_stage("evaluate", [sys.executable], "evaluate.py", options)
 
 

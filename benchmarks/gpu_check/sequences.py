@@ -62,7 +62,10 @@ def compare_resumed(backend: str, sections: Sections, folder: Path) -> dict[str,
 
 
 def move_checkpoint(backend: str, sections: Sections, folder: Path, reference: Path) -> dict[str, Any]:
-    """Continue the reference run of the CPU on the device, and then on the CPU again."""
+    """Continue a run that began on the CPU: first on the device, and then on the CPU again.
+
+    ``reference`` is the folder of the run that began on the CPU.
+    """
     sections = merged(sections, {"checkpoint": {"every_steps": MOVED_AT, "keep_last": 10}})
     whole = read_curve(reference)
 

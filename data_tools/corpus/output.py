@@ -252,7 +252,8 @@ def _check_same_request(out: Path | str, made_by: dict[str, Any], identity: dict
         if before.get(key) != now.get(key):
             raise DataError(
                 f"{out} was made by another request: {key} was {json.dumps(before.get(key))}, "
-                f"now it is {json.dumps(now.get(key))}; name another --out, or delete {out} to start again"
+                f"now it is {json.dumps(now.get(key))}; name another --out (data.path in a config), or "
+                f"delete {out} to start again"
             )
 
 

@@ -103,7 +103,7 @@ def start_server(preload: tuple[str, ...]) -> None:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Delay Ctrl-C until the end of the block. Processes that the block starts never receive it.
+    """Block Ctrl-C in this thread, so that the processes that the block starts do not receive it.
 
     Otherwise, Ctrl-C would interrupt their imports, and they would print tracebacks.
     """

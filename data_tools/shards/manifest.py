@@ -31,7 +31,7 @@ _MASK_SUFFIX = ".mask.npy"
 # The key of the hash of all other keys. Another program may omit this key.
 _SEAL = "sha256"
 _OPTIONAL = ("report", "made")
-TOKENIZE_AGAIN = "delete the folder and tokenize again"
+TOKENIZE_AGAIN = "restore it from a copy, or delete the folder and tokenize again"
 # What a value must be, by the kind of pydantic's error.
 _EXPECTED = {
     "string_type": "a string",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError, list_names
+from data_tools.options import SourceRequest
 from data_tools.sources.files import (
     Slice,
     describe_error,
@@ -22,6 +23,7 @@ from data_tools.sources.rows import OnBadRow, parse_rows, stop_at_bad_row
 from data_tools.storage.content import require_fetched
 
 # Files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
+_DEFAULT_SPLIT = SourceRequest.dataset_split
 _SAVED_DATASET = "state.json"
 _SAVED_DATASET_DICT = "dataset_dict.json"
 # The builder of a dataset with local data files -> the endings of these files.
@@ -140,6 +142,8 @@ class HuggingFaceSource:
             return datasets.load_dataset(self._dataset, self._config, split=self._split, streaming=True)
         saved = datasets.load_from_disk(self._dataset)
         if not isinstance(saved, datasets.DatasetDict):
+            if self._split not in (_DEFAULT_SPLIT, str(saved.split)):
+                raise DataError(f"{self._dataset} has no split {self._split!r}: it is one Dataset; leave the split out")
             return saved
         if self._split not in saved:
             raise DataError(f"{self._dataset} has no split {self._split!r}; it has {list_names(saved)}")

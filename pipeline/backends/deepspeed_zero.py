@@ -281,8 +281,8 @@ def _forget_bias_correction(adam: Any, *_: object) -> None:
 
     A resumed run then rounds in the same way as an uninterrupted run.
 
-    By default, CPUAdam multiplies its stored beta^(n-1) by beta. After a step with other betas, CPUAdam computes
-    beta^n directly. Therefore, this function takes a step with other betas on unused tensors.
+    By default, CPUAdam multiplies its stored beta^(n-1) by beta. It computes beta^n directly only if beta has changed
+    since the previous step. Therefore, this function takes one step with changed betas, on tensors that are not used.
     """
     unused = [torch.zeros(1) for _ in range(4)]  # weight, gradient and moments
     adam.ds_opt_adam.adam_update(adam.opt_id, 1, 0.0, 0.0, 0.0, 1.0, 0.0, True, *unused)

@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
 
     def use_ranges(self, masters: Iterable[Tensor], ranges: Iterable[Range], ranks_per_copy: int) -> None:
-        """Tell the optimizer which ranges of parameters its masters (the tensors that it updates) contain.
+        """Record which range of a parameter each master contains. Masters are the tensors that the optimizer updates.
 
         Every rank must call this.
 

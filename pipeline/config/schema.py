@@ -165,8 +165,8 @@ class ModelConfig(Section):
     )
     activation_checkpointing: bool | PositiveInt = Field(
         False,
-        description="Recompute activations in the backward pass to save memory. `true`: in all blocks. A number n: in "
-        "the first of every n blocks.",
+        description="Recompute activations in the backward pass to save memory. `true` recomputes all blocks. A "
+        "number n recomputes the first of every n blocks.",
     )
 
     @model_validator(mode="before")

@@ -90,7 +90,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "error: interrupted"
     if isinstance(error, OSError) and (error.errno in _FULL_DISK or (error.errno and error.filename)):
-        what = f"{error.strerror}: {error.filename2 or error.filename or 'the output folder'}"
+        what = f"{error.strerror}: {error.filename2 or error.filename or 'the output or a temporary file'}"
         return UserError.exit_status, _one_line("error: ", what)
     text = "".join(traceback.format_exception(error)).rstrip()
     if launched_world_size() > 1:

@@ -154,10 +154,10 @@ def hellaswag_completion(row: Row) -> Example:
 
 
 def winogrande(row: Row) -> Example:
-    """Read ``sentence`` with a _, ``option1``, ``option2``, ``answer``; or ``contexts``, ``continuation``, ``gold``.
+    """Read ``sentence``, ``option1``, ``option2``, ``answer``; or ``contexts``, ``continuation``, ``gold``.
 
-    Each context is the text before the ``_``, followed by an option. Only the text after the ``_`` is scored (Trinh and
-    Le 2018).
+    The sentence contains a ``_``. Each context is the text before the ``_``, followed by an option. Only the text after
+    the ``_`` is scored (Trinh and Le 2018).
     """
     if "contexts" in row:
         return replace(any_contexts(row), rendered_by_file=True)

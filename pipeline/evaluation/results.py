@@ -1,8 +1,10 @@
 """Find the results of evaluations in a run folder, and format them. This module does not import torch."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.run_folder.layout import EVALUATION_FOLDER
@@ -15,19 +17,29 @@ INTERVAL = "_interval"  # the suffix of the key of a 95% interval: ``acc_interva
 Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data and the checkpoint
 
 
-def find_results(run_folder: Path, tasks: Sequence[str], step: int) -> Results | None:
+def find_results(
+    run_folder: Path, tasks: Sequence[str], step: int, data: Mapping[str, str | None] = MappingProxyType({})
+) -> Results | None:
     """Return the stored results of the tasks for the checkpoint of ``step``.
 
-    Return None if a result is missing or belongs to another step.
+    Return None if a result is missing or damaged, or belongs to another step or to other data.
+
+    Args:
+        data: task -> the path of its data. Results of other tasks may belong to any data.
     """
     results = {}
     for task in tasks:
         path = run_folder / EVALUATION_FOLDER / f"{task}.json"
-        if not path.is_file():
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return None
-        results[task] = json.loads(path.read_text(encoding="utf-8"))
-        if results[task].get("step") != step:
+        if not isinstance(result, dict) or result.get("step") != step:
             return None
+        path_of_data = data.get(task)
+        if path_of_data and os.path.abspath(str(result.get("data"))) != os.path.abspath(path_of_data):
+            return None
+        results[task] = result
     return results
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, one_line_write_errors
 from data_tools.shards.manifest import VAL_SPLIT, load_manifest
 from data_tools.shards.reader import TokenStream, open_split
 from data_tools.storage.atomic import write_bytes_durably, write_json_durably
@@ -201,14 +201,16 @@ def _choose_folder(out: Path | None, run_folder: Path) -> Path | None:
 
 
 def _write_results(results: Results, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    for task, result in results.items():
-        write_json_durably(folder / f"{task}.json", result)
+    with one_line_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for task, result in results.items():
+            write_json_durably(folder / f"{task}.json", result)
     return [folder / f"{task}.json" for task in results]
 
 
 def _write_examples(examples: Sequence[Figures], path: Path) -> None:
-    write_bytes_durably(path, "".join(json.dumps(example) + "\n" for example in examples).encode())
+    with one_line_write_errors(path):
+        write_bytes_durably(path, "".join(json.dumps(example) + "\n" for example in examples).encode())
 
 
 def _write_events(results: Results, loaded: LoadedModel) -> None:

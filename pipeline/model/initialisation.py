@@ -50,8 +50,8 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
 def _normal_blocks(count: int, stop: int, std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first value, values) for blocks of a parameter, until element ``stop`` is reached.
 
-    Each block overwrites the previous block. The last block is at least as long as the others, because torch draws
-    fewer than 16 values in another way.
+    Each block overwrites the previous block. The last block is never short, because torch draws fewer than 16 values in
+    another way.
     """
     values = torch.empty(min(count, 2 * BLOCK_ELEMENTS))
     first = 0

@@ -81,7 +81,10 @@ class GroupNorms:
         }
 
     def _sums_of_squares(self) -> Tensor:
-        """Return this rank's sums per group, (4, groups): gradients, weights, changes, weights before the step."""
+        """Return this rank's sums of squares per group, shape (4, groups).
+
+        The rows are the gradients, the weights, their changes in the step, and the weights before the step.
+        """
         dtype = summing_dtype(self._world.device)
         sums = torch.zeros(4, len(self._groups), dtype=dtype, device=self._world.device)
         for fragment, (old_weight, old_moment) in zip(self._backend.fragments(), self._before, strict=True):

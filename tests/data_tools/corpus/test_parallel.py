@@ -240,7 +240,7 @@ def test_ctrl_c_while_the_server_starts_is_not_lost(monkeypatch: pytest.MonkeyPa
         start_server(())
     finally:
         signal.signal(signal.SIGINT, before)
-    assert events == ["started", "interrupted"]
+    assert sorted(events) == ["interrupted", "started"]  # in any order: another thread may receive the signal
 
 
 DIES = """

@@ -425,6 +425,7 @@ def test_a_dataset_saved_to_disk(tmp_path: Path) -> None:
     assert documents("hf", tmp_path / "many") == DOCUMENTS
     assert documents("hf", tmp_path / "many", dataset_split="dev") == DOCUMENTS[3:4]
     assert "has no split 'val'; it has train, dev" in refusal("hf", tmp_path / "many", dataset_split="val")
+    assert "has no split 'val': it is one Dataset" in refusal("hf", tmp_path / "one", dataset_split="val")
 
 
 @pytest.mark.usefixtures("hub_offline")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from pipeline.evaluation.results import find_results, format_table
@@ -41,3 +42,15 @@ def test_results_of_a_step_are_found(tmp_path: Path) -> None:
     assert find_results(tmp_path, ["validation"], 7) == {"validation": RESULT}
     assert find_results(tmp_path, ["validation"], 8) is None
     assert find_results(tmp_path, ["validation", "other"], 7) is None
+
+
+def test_damaged_results_and_results_of_other_data_are_not_found(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation" / "validation.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({**RESULT, "data": "data/mine"}))
+    for data_of_run, is_found in (("data/mine", True), (os.path.abspath("data/mine"), True), ("data/other", False)):
+        found = find_results(tmp_path, ["validation"], 7, {"validation": data_of_run})
+        assert (found is not None) == is_found
+    for damaged in ("", '{"step": 7', "[7]"):
+        path.write_text(damaged)
+        assert find_results(tmp_path, ["validation"], 7) is None
