@@ -68,7 +68,7 @@ State = tuple[int, int]  # inode and modification time in ns
 
 
 def finished_shards(out: Path) -> dict[Path, State]:
-    """Return the states of the shards in the chunks' records, or in the manifest that replaces the records."""
+    """Return the state of each finished shard, by path. The shards are listed in the manifest, or in the records."""
     manifest = out / MANIFEST_NAME
     records = [manifest] if manifest.exists() else list(out.glob("tasks/*.json"))
     shards = [shard for record in records for shard in json.loads(record.read_bytes())["shards"]]

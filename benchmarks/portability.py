@@ -114,7 +114,7 @@ def ring_of_pairs(backends: Sequence[str]) -> list[tuple[Side, Side]]:
 
 
 def pairs_of_more_ranks(backends: Sequence[str]) -> list[tuple[Side, Side]]:
-    """Return pairs with more than two processes: from 1 to 4, from 4 to 2, and from 4 in two groups to 3."""
+    """Return pairs in which one run has four processes. The other run has one, two or three processes."""
     every = (*backends, *GROUPED)
     following = (*every[1:], every[0])
     return [

@@ -161,8 +161,8 @@ def _sum_batch(logits: Tensor, targets: Tensor, end_of_text: int, dtype: torch.d
     Returns:
         By position in the window, (4, T): loss, number of targets, top-1 matches, top-5 matches.
 
-        Overall, (5,): loss on ``end_of_text`` targets, number of windows, and the sums over windows of loss^2,
-        loss*targets and targets^2.
+        Overall, (5,): the loss on ``end_of_text`` targets, the number of windows, and the sums over windows of L^2, L*n
+        and n^2. L is the loss of a window, and n is its number of targets.
     """
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"

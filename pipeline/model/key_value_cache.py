@@ -79,7 +79,8 @@ class KeyValueCache:
         The position of a token is its slot minus this slot.
 
         Args:
-            starts: the same slots, shape (B, T), but 0 for documents that began in an earlier call.
+            starts: the slot where the document of each new token begins, shape (B, T). It is 0 if the document began
+                in an earlier call.
         """
         starts = torch.maximum(starts, self._text_starts)
         last = torch.tensor(self._new, device=starts.device)[:, None] - 1

@@ -113,7 +113,7 @@ def find_device(
 
 
 def _measure_this_machine(precision: str, world_size: int) -> Device:
-    """Return the first GPU with measured speeds. Without a GPU, return a rank's share of the CPU.
+    """Measure the speeds of this machine's first GPU. Without a GPU, measure a rank's share of the CPU.
 
     The bandwidth between GPUs is that of a copy from the first to the second GPU. With a single device, it is that of
     a copy from the host to the device.
