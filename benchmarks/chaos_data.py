@@ -81,7 +81,11 @@ def states(paths: Iterable[Path]) -> dict[Path, State]:
 
 
 def interrupt(source: Path, out: Path, moments: list[float], whole: dict[str, str]) -> Outcome:
-    """Start the command and kill its processes at each moment. Then run it to its end and compare with ``whole``."""
+    """Run the command once per moment, and kill it at that moment. Then run it to its end and compare with ``whole``.
+
+    Args:
+        moments: the seconds between the start of the command and its kill.
+    """
     outcome = Outcome()
     kept: dict[Path, State] = {}
     for moment in moments:

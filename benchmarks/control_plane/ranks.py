@@ -1,7 +1,7 @@
 """The simulated ranks of one process. ``benchmarks.control_plane.store`` starts this module.
 
 The calls are those of ``pipeline.distributed``. Two things differ from a run. A few threads send the heartbeats
-of all ranks. The main thread of a rank is always at the same place in the code.
+of all ranks. The simulated main threads never move: each one stays at the same place in the code.
 """
 
 from __future__ import annotations

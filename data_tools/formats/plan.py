@@ -152,7 +152,10 @@ def _document_shards(collection: TokenCollection, suffix: str, shard_tokens: int
 
 
 def _llmc_shards(collection: TokenCollection, name: str, shard_tokens: int) -> Iterator[PlannedFile]:
-    """Yield shards of ``shard_tokens`` tokens. The numbers begin at 0 with validation shards, or at 1 without them."""
+    """Yield shards of ``shard_tokens`` tokens. The first validation shard has the number 0 in its name.
+
+    If there is no validation shard, the numbers begin at 1.
+    """
     splits = sorted(collection.splits, key=lambda split: [VAL_SPLIT, TRAIN_SPLIT, split].index(split))
     numbers = count(0 if VAL_SPLIT in splits else 1)
     for split in splits:

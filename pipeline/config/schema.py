@@ -129,8 +129,8 @@ class RunConfig(Section):
     )
     working_dir: NonEmptyText | None = Field(
         None,
-        description="Folder in which the run was started. The program sets this key. A relative data path that does "
-        "not exist in the current folder refers to a path in `working_dir`.",
+        description="Folder in which the run was started. The program sets this key. Later commands look for a "
+        "relative data path in their own current folder, and then in `working_dir`.",
     )
     rank_timeout_s: PositiveInt = Field(
         60,

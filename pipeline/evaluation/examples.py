@@ -67,7 +67,7 @@ def any_continuation(row: Row) -> Example:
 
 
 def any_contexts(row: Row) -> Example:
-    """Read ``contexts``, ``continuation``, ``gold``: contexts, a continuation, and the index of the right context.
+    """Read ``contexts`` (a list), ``continuation``, and ``gold`` (the index of the right context).
 
     If no white space separates a context from the continuation, a space is inserted.
     """
