@@ -78,9 +78,9 @@ def trace_activations(request: Request) -> tuple[Peak, ...]:
 def _extrapolate(shallow: Sequence[Peak], deeper: Sequence[Peak], periods: int) -> tuple[Peak, ...]:
     """Return the peaks of a model, extrapolated from those of two models with fewer blocks.
 
-    A period is a group of blocks that repeats. The model of ``deeper`` has one more period than that of ``shallow``. The
-    model of the result has ``periods`` more. The peaks are in the order of the backward pass, so the first half belongs
-    to the last blocks.
+    A period is a group of blocks that repeats. The model of ``deeper`` has one more period than that of ``shallow``.
+    The model of the result has ``periods`` more. The peaks are in the order of the backward pass, so the first half
+    belongs to the last blocks.
     """
     half = len(shallow) // 2
     partners = [*deeper[:half], *deeper[half - len(shallow) :]]
