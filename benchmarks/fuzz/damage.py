@@ -1,4 +1,4 @@
-"""Damage files at random. Equal random numbers cause equal damage."""
+"""Damage files at random. A random generator with the same seed causes the same damage."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     Each iteration replaces X by P X with P = a I + b G + c G^2. Here, G = X X^T is the Gram matrix, and a, b and c
     are constants. For tall matrices, X P with the smaller G = X^T X gives the same result.
 
-    Two iterations share one Gram matrix if this needs fewer FLOPs. The second iteration uses P G P, which is the Gram
-    matrix of P X. More than two iterations per Gram matrix would not be stable in bf16.
+    If this needs fewer FLOPs, every second iteration does not compute its Gram matrix from X. It uses P G P, with the P
+    and G of the iteration before, because this is the Gram matrix of P X. To repeat this would not be stable in bf16.
 
     Args:
         matrices: shape (n, rows, columns), in the dtype of the computation and of the result.

@@ -142,7 +142,7 @@ class Mixture:
 def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
     """Return the root of the tree. The leaves are indices of datasets.
 
-    If two nodes have equal weights, the older one gets its parent first.
+    If two nodes have equal weights, the node that was created first is merged first.
     """
     denominator = math.lcm(*(share.denominator for share in shares))
     heap: list[tuple[int, int, _Fork | int]] = [

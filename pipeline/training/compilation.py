@@ -86,9 +86,10 @@ def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: in
 
 
 def _timed_model(config: Config) -> GPT2:
-    """Return a model that does the computation of the run's model with the memory of a single block.
+    """Return a model of the same depth as the run's model, in which all blocks share the weights of the first block.
 
-    It fits into the memory of a rank that holds only a shard of the real model.
+    It does the same amount of computation, and fits into the memory of a rank that holds only a shard of the real
+    model.
     """
     model = build_model(config.model.model_copy(update={"n_layer": 1}), config.run.seed)
     (first,) = model.h

@@ -132,7 +132,7 @@ class MlflowRun(Service):
 
 
 def _other_values(row: Row) -> Iterator[tuple[str, Any]]:
-    """Yield the texts, lists and objects of a row, without completions. An object yields one value per key."""
+    """Yield the keys and values of a row that are texts, lists or dicts, without completions. Dicts are flattened."""
     for key, value in row.items():
         if isinstance(value, dict):
             yield from ((f"{key}.{inner}", content) for inner, content in dotted_keys(value))
