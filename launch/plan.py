@@ -37,6 +37,9 @@ PICTURES = (".png", ".svg", ".pdf")
 def main() -> None:
     arguments = build_parser().parse_args()
     config = load_config(arguments.config, arguments.set, arguments.deepspeed)
+    if arguments.tokens:
+        arguments.set = _overrides_for_tokens(arguments, config)
+        config = load_config(arguments.config, arguments.set, arguments.deepspeed)
     if arguments.schedule:
         from pipeline.training.schedule import format_schedule
 
@@ -98,6 +101,15 @@ def _describe_division(config: Config, divided: Config, world_size: int) -> str:
     )
 
 
+def _overrides_for_tokens(arguments: argparse.Namespace, config: Config) -> list[str]:
+    """Return the values of ``--set``, with a schedule of ``--tokens`` tokens. A long warm-up becomes shorter."""
+    max_steps = math.ceil(arguments.tokens / config.batch.tokens_per_step)
+    overrides = [*arguments.set, f"schedule.max_steps={max_steps}"]
+    if config.schedule.warmup_steps > max_steps:
+        overrides.append(f"schedule.warmup_steps={max_steps // 10}")
+    return overrides
+
+
 def _train_command(arguments: argparse.Namespace, config: Config, best: "Plan", chosen: Config, per_node: int) -> str:
     """Return the command that trains with the plan ``best``. ``chosen`` is the config with this plan's backend."""
     options = _train_options(arguments, config, best.backend, chosen, best.micro_batch_size)
@@ -118,8 +130,6 @@ def _train_options(
     arguments: argparse.Namespace, config: Config, name: str, chosen: Config, micro_batch_size: int
 ) -> list[str]:
     overrides = list(arguments.set)
-    if arguments.tokens:
-        overrides.append(f"schedule.max_steps={math.ceil(arguments.tokens / config.batch.tokens_per_step)}")
     name, _, group = name.partition(GROUP_MARK)
     if group:
         overrides.append(f"backend.fsdp.shard_group_size={group}")

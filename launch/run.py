@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.cli import ArgumentParser, add_config_options, positive_int, run_command
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.config.loading import load_config
+from pipeline.config.paths import find_path
 from pipeline.config.schema import Config
 from pipeline.evaluation.results import VALIDATION, find_results, format_table
 
@@ -74,8 +75,8 @@ def train(
 def evaluate(config: Config) -> None:
     """Run the tasks in ``evaluation.tasks`` on the last checkpoint. If their results already exist, do nothing."""
     run_folder, tasks = Path(config.run.out_dir), config.evaluation.tasks
-    data = {task: path for task, path in config.evaluation.data.items() if task in tasks}
-    of_run = {VALIDATION: config.data.path or "data.mixture", **data}
+    data = {task: find_path(path, config.run) for task, path in config.evaluation.data.items() if task in tasks}
+    of_run = {VALIDATION: find_path(config.data.path, config.run) if config.data.path else "data.mixture", **data}
     results = find_results(run_folder, tasks, step_of(list_checkpoints(run_folder)[-1]), of_run)
     if results is not None:
         print(f"\n== evaluate: done before\n{format_table(results)}", flush=True)

@@ -97,7 +97,7 @@ def start_server(preload: tuple[str, ...]) -> None:
     if "forkserver" in multiprocessing.get_all_start_methods():
         _context(preload)
         # The start of the first worker raises the same OSError, with an explanation.
-        with _interrupts_blocked(), suppress(OSError):
+        with suppress(OSError), _interrupts_blocked():
             forkserver.ensure_running()
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.storage.atomic import PARTIAL_SUFFIX, fsync_folder, publish_folder
+from data_tools.storage.atomic import fsync_folder
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
     READABLE_VERSIONS,
@@ -20,7 +20,6 @@ from pipeline.checkpoint.layout import (
     format_size,
     is_checkpoint,
     list_checkpoints,
-    parse_step,
     size_of_folder,
     step_of,
 )
@@ -46,23 +45,10 @@ def list_abandoned(run_folder: Path) -> list[Path]:
 def remove_leftovers(run_folder: Path) -> None:
     """Delete the incomplete folders that interrupted saves and deletions have left.
 
-    If a save was interrupted just before it renamed its complete folder, rename the folder instead.
-
     Do not call this function while a checkpoint is being saved.
     """
     for leftover in list_leftovers(run_folder):
-        if not _complete_save(leftover):
-            _remove_folder(leftover)
-
-
-def _complete_save(leftover: Path) -> bool:
-    """Give the folder of an interrupted save its final name, if the folder is complete. Return whether it is."""
-    folder = leftover.with_name(leftover.name.removeprefix(".").removesuffix(PARTIAL_SUFFIX))
-    if parse_step(folder.name) is None or folder.exists() or find_damage(leftover):
-        return False
-    publish_folder(leftover, folder)
-    log.info("%s: completed its interrupted save", folder)
-    return True
+        _remove_folder(leftover)
 
 
 def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> None:

@@ -173,7 +173,7 @@ def complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot: 
 
 def publish_checkpoint(aside: Path, folder: Path) -> None:
     """Rename the temporary folder ``aside`` to ``folder``. An existing ``folder`` is replaced."""
-    if folder.exists():  # it is damaged, or lacks the result of a repeated evaluation (``evaluation_is_due``)
+    if folder.exists():  # damaged: otherwise the run would have continued from this checkpoint
         delete_checkpoint(folder)
     publish_folder(aside, folder)
 

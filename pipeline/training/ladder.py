@@ -10,11 +10,12 @@ from itertools import count
 from pathlib import Path
 
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, step_of
-from pipeline.checkpoint.state import read_state_file
+from pipeline.checkpoint.state import read_state, read_state_file
 from pipeline.config.changes import changed_settings
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.training.due_evaluation import with_recorded_evaluation
 
 #: The sections and keys that determine the weights and the losses of a run.
 _OF_NUMBERS = (
@@ -38,14 +39,15 @@ _OF_DECAY = ("schedule.max_steps", "schedule.decay_steps", "schedule.decay_shape
 def has_step(run_folder: Path, step: int) -> bool:
     """Return whether a run has a checkpoint of the given step or of a later step.
 
-    A checkpoint whose evaluation was stopped does not count.
+    A checkpoint whose evaluation was stopped, and not repeated yet, does not count.
     """
-    return any(step_of(folder) >= step and not _lacks_evaluation(folder) for folder in list_checkpoints(run_folder))
+    folders = [folder for folder in list_checkpoints(run_folder) if step_of(folder) >= step]
+    return any(not _lacks_evaluation(folder, run_folder) for folder in folders)
 
 
-def _lacks_evaluation(folder: Path) -> bool:
+def _lacks_evaluation(folder: Path, run_folder: Path) -> bool:
     with suppress(CheckpointError):
-        return read_state_file(folder).evaluation_is_due
+        return with_recorded_evaluation(read_state(folder)[0], run_folder).evaluation_is_due
     return False
 
 

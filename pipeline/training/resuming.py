@@ -22,6 +22,7 @@ from pipeline.config.schema import MODEL_SIZES, Config, ScheduleConfig
 from pipeline.distributed.environment import launch_id, launcher_restarts
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.training.due_evaluation import with_recorded_evaluation
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.initial_weights import compare_sizes
 from pipeline.training.schedule import lr_at
@@ -136,9 +137,14 @@ def _is_of_another_run(start: Path, config: Config) -> bool:
     return not start.resolve().is_relative_to(Path(config.run.out_dir).resolve())
 
 
-def why_complete(state: TrainingState, schedule: ScheduleConfig) -> str | None:
-    """Return why the run is complete and how to train longer. If the run is not complete, return None."""
-    return None if state.evaluation_is_due else why_no_step_is_left(state, schedule)
+def why_complete(start: Path, config: Config) -> str | None:
+    """Return why the run is complete and how to train longer. If the run is not complete, return None.
+
+    Args:
+        start: the checkpoint from which the run would continue.
+    """
+    state = with_recorded_evaluation(read_state(start)[0], Path(config.run.out_dir))
+    return None if state.evaluation_is_due else why_no_step_is_left(state, config.schedule)
 
 
 def why_no_step_is_left(state: TrainingState, schedule: ScheduleConfig) -> str | None:

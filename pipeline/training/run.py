@@ -102,7 +102,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     check_shared_folders(Path(config.run.out_dir), sha256, world)
     fetch_remote_start(config, world)
     start = world.call_on_main(lambda: choose_start(config, sha256))
-    if start and (reason := why_complete(read_state(start)[0], config.schedule)):
+    if start and (reason := world.call_on_main(lambda: why_complete(start, config))):
         log.info("%s: %s", start, reason)
         world.call_on_main(lambda: send_missing_rows(config))
         return None

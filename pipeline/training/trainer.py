@@ -29,6 +29,7 @@ from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.heartbeat_file import HeartbeatFile
 from pipeline.run_folder.metrics import MEAN_LOSS_KEY
 from pipeline.seeds import derive_seed
+from pipeline.training.due_evaluation import with_recorded_evaluation
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.group_norms import GroupNorms
 from pipeline.training.interruption import StopRequest
@@ -161,13 +162,21 @@ class Trainer:
 
         Returns a signal that has arrived, or None.
         """
-        repeats = self.state.evaluation_is_due
-        if self.state.step and not repeats:
-            return None
-        self.evaluate()
-        if repeats:
-            self.save()  # the checkpoint of this step lacks the results
+        if self.state.step == 0:
+            self.evaluate()
+        else:
+            self._finish_due_evaluation()
         return self.stop_request.agreed()
+
+    def _finish_due_evaluation(self) -> None:
+        """If a signal stopped the evaluation of this step, take its results from the metrics, or repeat it.
+
+        This does not save another checkpoint of the step: replacing a checkpoint is not safe at any moment.
+        """
+        if self.state.evaluation_is_due:
+            self.state = self.world.call_on_main(lambda: with_recorded_evaluation(self.state, self.run_folder))
+        if self.state.evaluation_is_due:
+            self.evaluate()
 
     def _run_step(self) -> signal.Signals | None:
         """Train one step. Then log, evaluate or save if this is due.
@@ -358,6 +367,7 @@ class Trainer:
         )
         self.record.rewind(self.state.step)
         self._recent_losses.clear()
+        self._finish_due_evaluation()
         samples = [spike.first_sample, spike.stop_sample]
         self.record.write({"step": self.state.step, "left_out_samples": samples})
         self.throughput.restart()

@@ -212,17 +212,6 @@ class TestLeftovers:
         remove_leftovers(tmp_path)
         assert list((tmp_path / "checkpoints").iterdir()) == [folder]
 
-    def test_a_save_that_was_killed_before_its_rename_is_completed(self, save: Save, tmp_path: Path) -> None:
-        """A repeated evaluation replaces the only checkpoint, and its process is killed in between."""
-        complete = save(4)
-        complete.rename(complete.with_name(".step_00000004.partial"))
-        damaged = save(5)
-        (damaged / WEIGHTS).write_bytes(b"half")
-        damaged.rename(damaged.with_name(".step_00000005.partial"))
-        remove_leftovers(tmp_path)
-        assert list((tmp_path / "checkpoints").iterdir()) == [complete]
-        assert find_damage(complete) is None
-
     def test_a_leftover_of_the_same_step_is_replaced(self, save: Save, tmp_path: Path) -> None:
         leftover = tmp_path / "checkpoints" / ".step_00000003.partial"
         leftover.mkdir(parents=True)

@@ -94,6 +94,12 @@ def before_step(trainer: Trainer, step: int, action: Callable[[], object]) -> No
     trainer.train_step = train_step  # type: ignore[method-assign]
 
 
+def send_sigterm(trainer: Trainer) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not trainer.stop_request.received:  # another thread receives the signal
+        time.sleep(0.01)
+
+
 def signal_in_evaluation(trainer: Trainer, step: int, batch: int) -> None:
     """Send SIGTERM right before a batch of the evaluation of a step. The first batch is number 1."""
     plain = trainer.stop_request.stop_evaluation
@@ -103,9 +109,7 @@ def signal_in_evaluation(trainer: Trainer, step: int, batch: int) -> None:
         nonlocal batches
         batches += trainer.state.step == step
         if batches == batch:
-            os.kill(os.getpid(), signal.SIGTERM)
-            while not trainer.stop_request.received:  # another thread receives the signal
-                time.sleep(0.01)
+            send_sigterm(trainer)
         plain()
 
     trainer.stop_request.stop_evaluation = stop_evaluation  # type: ignore[method-assign]
@@ -355,7 +359,7 @@ def test_unusable_weights_do_not_end_an_evaluation(
 class TestStop:
     def test_a_signal_stops_after_the_step_with_a_checkpoint(self, make_trainer: MakeTrainer) -> None:
         trainer = make_trainer()
-        before_step(trainer, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        before_step(trainer, 6, lambda: send_sigterm(trainer))
         with pytest.raises(Interrupted, match=f"SIGTERM received: stopped after step 6 of {STEPS}, ") as caught:
             trainer.fit()
         assert caught.value.exit_status == 128 + signal.SIGTERM
@@ -369,9 +373,7 @@ class TestStop:
 
         def evaluate() -> None:
             if trainer.state.step == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-                while not trainer.stop_request.received:  # another thread receives the signal
-                    time.sleep(0.01)
+                send_sigterm(trainer)
             plain()
 
         trainer.evaluate = evaluate  # type: ignore[method-assign]
@@ -395,15 +397,20 @@ class TestStop:
         assert f"the evaluation of step {step} was stopped; the next start repeats it" in caplog.text
         newest = list_checkpoints(stopped.run_folder)[-1]
         assert step_of(newest) == step and step not in rows_with(stopped, "val_loss")
-        assert why_complete(read_state(newest)[0], stopped.config.schedule) is None
+        assert why_complete(newest, stopped.config) is None
 
         resumed = make_trainer("stopped", resume_from=newest, **averaging)
         resumed.fit()
         for key in ("loss", "val_loss", "val_ema_loss"):
             assert rows_with(resumed, key) == {**rows_with(stopped, key), **rows_with(whole, key)}
         assert resumed.state == whole.state
-        repeated, _ = read_state(newest)
-        assert not repeated.evaluation_is_due and repeated.validation.best_step is not None
+        assert (why_complete(newest, stopped.config) is None) == (step < STEPS), "the metrics have the results"
+
+        again = make_trainer("stopped", resume_from=newest, **averaging)
+        again.fit()
+        assert again.state == whole.state
+        steps = [row["step"] for row in read_metrics(again.run_folder) if "val_loss" in row]
+        assert steps == [0, 5, 10], "no evaluation twice"
 
     def test_a_signal_in_the_first_evaluation_has_nothing_to_save(self, make_trainer: MakeTrainer) -> None:
         trainer = make_trainer()
@@ -452,7 +459,7 @@ class TestStop:
 
         monkeypatch.setattr(Mirror, "finish", finish_later)
         trainer = make_trainer(checkpoint={"remote": f"file://{tmp_path}/remote"})
-        before_step(trainer, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        before_step(trainer, 6, lambda: send_sigterm(trainer))
         with pytest.raises(Interrupted):
             trainer.fit()
         assert ends == ["interrupted"]
