@@ -331,6 +331,7 @@ class Trainer:
             tokens=self.state.tokens + self.plan.tokens_per_step,
             loss_scale=loss_scale,
             loss_scale_good_steps=good_steps,
+            evaluation_is_due=False,
         )
 
     def _judge_finished_steps(self, *, judge_all: bool) -> Iterator[FinishedStep]:
