@@ -1,7 +1,7 @@
 """Load the fastest encoder for all worker processes.
 
-Workers are forked from a process that has imported this module. They therefore share the encoder's
-vocabulary, and start to encode at once.
+Workers are forked from a process that has imported this module. They therefore share the encoder's vocabulary, and
+start to encode at once.
 """
 
 from contextlib import suppress

@@ -22,8 +22,8 @@ from data_tools.sources.jsonl import text_of_record
 from data_tools.sources.rows import OnBadRow, parse_rows, stop_at_bad_row
 from data_tools.storage.content import require_fetched
 
-# Files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
 _DEFAULT_SPLIT = SourceRequest.dataset_split
+# Files that Dataset.save_to_disk and DatasetDict.save_to_disk write.
 _SAVED_DATASET = "state.json"
 _SAVED_DATASET_DICT = "dataset_dict.json"
 # The builder of a dataset with local data files -> the endings of these files.

@@ -18,7 +18,7 @@ Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data
 
 
 def find_results(
-    run_folder: Path, tasks: Sequence[str], step: int, data: Mapping[str, str | None] = MappingProxyType({})
+    run_folder: Path, tasks: Sequence[str], step: int, data: Mapping[str, str] = MappingProxyType({})
 ) -> Results | None:
     """Return the stored results of the tasks for the checkpoint of ``step``.
 

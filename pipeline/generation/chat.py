@@ -27,7 +27,7 @@ class Chat:
     next heading line.
 
     With the template "messages", the empty line after a message also ends an answer. An empty line between two
-    paragraphs does not end it, because its tokens differ.
+    paragraphs does not end it, because it is encoded as other tokens.
 
     Args:
         template: the kind of training data. With "instruction", the model sees only the last message.

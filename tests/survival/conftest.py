@@ -9,7 +9,7 @@ import pytest
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.state import read_state
 from tests.support.agreement import LOSS_TOLERANCE
-from tests.support.runs import TINY_BYTE_RUN, TINY_RUN, Curve, Sections, merged, read_curve, train_run
+from tests.support.runs import TINY_BYTE_RUN, TINY_RUN, Curve, Sections, curve_of, merged, read_curve
 
 STEPS, EVERY_STEPS = 14, 4
 
@@ -38,7 +38,7 @@ def large_sections(corpus: Path) -> Sections:
 def whole_folder(sections: Sections, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    train_run("ddp", folder, sections)
+    curve_of("ddp", folder, sections)
     return folder
 
 
