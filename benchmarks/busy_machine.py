@@ -24,7 +24,7 @@ import torch
 
 from pipeline.distributed.environment import DEFAULT_SPINS
 from pipeline.run_folder.metrics import read_metrics
-from tests.support.runs import REPOSITORY, TRAIN, Sections, make_corpus, ranks_command, train_arguments
+from tests.support.runs import PYTHON_PATH, TRAIN, Sections, make_corpus, ranks_command, train_arguments
 from tests.support.tables import print_header, print_row
 
 LIBGOMP_SPINS = 300_000
@@ -85,7 +85,7 @@ def busy_processes(count: int) -> Iterator[None]:
 def training_speed(run_folder: Path, sections: Sections, spins: int) -> float:
     """Train a run with a value of ``GOMP_SPINCOUNT``. Return its median tokens/s after the first steps."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
-    environment |= {"GOMP_SPINCOUNT": str(spins), "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"GOMP_SPINCOUNT": str(spins), "PYTHONPATH": PYTHON_PATH}
     command = ranks_command(1, TRAIN, train_arguments("ddp", run_folder, sections))
     subprocess.run(command, env=environment, check=True, capture_output=True)
     return statistics.median(speeds_of_steps(run_folder)[FIRST_STEPS:])

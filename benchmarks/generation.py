@@ -1,6 +1,7 @@
-"""Compare generation with ``transformers``: tokens per second on this machine's CPU, and the greedy completions.
+"""Compare generation with ``transformers``: tokens per second, and the greedy completions.
 
-python -m benchmarks.generation      # what `make bench-generation` runs; run nothing else on the machine
+python -m benchmarks.generation                     # what `make bench-generation` runs; run nothing else on the machine
+python -m benchmarks.generation --device cuda
 
 Both programs continue the same prompts with the same random weights of GPT-2 124M. ``transformers`` runs in every
 setting that could be its fastest one. The time includes prefill, but not compilation.
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +55,8 @@ Contender = Callable[[Texts, int], Texts]  # prompts and a number of tokens -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
     parser.add_argument("--preset", default="gpt2", help="the model (default: %(default)s)")
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument(
@@ -63,23 +67,29 @@ def main() -> None:
         help="prompts per batch; without a number only the matrix products (default: 1 4)",
     )
     parser.add_argument(
-        "--rows", nargs="+", type=int, default=PRODUCT_ROWS, help="rows of the matrix products (default: 1 2 4 512)"
+        "--rows", nargs="+", type=int, default=PRODUCT_ROWS, help="rows of the products on a CPU (default: 1 2 4 512)"
     )
     parser.add_argument("--tokens", type=int, default=100, help="new tokens per prompt (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the tokens per second to this JSON file")
     arguments = parser.parse_args()
-    model = build_model(ModelConfig.model_validate({"preset": arguments.preset}), 1).eval()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.preset}, {arguments.tokens} tokens"
-    )
+    model = build_model(ModelConfig.model_validate({"preset": arguments.preset}), 1).eval().to(arguments.device)
+    on_cpu = arguments.device == "cpu"
+    where = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name()
+    print(f"torch {torch.__version__}, {where}, {arguments.preset}, {arguments.tokens} tokens")
+    found: dict[str, dict[str, float]] = {}
     for precision in arguments.precision:
-        print_products(model, precision, arguments.rows)
+        if on_cpu:
+            print_products(model, precision, arguments.rows)
         contenders: dict[str, Contender] = {}
         for name, (attention, compiled) in TRANSFORMERS_SETTINGS.items():
             contenders[name] = their_contender(model, DTYPES[precision], attention, compiled)
         for batch in arguments.batch:
-            print(f"\n{precision}, batch {batch}")
+            setting = f"{precision}, batch {batch}"
+            print(f"\n{setting}")
             own = {"ours": own_contender(model, DTYPES[precision], batch)}
-            print_speeds({**own, **contenders}, batch, arguments.tokens)
+            found[setting] = print_speeds({**own, **contenders}, batch, arguments.tokens)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found), encoding="utf-8")
 
 
 def print_products(model: GPT2, precision: str, numbers_of_rows: Sequence[int]) -> None:
@@ -134,24 +144,28 @@ def own_contender(model: GPT2, dtype: torch.dtype, batch: int) -> Contender:
 
 def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: bool) -> Contender:
     """Return a contender that runs ``transformers``' own ``generate`` with our weights."""
-    theirs = transformers_model(model, attn_implementation=attention).to(dtype).eval()
+    device = model.wte.weight.device
+    theirs = transformers_model(model, attn_implementation=attention).to(device, dtype).eval()
     theirs.generation_config.eos_token_id = None  # no end of text, so that both programs generate all tokens
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     if compiled:
         options["cache_implementation"] = "static"
-        options["compile_config"] = CompileConfig(mode="default", fullgraph=False, dynamic=False)
+        mode = "default" if device.type == "cpu" else "reduce-overhead"  # reduce-overhead uses CUDA graphs
+        options["compile_config"] = CompileConfig(mode=mode, fullgraph=False, dynamic=False)
         options["compile_config"]._compile_all_devices = True  # by default, transformers compiles only on GPUs
 
     def run(prompts: Texts, count: int) -> Texts:
-        tokens = torch.tensor(prompts)
+        tokens = torch.tensor(prompts, device=device)
         written = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, **options)
         return written[:, tokens.shape[1] :].tolist()
 
     return run
 
 
-def print_speeds(contenders: dict[str, Contender], batch: int, count: int) -> None:
+def print_speeds(contenders: dict[str, Contender], batch: int, count: int) -> dict[str, float]:
     """Print one line per contender: its median speed, and this speed divided by the best speed of ``transformers``.
+
+    Returns the speeds in tokens/s.
 
     After one round to warm up, each round runs all contenders, so that a slow moment affects all of them.
     """
@@ -170,6 +184,7 @@ def print_speeds(contenders: dict[str, Contender], batch: int, count: int) -> No
     for name, speed in speeds.items():
         same = "as transformers" if texts[name] == texts[peer] else "different"
         print(f"{name:<34}{speed:>10.1f}{speed / speeds[peer]:>8.2f}  {same}", flush=True)
+    return speeds
 
 
 if __name__ == "__main__":

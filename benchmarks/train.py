@@ -7,8 +7,9 @@ python -m benchmarks.train --processes 2 --contenders zero1 zero1-muon --rounds 
 python -m benchmarks.train --peer-command 'nanoGPT=cd ~/nanoGPT && python train.py --device={device} ...'
 
 All contenders train on the same batches from the same weights. Only a --peer-command uses its own batches and weights.
-The optimizer is Muon if the name ends with -muon, otherwise AdamW. The command fails if the losses of contenders with
-the same optimizer do not agree. A row of metrics covers several steps. The table has medians and quartiles over rows.
+The optimizer is Muon if the name ends with -muon, otherwise AdamW. The loss is computed in blocks of the vocabulary if
+the name ends with -blocks. The command fails if the losses of contenders with the same optimizer do not agree. A row of
+metrics covers several steps. The table has medians and quartiles over rows.
 """
 
 from __future__ import annotations
@@ -33,11 +34,28 @@ from benchmarks.train_setting import Measured, Setting
 from pipeline.distributed.device import GIB
 from pipeline.model.gpt2 import flops_per_token, parameter_count
 from pipeline.run_folder.metrics import read_metrics
-from tests.support.runs import BACKENDS, REPOSITORY, TRAIN, make_corpus, merged, ranks_command, train_arguments
+from tests.support.runs import (
+    BACKENDS,
+    PYTHON_PATH,
+    REPOSITORY,
+    TRAIN,
+    Sections,
+    make_corpus,
+    merged,
+    ranks_command,
+    train_arguments,
+)
 from tests.support.tables import print_header, print_row
 
-MUON = "-muon"  # the end of the names of contenders that train with Muon
-OURS = tuple(f"{name}{end}" for end in ("", MUON) for name in BACKENDS)
+MUON, BLOCKS = "-muon", "-blocks"
+
+#: The end of a contender's name -> its settings.
+VARIANTS: dict[str, Sections] = {
+    "": {},
+    MUON: {"optimizer": {"name": "muon"}},
+    BLOCKS: {"run": {"loss_in_blocks": True}},
+}
+OURS = {f"{name}{end}": (name, end) for end in VARIANTS for name in BACKENDS}
 PEERS = {
     "transformers-loop": ["loop"],
     "transformers-trainer": ["trainer"],
@@ -77,12 +95,11 @@ class Contender:
 
 def train_ours(name: str, setting: Setting) -> Measured:
     """Run ``launch/train.py`` as a user does and read its ``metrics.jsonl``."""
-    sections = setting.sections()
-    if name.endswith(MUON):
-        sections = merged(sections, {"optimizer": {"name": "muon"}})
+    backend, end = OURS[name]
+    sections = merged(setting.sections(), VARIANTS[end])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "run")
-        run_script(setting.processes, TRAIN, train_arguments(name.removesuffix(MUON), folder, sections))
+        run_script(setting.processes, TRAIN, train_arguments(backend, folder, sections))
         return Measured.of_rows(read_metrics(folder), setting)
 
 
@@ -102,7 +119,7 @@ def measure_limits(setting: Setting) -> Limits:
 
 def run_script(processes: int, script: Path, arguments: Sequence[str]) -> str:
     """Run a script and return its output. The script sets its number of threads."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONPATH": PYTHON_PATH, "PYTHONWARNINGS": "ignore"}
     command = ranks_command(processes, script, arguments)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:

@@ -27,7 +27,7 @@ from benchmarks.gpu_check.page import render
 from benchmarks.gpu_check.plan import Check, patient
 from benchmarks.gpu_check.steps import FAILED, PASSED, Figures, Record, Runner, Stage, Step, write_text
 from benchmarks.train_command import add_peer_option
-from tests.support.runs import REPOSITORY
+from tests.support.runs import PYTHON_PATH, REPOSITORY
 
 PAGE_FILE = "page.md"
 MACHINE = "machine"
@@ -60,7 +60,7 @@ def find_machine(device: str, runner: Runner) -> Figures:
         lambda _: dict(json.loads(file.read_text(encoding="utf-8"))),
         limit_s=120,
         usual_s=10,
-        environment={"PYTHONPATH": str(REPOSITORY)},
+        environment={"PYTHONPATH": PYTHON_PATH},
     )
     if device == "cpu":
         step = patient(step)
@@ -90,7 +90,7 @@ def chosen_stages(stages: Sequence[Stage], names: Sequence[str] | None) -> list[
 
 def workers_for(cores: int) -> int:
     """Return how many steps run at the same time. Steps that measure time or memory always run alone."""
-    return 2 if cores < 8 else min(6, cores // 3)
+    return 2 if cores < 8 else min(8, cores // 2)
 
 
 def _exit_on_signal(number: int, _: FrameType | None) -> None:

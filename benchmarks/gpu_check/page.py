@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.gpu_check.bounds import LOSS_BOUNDS
-from benchmarks.gpu_check.plan import OFFLOAD, PEERS, PRECISIONS, PROFILED, STAGE_TITLES, Check
+from benchmarks.gpu_check.plan import OFFLOAD, PEERS, PRECISIONS, PROFILED, STAGE_TITLES, VARIANTS, Check
 from benchmarks.gpu_check.steps import FAILED, PASSED, SKIPPED, Record, Stage
 from benchmarks.gpu_check.trace import CLASSES
 from pipeline.distributed.device import GIB
@@ -30,6 +30,7 @@ def render(check: Check, record: Record, command: str) -> str:
         *_machine_blocks(record),
         *_correctness_blocks(check, record),
         *_speed_blocks(check, record, 1),
+        *_generation_blocks(record),
         *_memory_blocks(record),
         *_profile_blocks(record, 1),
         *_several_blocks(check, record),
@@ -153,7 +154,12 @@ def _speed_blocks(check: Check, record: Record, processes: int) -> Iterable[str]
             f"{figures['bytes_per_s'] / 1e9:,.0f} GB/s copied."
         )
     ceiling = max((figures["flops"] for figures in ceilings), default=None)
-    names = [*BACKENDS, *PEERS, *(command.name for command in check.peer_commands)]
+    names = [
+        *BACKENDS,
+        *(VARIANTS if processes == 1 else ()),
+        *PEERS,
+        *(command.name for command in check.peer_commands),
+    ]
     own = record.figures(f"speed ddp{ranks}").get("tokens_per_s")
     rows = [_speed_row(record, name, ranks, ceiling, own) for name in names]
     header = ("contender", "tokens/s", "of the ceiling", "of ddp", "peak memory", "first step", "whole process")
@@ -175,6 +181,14 @@ def _speed_row(record: Record, name: str, ranks: str, ceiling: float | None, own
         "not known" if first is None else f"{first:.1f} s",
         f"{figures['wall_s']:.0f} s",
     ]
+
+
+def _generation_blocks(record: Record) -> Iterable[str]:
+    settings = record.figures("generation")
+    if settings:
+        contenders = next(iter(settings.values()))
+        rows = [(name, *(f"{speeds[name]:,.0f}" for speeds in settings.values())) for name in contenders]
+        yield format_table(("generation, tokens/s", *settings), rows)
 
 
 def _memory_blocks(record: Record) -> Iterable[str]:

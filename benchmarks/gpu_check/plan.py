@@ -22,6 +22,7 @@ from benchmarks.train_command import PeerCommand
 from benchmarks.train_setting import Setting
 from tests.support.runs import (
     BACKENDS,
+    PYTHON_PATH,
     REPOSITORY,
     TINY_BYTE_RUN,
     TINY_RUN,
@@ -35,6 +36,7 @@ from tests.support.runs import (
 PRECISIONS = ("fp32", "amp_bf16", "amp_fp16", "bf16")
 OFFLOAD = ("zero2_offload", "zero3_offload")
 PEERS = ("transformers-loop", "transformers-trainer")
+VARIANTS = ("ddp-blocks", "ddp-muon")  # the loss in blocks of the vocabulary, and another optimizer
 PROFILED = ("ddp", "fsdp", "zero1")
 CURVE_STEPS, PROFILED_STEPS = 30, 3
 SEQUENCES_PER_STEP = 8
@@ -102,6 +104,7 @@ class Check:
             Stage("c", [self.ceilings("first"), *map(self.speed, ("ddp", "transformers-loop"))], alone=True),
             Stage("b", [*resumed, *compiled, *offload], alone=False),
             Stage("c", [self.profile("ddp"), *map(self.speed, ("fsdp", "zero1", "transformers-trainer"))], alone=True),
+            Stage("c", [*map(self.speed, VARIANTS), self.generation()], alone=True),
             Stage("c", [self.peer(command) for command in self.peer_commands], alone=True),
             Stage("c", [self.memory(name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")], alone=True),
             Stage("c", [*map(self.speed, ("zero2", "zero3", "zero0")), self.ceilings("last")], alone=True),
@@ -249,6 +252,15 @@ class Check:
         why = self._lacking_for(backend)
         return Step(name, command, read_profile(run), 240, 45, why, self._environment())
 
+    def generation(self) -> Step:
+        """Return a step that compares generation with ``transformers``."""
+        out = self._at("generation") / "result.json"
+        command = [sys.executable, "-m", "benchmarks.generation", "--device", self.machine["device_type"]]
+        command += ["--out", str(out), "--precision", "bf16"]
+        command += [] if self.on_gpu else ["--preset", "gpt2-tiny", "--tokens", "8", "--rows", "1"]
+        why = self._lacking("transformers")
+        return Step("generation", command, read_result, 240, 60, why, self._environment())
+
     def memory(self, backend: str) -> Step:
         setting = MemorySetting(backend, 1, "gpt2" if self.on_gpu else "small", "bf16")
         out = self._at(f"memory {backend}") / "result.json"
@@ -289,7 +301,7 @@ class Check:
 
     def _environment(self, *layers: dict[str, str]) -> dict[str, str]:
         """Return the variables of a step. On a CPU, GPUs are hidden."""
-        variables = {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
+        variables = {"PYTHONPATH": PYTHON_PATH, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
         if not self.on_gpu:
             variables["CUDA_VISIBLE_DEVICES"] = ""
         for layer in layers:

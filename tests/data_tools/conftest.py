@@ -22,8 +22,8 @@ from data_tools.shards.manifest import load_manifest
 from data_tools.shards.reader import open_split
 from data_tools.sources import Source
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from tests.support.runs import PYTHON_PATH, REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = REPOSITORY / "launch" / "tokenize_corpus.py"
 #: The command of stage 1, but with chunks so small that a tiny corpus has many of them.
 COMMAND_WITH_SMALL_CHUNKS = """
@@ -40,7 +40,7 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def environment() -> dict[str, str]:
     """Return the environment of a child process that imports this checkout."""
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return {**os.environ, "PYTHONPATH": PYTHON_PATH, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def command_line(*arguments: object, chunk_bytes: int | None = None) -> list[str]:

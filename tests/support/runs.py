@@ -35,6 +35,8 @@ from pipeline.run_folder.metrics import read_metrics
 from tests.support.rank_server import RankServer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+#: PYTHONPATH for child processes: this checkout, and then the caller's folders.
+PYTHON_PATH = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 CONFIGS = REPOSITORY / "ds_configs"
 TRAIN = REPOSITORY / "launch" / "train.py"
 
@@ -176,7 +178,7 @@ def _rank_server() -> RankServer:
 
 def child_environment() -> dict[str, str]:
     """Return the caller's environment with this checkout on the path, one thread, and no warnings of libraries."""
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def overrides(sections: Sections) -> list[str]:

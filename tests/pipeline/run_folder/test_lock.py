@@ -17,8 +17,8 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.run_folder.layout import LOCK_FILE
 from pipeline.run_folder.lock import lock_run_folder
+from tests.support.runs import PYTHON_PATH
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 HOLD = """
 import sys
 from pathlib import Path
@@ -50,7 +50,7 @@ sys.exit(held != 100)
 def start(script: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", script, str(folder)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
