@@ -17,9 +17,12 @@ except ImportError as broken:  # a missing package is one of the problems that t
 def main() -> None:
     arguments = build_parser().parse_args()
     findings = check_packages()
-    if not has_problem(findings):
+    try:
         from pipeline.doctor.machine import run_checks
-
+    except ImportError:
+        if not has_problem(findings):  # otherwise, a finding names the missing package
+            raise
+    else:
         findings += run_checks(arguments.folder, thorough=arguments.thorough)
     print(findings_as_json(findings) if arguments.json else format_findings(findings))
     sys.exit(1 if has_problem(findings) else 0)

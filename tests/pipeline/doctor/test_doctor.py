@@ -19,6 +19,7 @@ import torch
 from packaging.requirements import Requirement
 
 from data_tools.errors import DataError, install_command
+from launch import doctor
 from pipeline.doctor import communication, machine, packages
 from pipeline.doctor.findings import Finding, findings_as_json, format_findings, has_problem
 from tests.support.runs import REPOSITORY
@@ -48,6 +49,21 @@ class TestCommand:
             "error: No module named 'launch'; this environment lacks the project: "
             "python -m pip install -c constraints.txt -e ."
         ]
+
+    @pytest.mark.parametrize("torch_works", [True, False])
+    def test_a_problem_with_packages_does_not_hide_the_machine(
+        self, torch_works: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        problem = Finding("packages", "problem", "torch is not installed", "install it")
+        monkeypatch.setattr(doctor, "check_packages", lambda: [problem])
+        monkeypatch.setattr(machine, "check_collectives", lambda: Finding("collectives", "ok", "gloo"))
+        monkeypatch.setattr(sys, "argv", ["doctor.py", "--json", "--folder", str(tmp_path)])
+        if not torch_works:
+            monkeypatch.setitem(sys.modules, "pipeline.doctor.machine", None)
+        with pytest.raises(SystemExit, match="1"):
+            doctor.main()
+        subjects = [finding["subject"] for finding in json.loads(capsys.readouterr().out)["findings"]]
+        assert subjects[0] == "packages" and ("tokenizer" in subjects) == torch_works
 
 
 def test_findings_as_text_and_json() -> None:
