@@ -227,7 +227,11 @@ def _fsdp(case: _Case) -> Layout:
 
 
 def _overlapping_bytes(case: _Case, bytes_of: Callable[[int], int]) -> int:
-    """Return the bytes of all parameters that overlap a rank's partition, for the rank with the most bytes."""
+    """Return the largest sum over ranks: the whole sizes of all parameters that overlap the rank's partition.
+
+    Args:
+        bytes_of: returns the bytes of a parameter from its number of elements.
+    """
     largest = 0
     for group, partition, _ in case.partitions():
         overlapping = [0] * case.world_size
