@@ -43,7 +43,7 @@ MODELS: dict[str, Sections] = {
         "model": {"n_layer": 8, "n_head": 6, "n_embd": 384, "context_length": 512, "vocab_size": 2000},
         "batch": {"micro_batch_size": 8},
     },
-    "gpt2": {"model": {"preset": "gpt2"}, "batch": {"micro_batch_size": 8}},
+    "gpt2": {"model": {"preset": "gpt2", "context_length": 1024}, "batch": {"micro_batch_size": 8}},
     "small": {
         "model": {"n_layer": 3, "n_head": 4, "n_embd": 256, "context_length": 256, "vocab_size": 20000},
         "batch": {"micro_batch_size": 4},

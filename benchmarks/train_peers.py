@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ from pipeline.distributed.device import GIB, peak_memory_bytes
 from pipeline.distributed.world import World, join_world
 from pipeline.model.gpt2 import build_model
 from pipeline.training.schedule import lr_at
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 class RowClock:
@@ -172,9 +175,10 @@ def main() -> None:
     arguments = parser.parse_args()
     setting: Setting = arguments.setting
     config = setting.config()
-    # join_world sets variables that make Trainer expect a process group.
-    needs_group = setting.processes > 1 or arguments.kind == "trainer"
-    with join_world(config.run, process_group=needs_group) as world:
+    with join_world(config.run, process_group=setting.processes > 1) as world:
+        if world.size == 1:
+            for name in LAUNCHER_VARIABLES:  # join_world sets them, and Trainer would wrap the model in DDP
+                os.environ.pop(name)
         if world.device.type == "cpu":
             share_cores(world)
         clock = RowClock(setting, world, arguments.rows if world.is_main else None)

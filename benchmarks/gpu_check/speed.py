@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.gpu_check.speed SETTING_JSON OUT CONTENDER [FIRST]``
 
-FIRST is the file with the result of another contender. The losses of both contenders must agree. If CONTENDER is
-``ceilings``, the command measures matrix products and copies.
+FIRST is the file with the result of another contender. If the file exists, the losses of both contenders must agree.
+If CONTENDER is ``ceilings``, the command measures matrix products and copies.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def measure(setting: Setting, name: str, first: Path | None) -> dict[str, Any]:
         "wall_s": wall_s,
         "measured": asdict(measured),
     }
-    if first is not None:
+    if first is not None and first.exists():
         reference = json.loads(first.read_text(encoding="utf-8"))["measured"]
         reference["losses"] = {int(step): loss for step, loss in reference["losses"].items()}
         pair = [Contender(first.parent.name, contender.measure), contender]

@@ -224,6 +224,7 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
     """
     native = {
         "steps_per_print": config.schedule.max_steps + 1,  # DeepSpeed never prints
+        "timers": {"throughput": {"enabled": False}},  # this timer waits for the GPU twice per micro-step
         **config.backend.deepspeed,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,

@@ -78,6 +78,7 @@ def fastest_kernel(
             "attention has no fused kernel for %s, %s, head size %d and dropout %g; using plain matrix products",
             *(device.type, str(dtype).removeprefix("torch."), shape[3], dropout),
         )
+    del q  # its memory is as large as a layer's activations
     with sdpa_kernel(kernels, set_priority=True):
         yield "UNKNOWN" if chosen is None else chosen.name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -21,6 +21,11 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World, join_world
 from pipeline.model.gpt2 import GPT2, allocate_model
 from tests.pipeline.conftest import random_tokens, tiny_config
+
+# DeepSpeed chooses its accelerator once, when it is imported. The tests in this process train on the CPU.
+with pytest.MonkeyPatch.context() as at_import, suppress(ImportError):
+    at_import.setenv("DS_ACCELERATOR", "cpu")
+    import deepspeed  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def test_classes_of_the_stages(world: World, stage: int, backend_class: type[Bac
     assert type(backend) is backend_class
     assert type(backend.state) is state_class
     assert f"ZeRO-{stage} with fused AdamW" in backend.describe()
+    assert not backend.engine.tput_timer.config.enabled, "this timer waits for a GPU in each micro-step"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -227,11 +228,17 @@ def test_deepspeed_is_quiet() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("backend", "precision", "tolerance"),
-    [("zero1", "fp32", 1e-4), ("zero2", "amp_fp16", 2e-2), ("zero3", "bf16", 2e-2)],
+    ("backend", "precision", "compiled", "tolerance"),
+    [("zero1", "fp32", False, 1e-4), ("zero2", "amp_fp16", False, 2e-2), ("zero3", "bf16", True, 2e-2)],
 )
 def test_a_gpu_has_the_curve_of_a_cpu(
-    backend: str, precision: str, tolerance: float, byte_corpus: Path, tmp_path: Path, gpu: torch.device
+    backend: str,
+    precision: str,
+    compiled: bool,
+    tolerance: float,
+    byte_corpus: Path,
+    tmp_path: Path,
+    gpu: torch.device,
 ) -> None:
     """In a process of its own, because DeepSpeed chooses its accelerator once per process."""
     sections = merged(
@@ -244,7 +251,7 @@ def test_a_gpu_has_the_curve_of_a_cpu(
         },
     )
     expected = curve_of("ddp", tmp_path / "cpu", sections)
-    changed = merged(sections, {"run": {"device": gpu.type, "precision": precision}})
+    changed = merged(sections, {"run": {"device": gpu.type, "precision": precision, "compile": compiled}})
     command = ranks_command(1, TRAIN, train_arguments(backend, tmp_path / "gpu", changed))
     subprocess.run(command, env={**child_environment(), "DS_ACCELERATOR": gpu.type}, check=True, timeout=300)
     assert read_curve(tmp_path / "gpu").largest_loss_difference(expected) <= tolerance

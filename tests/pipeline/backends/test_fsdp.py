@@ -10,18 +10,15 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from pipeline.backends.ddp import DdpBackend
 from pipeline.backends.fsdp import FsdpBackend
 from pipeline.distributed.world import World
 from pipeline.model import initialisation
-from pipeline.model.gpt2 import allocate_model, build_model
+from pipeline.model.gpt2 import allocate_model
 from tests.pipeline.backends.conftest import (
-    GPU_MODEL,
     MostElements,
     backend_config,
     first_of_two,
     is_compiled,
-    losses_and_norms,
     micro_batch,
 )
 from tests.support.runs import run_ranks
@@ -210,19 +207,3 @@ def test_collectives_on_cpus_equal_those_of_gloo(ranks: int, tmp_path: Path) -> 
     result = run_ranks(ranks, program, [])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("agrees") == ranks
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("precision", "compiled", "tolerance"),
-    [("fp32", False, 1e-5), ("fp32", True, 1e-5), ("amp_fp16", False, 1e-2), ("bf16", True, 1e-2)],
-)
-def test_steps_on_a_gpu_are_those_of_a_cpu(gpu_world: World, precision: str, compiled: bool, tolerance: float) -> None:
-    """FSDP2 compiles each block, and uses NCCL's collectives instead of those for CPUs."""
-    run = {"precision": precision, "compile": compiled, "device": gpu_world.device.type}
-    found = losses_and_norms(make_fsdp(gpu_world, run=run, model=GPU_MODEL))
-    config = backend_config("ddp", model=GPU_MODEL)
-    alone = World(0, 1, 0, torch.device("cpu"))
-    assert found == pytest.approx(
-        losses_and_norms(DdpBackend(build_model(config.model, 1), config, alone)), rel=tolerance
-    )

@@ -181,6 +181,7 @@ def test_a_late_value_of_a_gpu_waits_for_its_own_copy_only(gpu: torch.device) ->
 
 @pytest.mark.gpu
 def test_peak_memory_of_a_gpu_is_the_allocated_memory(gpu: torch.device) -> None:
+    torch.cuda.init()
     torch.cuda.reset_peak_memory_stats(gpu)
     before = peak_memory_bytes(gpu)
     tensor = torch.empty(1 << 26, dtype=torch.uint8, device=gpu)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.planned_memory import LARGEST_DIFFERENCE, Setting, compare, start_ranks
+from benchmarks.planned_memory import LARGEST_DIFFERENCE, MODELS, Setting, compare, start_ranks
 from benchmarks.wrapped_shards import Shards, compare_fsdp, compare_small
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
@@ -300,6 +300,12 @@ class TestAgainstMeasurements:
         """Run one setting of ``make plan-check`` at a size that takes seconds."""
         compared = compare(Setting("ddp", 2, "small", checkpointing=2), start_ranks().run, tmp_path)
         assert abs(compared.difference) <= LARGEST_DIFFERENCE, compared
+
+    @pytest.mark.parametrize("model", MODELS)
+    def test_a_step_is_one_micro_batch_per_rank(self, model: str) -> None:
+        """The models for GPUs are not measured here, but their settings must be valid, too."""
+        config = config_of("ddp", *Setting("ddp", 2, model).overrides())
+        assert plan_batch(config, 2).accumulation == 1
 
 
 @pytest.mark.gpu
