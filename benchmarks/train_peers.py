@@ -150,7 +150,7 @@ def hugging_face_trainer(config: Config, world: World, clock: RowClock, folder: 
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        ddp_backend="gloo" if on_cpu else "nccl",
+        ddp_backend=None if world.size == 1 else "gloo" if on_cpu else "nccl",
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
         seed=config.run.seed,
