@@ -148,7 +148,7 @@ def check_compilers() -> Iterator[Finding]:
 
 
 def check_builds() -> Iterator[Finding]:
-    """Check that torch.compile works, and that DeepSpeed's CPUAdam can be built. Runs use the built CPUAdam later."""
+    """Check that torch.compile works, and that DeepSpeed's CPUAdam can be built. Later runs need not build it again."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if compiler_works(device):
         yield Finding("torch.compile", "ok", f"works on {device}")
