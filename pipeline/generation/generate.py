@@ -132,7 +132,7 @@ class Decoder:
 
 
 def window_start(length: int, context_length: int) -> int:
-    """Return the index of the first token of a text that the model sees. ``length`` is the text's number of tokens.
+    """Return the start of the model's window, as an index into a text. ``length`` is the text's number of tokens.
 
     If the text is longer than the context, the index is a multiple of half the context length. Such an index changes
     rarely, so the key-value cache stays valid for many tokens.

@@ -216,7 +216,11 @@ def _fsdp(case: _Case) -> Layout:
         return FP32 * sizes.total if case.accumulates else FP32 * (shard * finished // sizes.total)
 
     def buffers(finished: int) -> int:
-        """Return the bytes of gathered weights, a group's finished gradients, and their copy for the reduce-scatter."""
+        """Return the bytes of three things together.
+
+        These are the gathered weights, the finished gradients of a group, and the copy of these gradients for the
+        reduce-scatter.
+        """
         if finished == 0:
             return root + blocks
         if finished == sizes.total:
