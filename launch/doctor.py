@@ -19,7 +19,7 @@ def main() -> None:
     findings = check_packages()
     try:
         from pipeline.doctor.machine import run_checks
-    except ImportError:
+    except (ImportError, OSError):  # torch raises OSError if it lacks a library of CUDA
         if not has_problem(findings):  # otherwise, a finding names the missing package
             raise
     else:
