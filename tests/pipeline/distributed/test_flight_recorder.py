@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,11 @@ def test_the_first_unfinished_collective_is_named(entries: list[dict[str, Any]],
 
 def test_the_collectives_of_gloo_are_saved(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.distributed.all_reduce(torch.ones(5, 7), group=world.group)
-    report_collectives(tmp_path / "flight_recorder", rank=0)
     saved = tmp_path / "flight_recorder" / "rank_0"
-    line = capfd.readouterr().err
+    deadline, line = time.monotonic() + 60, "waits in gloo"
+    while "waits in gloo" in line and time.monotonic() < deadline:  # a thread records the end after the call returns
+        report_collectives(saved.parent, rank=0)
+        line = capfd.readouterr().err
     assert line.startswith("[rank 0] waits in no collective; the newest is gloo:all_reduce ")
     assert "with 5x7, " in line and line.endswith(f" ({saved})\n")
     assert pickle.loads(saved.read_bytes())["entries"][-1]["input_sizes"] == [[5, 7]]
