@@ -231,7 +231,9 @@ def _fsdp(case: _Case) -> Layout:
 
 
 def _overlapping_bytes(case: _Case, bytes_of: Callable[[int], int]) -> int:
-    """Return the largest sum over ranks: the whole sizes of all parameters that overlap the rank's partition.
+    """Return the bytes of the rank that has the most.
+
+    A rank's bytes are the bytes of all parameters that overlap its partition. A parameter counts as a whole.
 
     Args:
         bytes_of: returns the bytes of a parameter from its number of elements.
