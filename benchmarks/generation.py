@@ -165,9 +165,9 @@ def their_contender(model: GPT2, dtype: torch.dtype, attention: str, compiled: b
 def print_speeds(contenders: dict[str, Contender], batch: int, count: int) -> dict[str, float]:
     """Print one line per contender: its median speed, and this speed divided by the best speed of ``transformers``.
 
-    Returns the speeds in tokens/s.
-
     After one round to warm up, each round runs all contenders, so that a slow moment affects all of them.
+
+    Returns the speeds in tokens/s.
     """
     generator = torch.Generator().manual_seed(0)
     prompts: Texts = torch.randint(GPT2_VOCAB_SIZE, (batch, PROMPT_TOKENS), generator=generator).tolist()

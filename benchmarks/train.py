@@ -47,13 +47,13 @@ from tests.support.runs import (
 )
 from tests.support.tables import print_header, print_row
 
-MUON, BLOCKS = "-muon", "-blocks"
+MUON = "-muon"
 
 #: The end of a contender's name -> its settings.
 VARIANTS: dict[str, Sections] = {
     "": {},
     MUON: {"optimizer": {"name": "muon"}},
-    BLOCKS: {"run": {"loss_in_blocks": True}},
+    "-blocks": {"run": {"loss_in_blocks": True}},
 }
 OURS = {f"{name}{end}": (name, end) for end in VARIANTS for name in BACKENDS}
 PEERS = {

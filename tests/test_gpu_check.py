@@ -264,7 +264,13 @@ def test_the_page_shows_every_status(tmp_path: Path) -> None:
         },
     )
     record.add("curve zero1 fp32 eager", {"status": SKIPPED, "problem": "deepspeed is not installed"})
+    speeds = {
+        "bf16, batch 1": {"ours": 236.4, "transformers": 625.8},
+        "bf16, batch 4": {"ours": 733, "transformers": 1e3},
+    }
+    record.add("generation", {"status": PASSED, "figures": speeds})
     page = render(Check(tmp_path, ONE_GPU), record, "python -m benchmarks.gpu_check")
+    assert "| ours | 236 | 733 |\n| transformers | 626 | 1,000 |" in page
     assert "| ddp | 3.0e-06 / 2.0e-03 **failed** |" in page
     assert "| zero1 | skipped / not reached |" in page
     assert "### curve ddp fp32 compiled\n\nthe loss differs\n\n    run it\n\n    a line" in page

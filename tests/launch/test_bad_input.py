@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from data_tools.errors import UserError
-from tests.support.runs import REPOSITORY
+from tests.support.runs import REPOSITORY, child_environment
 
 #: A correct run of one step. Every broken config below is this one with one mistake on top.
 GOOD: dict[str, dict[str, Any]] = {
@@ -573,13 +573,7 @@ def run_when_free(folder: Path, *arguments: str) -> subprocess.CompletedProcess[
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a user does, on one core and without a GPU."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment = {**child_environment(), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "launch" / script), *arguments],
         cwd=folder,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -33,7 +32,7 @@ from pipeline.errors import CheckpointError
 from tests.pipeline.checkpoint.conftest import STATE, WEIGHTS, Save, state_of
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
-from tests.support.runs import PYTHON_PATH
+from tests.support.runs import child_environment
 
 
 def steps(run_folder: Path) -> list[int]:
@@ -141,7 +140,7 @@ class TestDeletion:
             "os.unlink = die_after_two\n"
             "run = Path(sys.argv[1]); retention.delete_older(run, list_checkpoints(run)[-1], 1)\n"
         )
-        environment = {**os.environ, "PYTHONPATH": PYTHON_PATH}
+        environment = child_environment()
         killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=False, timeout=60)
         assert killed.returncode == -signal.SIGKILL
         assert [len(list(folder.iterdir())) for folder in list_leftovers(tmp_path)] == [2]

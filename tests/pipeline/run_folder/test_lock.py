@@ -17,7 +17,7 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.run_folder.layout import LOCK_FILE
 from pipeline.run_folder.lock import lock_run_folder
-from tests.support.runs import PYTHON_PATH
+from tests.support.runs import child_environment
 
 HOLD = """
 import sys
@@ -50,7 +50,7 @@ sys.exit(held != 100)
 def start(script: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", script, str(folder)],
-        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
+        env=child_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
