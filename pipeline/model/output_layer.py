@@ -1,5 +1,6 @@
 """Define the output layer and the loss."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ class OutputLayer(nn.Linear):
         """
         # The loop is inside the layer, because FSDP2 and ZeRO-3 gather the weight once per call of the layer.
         pieces = zip(torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True)
-        return torch.cat([score_targets(self.logits(x), y) for x, y in pieces], dim=1)
+        return torch.cat([score_targets(self._padded_logits(x), y, self.vocab_size) for x, y in pieces], dim=1)
 
     def _padded_logits(self, hidden: Tensor) -> Tensor:
         return super().forward(hidden) if self.packed_product is None else self.packed_product(hidden)
@@ -120,15 +121,16 @@ class _CompiledCrossEntropy(torch.autograd.Function):
         return gradient.to(logits.dtype), None, None
 
 
-def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
+def score_targets(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Return each target's log-probability in nats, and whether the target is the most likely token (1 or 0).
 
     The result is fp32 of shape (2, n).
 
     Args:
-        logits: shape (n, V).
+        logits: shape (n, padded vocabulary size). Columns from ``vocab_size`` on are padding.
         targets: ids of shape (n,).
     """
     logits = logits.float()  # also for argmax, which takes four times as long in bf16 on a CPU
+    logits[:, vocab_size:] = -math.inf  # a slice without padding would be copied
     log_probabilities = torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
     return torch.stack((log_probabilities, (logits.argmax(1) == targets).float()))

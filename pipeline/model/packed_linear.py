@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.gpt2 import GPT2
+from pipeline.model.gpt2 import GPT2, MLP, gelu
 from pipeline.model.output_layer import OutputLayer
 
 #: An input with fewer rows can be filled up to this number. On some CPUs, oneDNN reads fp32 weights faster for four
@@ -36,17 +36,18 @@ class Way:
         """Return the weight, shape (out, in), in the layout that ``product`` needs."""
         return torch.ops.mkldnn._reorder_linear_weight(weight) if self.is_packed else weight
 
-    def product(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x W^T + b, shape (..., out).
+    def product(self, x: Tensor, stored: Tensor, bias: Tensor | None, with_gelu: bool = False) -> Tensor:
+        """Return x W^T + b, or its ``gelu``, shape (..., out).
 
         Args:
             x: shape (..., in), in the dtype of the weight, with at least ``fewest_rows`` rows.
             stored: the result of ``store``.
         """
         if self.is_packed:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, stored, bias, "none", [], "")
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, stored, bias, "gelu" if with_gelu else "none", [], "tanh")
             return y
-        return F.linear(x, stored, bias)
+        y = F.linear(x, stored, bias)
+        return gelu(y) if with_gelu else y
 
 
 #: The ways to measure per dtype, the usual way first. bf16 has only one way, because ways round bf16 differently: a
@@ -61,12 +62,16 @@ class InferenceLinear(nn.Module):
     """A linear layer for inference. It converts each input to the dtype of its weight.
 
     The weight gets no gradient.
+
+    Args:
+        with_gelu: whether the layer also computes the ``gelu`` of its output.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, way: Way) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, way: Way, with_gelu: bool = False) -> None:
         super().__init__()
         self.dtype = dtype
         self.way = way
+        self.with_gelu = with_gelu
         self.weight = way.store(linear.weight.detach().to(dtype))
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
@@ -76,9 +81,9 @@ class InferenceLinear(nn.Module):
         rows = x.shape[:-1].numel()
         missing = self.way.fewest_rows - rows
         if missing <= 0:
-            return self.way.product(x, self.weight, self.bias)
+            return self.way.product(x, self.weight, self.bias, self.with_gelu)
         filled = F.pad(x.reshape(rows, -1), (0, 0, 0, missing))
-        y = self.way.product(filled, self.weight, self.bias)
+        y = self.way.product(filled, self.weight, self.bias, self.with_gelu)
         return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
 
@@ -99,9 +104,17 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None)
     model.lm_head.packed_product = InferenceLinear(model.lm_head, dtype, ways[_shape(model.lm_head)])
     # A list of the linear layers would keep all their weights in memory.
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        has_gelu = isinstance(module, MLP) and module.activation is gelu
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and not isinstance(child, OutputLayer):
-                setattr(module, name, InferenceLinear(child, dtype, ways[_shape(child)]))
+                with_gelu = has_gelu and name == "c_fc"
+                setattr(module, name, InferenceLinear(child, dtype, ways[_shape(child)], with_gelu))
+        if isinstance(module, MLP) and has_gelu:
+            module.activation = _unchanged
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def can_pack(dtype: torch.dtype) -> bool:

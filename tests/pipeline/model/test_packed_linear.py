@@ -54,16 +54,21 @@ def packed_copy(model: GPT2, dtype: torch.dtype) -> GPT2:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(37,), (1, 37), (3, 1, 37), (4, 37), (2, 40, 37)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_way_computes_the_product(dtype: torch.dtype, shape: tuple[int, ...], bias: bool) -> None:
+@pytest.mark.parametrize("with_gelu", [True, False])
+def test_every_way_computes_the_product(
+    dtype: torch.dtype, shape: tuple[int, ...], bias: bool, with_gelu: bool
+) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(37, 50, bias=bias)
     x = torch.randn(shape)
     weight, rounded = linear.weight.to(dtype).double(), x.to(dtype).double()
     exact = F.linear(rounded, weight, linear.bias.to(dtype).double() if bias else None)
+    if with_gelu:
+        exact = F.gelu(exact, approximate="tanh")
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     for way in WAYS[dtype]:
         with torch.no_grad():
-            found = InferenceLinear(linear, dtype, way)(x)
+            found = InferenceLinear(linear, dtype, way, with_gelu)(x)
         assert found.dtype == dtype and found.shape == exact.shape
         assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
