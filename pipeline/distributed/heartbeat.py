@@ -7,48 +7,37 @@ import socket
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import timedelta
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
-from torch._C._distributed_c10d import Store
-from torch.distributed import DistError, DistStoreError
+from torch.distributed import DistError
 
 from data_tools.errors import UserError
 from pipeline.distributed.failure import report, summarize
 from pipeline.distributed.flight_recorder import report_collectives
+from pipeline.distributed.lost_ranks import (
+    INTERVAL_S,
+    LOST_STORE,
+    VERDICT,
+    Verdict,
+    beat_key,
+    connect,
+    describe_ranks,
+    find_lost,
+    name_key,
+    parse_verdict,
+    publish_failure,
+    rank_name,
+    write_verdict,
+)
 from pipeline.distributed.progress import NAMED_RANKS, MainThread, Place, describe_places, find_stuck
 from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
 from pipeline.errors import Interrupted, LostRankError
 
-Result = TypeVar("Result")
-
-INTERVAL_S = 1.0
-#: A failed rank waits at most this long for the store, because the process of the store may be dead.
-_STORE_TIMEOUT_S = 10.0
-#: A search takes three seconds. A rank waits at most this long for another rank's search, and then searches itself.
-#: Must be less than ``_STORE_TIMEOUT_S``.
-_SEARCH_TIMEOUT_S = 4.5
-_VERDICT = "verdict"
-#: The id of the newest search for the lost ranks, and the answer for all ranks.
-_SEARCH, _FOUND = "search", "found"
 _OVERDUE = "overdue"
-_LOST_STORE = "lost rank 0, or the launcher on its node"
 _CURE = "; run the same command again (training continues from the last checkpoint)"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The reason why the run ends, such as a lost rank. All ranks read it from the store."""
-
-    reason: str
-    stuck: tuple[int, ...] = ()  # the ranks whose main thread is stuck
 
 
 class Heartbeat:
@@ -71,11 +60,11 @@ class Heartbeat:
         self.timeout_s = timeout_s
         self._records = records
         self._main_thread = MainThread(world.progress, is_patient=world.device.type == "mps")  # waits use no CPU time
-        self._store = _connect(world)
-        self._store.set(f"name_{self.rank}", f"{socket.gethostname()}, pid {os.getpid()}")
-        self._store.set(f"beat_{self.rank}", "")
+        self._store = connect(world)
+        self._store.set(name_key(self.rank), f"{socket.gethostname()}, pid {os.getpid()}")
+        self._store.set(beat_key(self.rank), "")
         if self.rank == 0:
-            self._store.set(_VERDICT, "")
+            self._store.set(VERDICT, "")
         watched = [0] if self.rank else list(range(1, self.size))
         self._heard: dict[int, bytes | None] = dict.fromkeys(watched)  # the newest heartbeat of each watched rank
         self._silent_s = dict.fromkeys(watched, 0.0)
@@ -137,15 +126,15 @@ class Heartbeat:
             place = self._main_thread.observe(elapsed_s)
             # Rank 0 parses the places only if a rank is overdue, because thousands of them take long.
             state = _OVERDUE if place.is_overdue(self.timeout_s) else "healthy"
-            self._store.set(_beat_key(self.rank), f"{number} {state} {place.to_json()}")
-            published, *beats = self._store.multi_get([_VERDICT, *map(_beat_key, self._heard)])
+            self._store.set(beat_key(self.rank), f"{number} {state} {place.to_json()}")
+            published, *beats = self._store.multi_get([VERDICT, *map(beat_key, self._heard)])
             for (rank, previous), beat in zip(self._heard.items(), beats, strict=True):
                 self._silent_s[rank] = self._silent_s[rank] + elapsed_s if beat == previous else 0.0
                 self._heard[rank] = beat
             self._unanswered_s = 0.0
-            return _parse_verdict(published) or self._judge(place)
+            return parse_verdict(published) or self._judge(place)
         except RuntimeError:
-            return Verdict(_LOST_STORE)
+            return Verdict(LOST_STORE)
 
     def _turns(self) -> Iterator[float]:
         """Yield about once per second. The value is the time since the previous yield, in seconds.
@@ -162,7 +151,7 @@ class Heartbeat:
     def _judge(self, own: Place) -> Verdict | None:
         """Return the verdict of this rank, or None. Rank 0 publishes its verdict."""
         if silent := [rank for rank, silent_s in self._silent_s.items() if silent_s > self.timeout_s]:
-            verdict = Verdict(f"lost {_describe(self._store, silent)}, silent for {self.timeout_s:.0f} s")
+            verdict = Verdict(f"lost {describe_ranks(self._store, silent)}, silent for {self.timeout_s:.0f} s")
         elif self.rank or not self._is_any_overdue(own):
             return None
         else:
@@ -170,9 +159,9 @@ class Heartbeat:
             stuck = find_stuck(places, self.timeout_s)
             if not stuck:
                 return None
-            verdict = Verdict(describe_places(places, stuck, lambda rank: _name(self._store, rank)), tuple(stuck))
+            verdict = Verdict(describe_places(places, stuck, lambda rank: rank_name(self._store, rank)), tuple(stuck))
         if self.rank == 0:
-            _write_verdict(self._store, verdict)
+            write_verdict(self._store, verdict)
         return verdict
 
     def _is_any_overdue(self, own: Place) -> bool:
@@ -185,7 +174,7 @@ class Heartbeat:
         for turn_s in self._turns():
             self._unanswered_s += turn_s
             if self._unanswered_s > self.timeout_s + INTERVAL_S:
-                self._exit(Verdict(f"{_LOST_STORE}, silent for {self.timeout_s:.0f} s"))
+                self._exit(Verdict(f"{LOST_STORE}, silent for {self.timeout_s:.0f} s"))
 
     def _exit(self, verdict: Verdict) -> None:
         """End the process, after a delay in which the other ranks read the verdict from the store."""
@@ -259,89 +248,8 @@ def failures_reported(world: World) -> Iterator[None]:
             report(lost_rank)
             raise lost_rank from error
         report(error)
-        reason = summarize(error)
-        _within_store_timeout(lambda: _publish_failure(world, reason), None)
+        publish_failure(world, summarize(error))
         raise
-
-
-def find_lost(world: World) -> str | None:
-    """Return a text that names the lost ranks, or None if no rank is lost.
-
-    A rank is lost if it has failed or sends no heartbeat during this call. The call takes a few seconds.
-
-    The first rank that makes this call reads the heartbeats, and the other ranks wait for the result. If no result
-    arrives in time, one of the waiting ranks reads the heartbeats.
-    """
-    search, found = "", None
-    deadline = time.monotonic() + 2 * _STORE_TIMEOUT_S
-    while found is None:
-        if time.monotonic() > deadline:
-            return _LOST_STORE
-        otherwise: tuple[str, str | None] = (search, _LOST_STORE)
-        search, found = _within_store_timeout(partial(_search_or_wait, world, search), otherwise)
-    return found or None
-
-
-def _search_or_wait(world: World, given_up: str) -> tuple[str, str | None]:
-    """Search for the lost ranks, or wait until another rank has found them.
-
-    Args:
-        given_up: the id of the search for which this rank has waited too long, or "".
-
-    Returns:
-        The id of the newest search, and a text that names the lost ranks. The text is "" if no rank is lost, and None
-        if the search is not finished.
-    """
-    store = _connect(world)
-    own = uuid.uuid4().hex
-    search = store.compare_set(_SEARCH, given_up, own).decode()  # only one rank can replace an id
-    if search != own:
-        with suppress(DistStoreError):
-            store.wait([_FOUND], timedelta(seconds=_SEARCH_TIMEOUT_S))
-    elif not store.check([_FOUND]):
-        lost = _search_for_lost(store, world)
-        if not store.check([_FOUND]):
-            store.set(_FOUND, f"lost {_describe(store, lost)}" if lost else "")
-    if verdict := _read_verdict(store):
-        return search, verdict.reason
-    return search, store.get(_FOUND).decode() if store.check([_FOUND]) else None
-
-
-def _search_for_lost(store: Store, world: World) -> list[int]:
-    others = [rank for rank in range(world.size) if rank != world.rank]
-    keys = list(map(_beat_key, others))
-    before = store.multi_get(keys) if keys else []
-    time.sleep(3 * INTERVAL_S)
-    after = store.multi_get(keys) if keys else []
-    return [rank for rank, was, now in zip(others, before, after, strict=True) if was == now]
-
-
-def _publish_failure(world: World, reason: str) -> None:
-    """Tell the other ranks that this rank has failed, because they may wait for this rank in a collective."""
-    store = _connect(world)
-    if not _read_verdict(store):
-        _write_verdict(store, Verdict(f"lost {_describe(store, [world.rank])}, which failed: {reason}"))
-        time.sleep(2 * INTERVAL_S)  # the other ranks read the verdict before this process ends, maybe with the store
-
-
-def _connect(world: World) -> Store:
-    return world.connect_to_store("heartbeat")
-
-
-def _write_verdict(store: Store, verdict: Verdict) -> None:
-    store.set(_VERDICT, json.dumps(asdict(verdict)))
-
-
-def _read_verdict(store: Store) -> Verdict | None:
-    return _parse_verdict(store.get(_VERDICT)) if store.check([_VERDICT]) else None
-
-
-def _parse_verdict(text: bytes) -> Verdict | None:
-    return Verdict(**json.loads(text)) if text else None
-
-
-def _beat_key(rank: int) -> str:
-    return f"beat_{rank}"
 
 
 def _is_overdue(beat: bytes) -> bool:
@@ -350,27 +258,3 @@ def _is_overdue(beat: bytes) -> bool:
 
 def _parse_place(beat: bytes) -> Place:
     return Place(**json.loads(beat.split(b" ", 2)[2]))
-
-
-def _describe(store: Store, ranks: list[int]) -> str:
-    named = [f"rank {rank} ({_name(store, rank)})" for rank in ranks[:NAMED_RANKS]]
-    more = f" and {len(ranks) - NAMED_RANKS} more" if len(ranks) > NAMED_RANKS else ""
-    return ", ".join(named) + more
-
-
-def _name(store: Store, rank: int) -> str:
-    return store.get(f"name_{rank}").decode()
-
-
-def _within_store_timeout(request: Callable[[], Result], otherwise: Result) -> Result:
-    """Return the result of requests to the store. If the store does not answer in time, return ``otherwise``."""
-    results = [otherwise]
-
-    def call() -> None:
-        with suppress(RuntimeError):  # the process with the store has ended
-            results[0] = request()
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(_STORE_TIMEOUT_S)
-    return results[0]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore, Store
 
-from pipeline.distributed import heartbeat
-from pipeline.distributed.heartbeat import Heartbeat, find_lost
+from pipeline.distributed import heartbeat, lost_ranks
+from pipeline.distributed.heartbeat import Heartbeat
+from pipeline.distributed.lost_ranks import find_lost
 from pipeline.distributed.world import World
 from pipeline.errors import LostRankError
 
@@ -23,10 +24,15 @@ class SharedStore(HashStore):
         return self
 
 
+def shorten_interval(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for module in (heartbeat, lost_ranks):
+        monkeypatch.setattr(module, "INTERVAL_S", seconds)
+
+
 @pytest.fixture
 def worlds(monkeypatch: pytest.MonkeyPatch) -> list[World]:
     """Three ranks in this process with a short interval."""
-    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.3)
+    shorten_interval(monkeypatch, 0.3)
     world = World(0, 3, 0, torch.device("cpu"), SharedStore())
     return [replace(world, rank=rank) for rank in range(3)]
 
@@ -39,8 +45,8 @@ def ranks(worlds: list[World]) -> list[Heartbeat]:
 def record_searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list to which each rank that reads the heartbeats adds its number."""
     readers: list[int] = []
-    search = heartbeat._search_for_lost
-    monkeypatch.setattr(heartbeat, "_search_for_lost", lambda *args: readers.append(args[1].rank) or search(*args))
+    search = lost_ranks._search_for_lost
+    monkeypatch.setattr(lost_ranks, "_search_for_lost", lambda *args: readers.append(args[1].rank) or search(*args))
     return readers
 
 
@@ -75,13 +81,13 @@ def test_only_one_rank_reads_the_heartbeats_of_all_ranks(
 
 def test_if_ranks_that_search_are_lost_another_one_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ranks begin to search one after the other, and each of them dies before it writes the result."""
-    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.01)
-    monkeypatch.setattr(heartbeat, "_SEARCH_TIMEOUT_S", 0.2)
+    shorten_interval(monkeypatch, 0.01)
+    monkeypatch.setattr(lost_ranks, "_SEARCH_TIMEOUT_S", 0.2)
     world = World(0, 5, 0, torch.device("cpu"), SharedStore())
     worlds = [replace(world, rank=rank) for rank in range(5)]
     for each in worlds:
         Heartbeat(each, timeout_s=60.0)
-    search = heartbeat._search_for_lost
+    search = lost_ranks._search_for_lost
     died: list[int] = []
 
     def die_or_search(store: Store, world: World) -> list[int]:
@@ -90,7 +96,7 @@ def test_if_ranks_that_search_are_lost_another_one_takes_over(monkeypatch: pytes
             raise RuntimeError("this thread ends, as after a lost connection")
         return search(store, world)
 
-    monkeypatch.setattr(heartbeat, "_search_for_lost", die_or_search)
+    monkeypatch.setattr(lost_ranks, "_search_for_lost", die_or_search)
     with ThreadPoolExecutor(5) as threads:
         found = list(threads.map(find_lost, worlds))
     assert len(set(died)) == 3
@@ -103,26 +109,26 @@ def test_only_one_rank_takes_over_a_search(
     worlds: list[World], ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 2 dies during its search, and rank 1 during the next one. Rank 0 then waits for rank 1."""
-    monkeypatch.setattr(heartbeat, "_SEARCH_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(lost_ranks, "_SEARCH_TIMEOUT_S", 0.01)
     readers: list[int] = []
 
     def die(store: Store, world: World) -> list[int]:
         readers.append(world.rank)
         raise RuntimeError
 
-    monkeypatch.setattr(heartbeat, "_search_for_lost", die)
+    monkeypatch.setattr(lost_ranks, "_search_for_lost", die)
     with pytest.raises(RuntimeError):
-        heartbeat._search_or_wait(worlds[2], "")
-    search, _ = heartbeat._search_or_wait(worlds[1], "")
+        lost_ranks._search_or_wait(worlds[2], "")
+    search, _ = lost_ranks._search_or_wait(worlds[1], "")
     with pytest.raises(RuntimeError):
-        heartbeat._search_or_wait(worlds[1], search)
-    newer, found = heartbeat._search_or_wait(worlds[0], search)
+        lost_ranks._search_or_wait(worlds[1], search)
+    newer, found = lost_ranks._search_or_wait(worlds[0], search)
     assert newer != search and found is None
     assert readers == [2, 1]
 
 
 def test_a_long_list_of_lost_ranks_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.01)
+    shorten_interval(monkeypatch, 0.01)
     world = World(0, 100, 0, torch.device("cpu"), SharedStore())
     for rank in range(100):
         Heartbeat(replace(world, rank=rank), timeout_s=60.0)
