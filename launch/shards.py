@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from data_tools.errors import UserError
 from data_tools.options import AUTO, InputFormat, OutputFormat
 from launch.cli import ArgumentParser, positive_int, run_command
+from pipeline.distributed.environment import set_numpy_threads_default
 from pipeline.distributed.failure import printable
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ _LINE_EVERY_S = 10.0
 
 
 def main() -> None:
+    set_numpy_threads_default()
     arguments = build_parser().parse_args()
     arguments.run(arguments)
 

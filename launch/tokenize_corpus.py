@@ -11,12 +11,14 @@ from data_tools.corpus.worker_server import has_large_input, start_worker_server
 from data_tools.errors import DataError
 from data_tools.options import BadRows, Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
 from launch.cli import ArgumentParser, path_or_url, positive_int, quick_imports, run_command, start_logging
+from pipeline.distributed.environment import set_numpy_threads_default
 
 _DEFAULTS = {field.name: field.default for field in fields(TokenizeRequest)}
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
 def main() -> None:
+    set_numpy_threads_default()
     start_logging()
     options = vars(build_parser().parse_args())
     task, tasks = options.pop("task"), options.pop("tasks")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -115,12 +116,14 @@ class ChunkRecord:
     def from_bytes(cls, content: bytes, place: str) -> ChunkRecord:
         """Return a record from the JSON text of ``to_bytes``. Error messages contain ``place``."""
         try:
-            return _RECORD.validate_json(content)
+            return _record_schema().validate_json(content)
         except ValidationError as error:
             raise DataError(f"{place} is damaged; delete it to make its shards again") from error
 
 
-_RECORD = TypeAdapter(ChunkRecord)
+@cache
+def _record_schema() -> TypeAdapter[ChunkRecord]:
+    return TypeAdapter(ChunkRecord)
 
 
 class SkippedRows:

@@ -157,6 +157,7 @@ class OutputFolder:
                 "engine": engine,
             },
         )
+        self.folder.sync()  # the manifest must not be durable before its shards are
         self.folder.write(MANIFEST_NAME, manifest.to_bytes())
         _remove_work_files(self.folder)
         return manifest

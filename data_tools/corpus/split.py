@@ -3,7 +3,7 @@
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from data_tools.encoding.documents import Document, fingerprint_of, utf8_of
 from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT
@@ -13,8 +13,7 @@ _ENDS = ("\n\n", "\n", " ")
 _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 
 
-@dataclass(frozen=True)
-class AssignedDocument:
+class AssignedDocument(NamedTuple):
     """A document with its text in UTF-8, its fingerprint (a hash) and its split.
 
     ``is_part`` is True for the pieces of a text that was divided between the splits.
@@ -32,6 +31,8 @@ def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
 
     ``val_fraction`` is the probability of the validation split.
     """
+    if not val_fraction:
+        return TRAIN_SPLIT
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
 
@@ -83,7 +84,7 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
     for document in held:
         is_last_new = document.fingerprint == held[0].fingerprint
         split = TRAIN_SPLIT if len(seen) == 1 else _OTHER_SPLIT[document.split] if is_last_new else document.split
-        yield replace(document, split=split)
+        yield document._replace(split=split)
 
 
 def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:

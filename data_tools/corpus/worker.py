@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.arrays import CountArray
 from data_tools.corpus.chunks import Chunk, ChunkRecord, SkippedRows, documents_of
 from data_tools.corpus.identity import identity_of
 from data_tools.corpus.parallel import Unfinished
@@ -17,7 +16,7 @@ from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.split import AssignedDocument, assign_splits
 from data_tools.encoding.documents import EncodedDocument, encode_document, fingerprint_of, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
-from data_tools.errors import DataError
+from data_tools.errors import DataError, one_line_write_errors
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT, ShardRecord
 from data_tools.shards.writer import ShardWriter
@@ -74,8 +73,12 @@ def encode_chunk(job: Job, chunk: Chunk, report: Report) -> Unfinished[ChunkReco
             check.compare()
             shards = tuple(shard for writer in writers.values() for shard in writer.close())
             complete = replace(record, shards=shards)
-            folder.take(scratch, [name for shard in shards for name in shard.files])
-            folder.write(chunk.record_file, complete.to_bytes())
+            record_path = scratch / chunk.record_file
+            with one_line_write_errors(record_path):
+                record_path.parent.mkdir()
+                record_path.write_bytes(complete.to_bytes())
+            # The record last: a chunk with a record and all its shards is finished.
+            folder.take(scratch, [*(name for shard in shards for name in shard.files), chunk.record_file])
         return complete
 
     return Unfinished(finish)
@@ -92,7 +95,7 @@ def _write_documents(
     encoder = load_encoder(job.encoder)
     repeated = _load_repeated(request, chunk)
     skipped = SkippedRows()
-    lengths: CountArray = np.zeros(_LENGTH_CLASSES, dtype=np.int64)
+    lengths = [0] * _LENGTH_CLASSES
     is_divided = False
     # The progress since the last report. Adding a Contents per document would take longer.
     new_documents = new_tokens = new_bytes = 0
@@ -121,7 +124,7 @@ def _write_documents(
     return ChunkRecord(
         index=chunk.index,
         shards=(),
-        lengths=tuple(lengths.tolist()),
+        lengths=tuple(lengths),
         repeated=len(repeated),
         checked=len(check.drawn),
         is_divided=is_divided,

@@ -29,7 +29,7 @@ def has_large_input(request: TokenizeRequest) -> bool:
 def worker_modules(request: TokenizeRequest) -> tuple[str, ...]:
     """Return the modules to import once for all workers."""
     worker = "data_tools.corpus.worker"
-    return (worker,) if request.encoder == "tiktoken" else (worker, "data_tools.corpus.warm")
+    return (worker,) if request.encoder == "tiktoken" else ("data_tools.corpus.warm", worker)
 
 
 def workers_of(request: TokenizeRequest) -> int:

@@ -6,12 +6,13 @@ all tokens are scored.
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from data_tools.arrays import MaskArray, TokenArray
 from data_tools.encoding.encoders import Encoder
-from data_tools.tokenizer import END_OF_TEXT, replace_lone_surrogates
+from data_tools.tokenizer import END_OF_TEXT, to_utf8
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ Document = str | Dialogue
 _BEGINNING = np.array([END_OF_TEXT], dtype=np.uint16)
 
 
-@dataclass(frozen=True)
-class EncodedDocument:
+class EncodedDocument(NamedTuple):
     """The tokens of a document.
 
     Attributes:
@@ -53,11 +53,7 @@ class EncodedDocument:
 
 def utf8_of(document: Document) -> bytes:
     """Return the text of a document in UTF-8. Lone surrogates become U+FFFD, as in the encoders."""
-    text = document if isinstance(document, str) else document.text
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return replace_lone_surrogates(text).encode()
+    return to_utf8(document if isinstance(document, str) else document.text)
 
 
 def fingerprint_of(document: Document, utf8: bytes) -> bytes:
@@ -77,10 +73,8 @@ def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     In a dialogue, this ``END_OF_TEXT`` counts in the loss. In the shards, it follows the last answer of the previous
     dialogue. The model thus learns to end an answer with ``END_OF_TEXT``.
     """
-    segments = ((document, True),) if isinstance(document, str) else document.segments
-    pieces = [_BEGINNING, *(encoder.encode(text) for text, _ in segments)]
-    tokens = np.concatenate(pieces)
     if isinstance(document, str):
-        return EncodedDocument(tokens, None)
-    flags = [True, *(is_scored for _, is_scored in segments)]
-    return EncodedDocument(tokens, np.repeat(flags, [piece.size for piece in pieces]))
+        return EncodedDocument(np.concatenate((_BEGINNING, encoder.encode(document))), None)
+    pieces = [_BEGINNING, *(encoder.encode(text) for text, _ in document.segments)]
+    flags = [True, *(is_scored for _, is_scored in document.segments)]
+    return EncodedDocument(np.concatenate(pieces), np.repeat(flags, [piece.size for piece in pieces]))

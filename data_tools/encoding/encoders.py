@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from data_tools.arrays import TokenArray
 from data_tools.errors import DataError, one_line_write_errors
-from data_tools.tokenizer import load_tokenizer, replace_lone_surrogates
+from data_tools.tokenizer import load_tokenizer, to_utf8
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ _NEW_IN_UNICODE_17 = (
 )
 
 
+_ASCII = bytes(range(128))
 _UNKNOWN, _OLD, _NEW = range(3)  # the kinds of characters
 
 
@@ -67,17 +68,18 @@ class GigatokenEncoder:
             self._encode = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {}).backend.encode
 
     def encode(self, text: str) -> TokenArray:
-        if not text.isascii():
-            text = replace_lone_surrogates(text)
-            if has_new_characters(text):
-                return self._reference.encode(text)
-        return self._encode(text).astype(np.uint16)
+        if text.isascii():
+            return self._encode(text).astype(np.uint16)
+        utf8 = to_utf8(text)
+        if has_new_characters(utf8):
+            return self._reference.encode(text)
+        return self._encode(utf8).astype(np.uint16)
 
 
-def has_new_characters(text: str) -> bool:
+def has_new_characters(utf8: bytes) -> bool:
     """Return whether a text has a character that Unicode 17 added, or that the module ``unicodedata`` does not know."""
-    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    points = points[points >= 128]
+    others = utf8.translate(None, _ASCII).decode()  # most characters are ASCII, and bytes.translate is fast
+    points = np.frombuffer(others.encode("utf-32-le"), dtype="<u4")
     kinds = _kinds_of_characters()[points]
     if not kinds.all():
         _find_kinds(np.unique(points[kinds == _UNKNOWN]))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -159,7 +160,6 @@ class Manifest:
         return sha256_of_json({key: value for key, value in self.to_json().items() if key not in ("made", _SEAL)})
 
 
-_SCHEMA = TypeAdapter(Manifest)
 _NESTED_RECORDS: dict[Any, type[Any]] = {"tokenizer": TokenizerRecord, "source": SourceRecord, "shards": ShardRecord}
 
 
@@ -223,9 +223,15 @@ def _require_consistent_masks(manifest: Manifest, place: str) -> None:
             )
 
 
+@cache
+def _schema() -> TypeAdapter[Manifest]:
+    # Not built at import, because this is slow and not every process reads a manifest.
+    return TypeAdapter(Manifest)
+
+
 def _validate(value: dict[str, Any], place: str) -> Manifest:
     try:
-        return _SCHEMA.validate_python(value)
+        return _schema().validate_python(value)
     except ValidationError as error:
         mistake = error.errors(include_url=False)[0]
     kind, location = mistake["type"], mistake["loc"]

@@ -112,13 +112,13 @@ class ShardWriter:
         self._documents += documents
         self._utf8_bytes += utf8_bytes
         # With batches of the same size, the bytes of the file do not depend on the sizes of ``tokens``.
-        while tokens.size:
-            room = BATCH_TOKENS - self._batch_size
-            piece, tokens = tokens[:room], tokens[room:]
-            self._batch[self._batch_size : self._batch_size + piece.size] = piece
-            self._batch_size += piece.size
-            if self._batch_size == BATCH_TOKENS:
-                self._write_batch()
+        while (room := BATCH_TOKENS - self._batch_size) <= tokens.size:
+            self._batch[self._batch_size :] = tokens[:room]
+            tokens = tokens[room:]
+            self._batch_size = BATCH_TOKENS
+            self._write_batch()
+        self._batch[self._batch_size : self._batch_size + tokens.size] = tokens
+        self._batch_size += tokens.size
 
     def _append_mask(self, tokens: TokenArray, scored: MaskArray | None) -> None:
         if scored is not None and self.tokens == 0 and self._write_mask is None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import fsspec
 import pyarrow as pa
 
 from data_tools.errors import DataError
@@ -30,6 +29,7 @@ from data_tools.storage.content import (
     require_no_pointer,
 )
 from data_tools.storage.files import is_remote
+from data_tools.storage.remote import find_file_system, open_url
 
 READ_BYTES = 1 << 20
 # Suffix -> kind of content in ``describe_content``.
@@ -200,12 +200,12 @@ def _list_local(text: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def _find_remote(text: str, suffixes: tuple[str, ...]) -> FileSizes:
-    file_system, _ = fsspec.core.url_to_fs(text)
+    file_system, _ = find_file_system(text)
     return [(path, int(file_system.size(path))) for path in _list_remote(text, suffixes)]
 
 
 def _list_remote(text: str, suffixes: tuple[str, ...]) -> list[str]:
-    file_system, root = fsspec.core.url_to_fs(text)
+    file_system, root = find_file_system(text)
     file_system.invalidate_cache()
     if glob.has_magic(root):
         matches = (path for path in file_system.glob(root) if file_system.isfile(path))
@@ -266,7 +266,7 @@ def open_file(path: str) -> Iterator[BinaryIO]:
     """
     with one_line_read_errors(path):
         if is_remote(path):
-            with fsspec.open(path, "rb") as remote:
+            with open_url(path) as remote:
                 # File objects of fsspec read lines slowly and cannot limit the length of a line.
                 buffered = io.BufferedReader(cast(io.RawIOBase, remote), READ_BYTES)
                 if (getattr(remote, "size", None) or LARGEST_POINTER_BYTES) < LARGEST_POINTER_BYTES:

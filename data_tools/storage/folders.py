@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import fsspec
-from fsspec.implementations.dirfs import DirFileSystem
-
 from data_tools.errors import DataError, one_line_write_errors
 from data_tools.storage.atomic import atomic_file, fsync_file, fsync_folder
 from data_tools.storage.files import is_remote
+from data_tools.storage.remote import find_folder
 
 _SCRATCH_PREFIX = ".scratch-"
 _READ_BYTES = 32 << 20  # per request, when a whole file at a URL is read
@@ -61,11 +59,20 @@ class LocalFolder:
             path.parent.mkdir(exist_ok=True)
 
     def take(self, scratch: Path, names: Sequence[str]) -> None:
-        """Move complete files from a temporary local folder into this folder, each of them atomically and durably."""
+        """Move complete files from a temporary local folder into this folder, in order and each of them atomically.
+
+        The contents of the files are durable before they get their names here. Call ``sync`` to make the names durable.
+        """
         for name in names:
             with one_line_write_errors(self.path / name):
                 fsync_file(scratch / name)
+        for name in names:
+            with one_line_write_errors(self.path / name):
+                (self.path / name).parent.mkdir(exist_ok=True)
                 os.replace(scratch / name, self.path / name)
+
+    def sync(self) -> None:
+        """Make the names of all files in the folder durable. Files in subfolders are not included."""
         with one_line_write_errors(self.path):
             fsync_folder(self.path)
 
@@ -111,8 +118,7 @@ class RemoteFolder:
             options = {"use_listings_cache": False}
             if self._url.startswith(("file://", "local://")):
                 options["auto_mkdir"] = True
-            files, root = fsspec.core.url_to_fs(self._url, **options)
-            self._files = DirFileSystem(root, files)
+            self._files = find_folder(self._url, **options)
 
     @property
     def url(self) -> str:
@@ -177,6 +183,9 @@ class RemoteFolder:
                     f"cannot write {self._url}/{name}: {self.size(name)} of {size} bytes arrived; try again"
                 )
             (scratch / name).unlink()
+
+    def sync(self) -> None:
+        pass
 
     def remove(self, names: set[str]) -> None:
         with self._one_line_errors():

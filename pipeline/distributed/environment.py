@@ -14,6 +14,7 @@ _MASTER_ADDR, _MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 _GLOO_CONNECTS_LATE = "TORCH_GLOO_LAZY_INIT"
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch still reads the older, second name
+_OPENBLAS_THREADS = "OPENBLAS_NUM_THREADS"
 _OPENMP_WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MASTER_ADDR, _MASTER_PORT)
 
@@ -158,6 +159,15 @@ def set_openmp_default() -> None:
     """
     if not any(name in os.environ for name in _OPENMP_WAIT_VARIABLES):
         os.environ[_OPENMP_WAIT_VARIABLES[0]] = str(DEFAULT_SPINS)
+
+
+def set_numpy_threads_default() -> None:
+    """Make numpy start no threads for matrix products, unless the user has configured this.
+
+    Call this function before numpy is imported. Use it in commands that multiply no matrices: the start of the threads
+    takes as much time as the import of numpy.
+    """
+    os.environ.setdefault(_OPENBLAS_THREADS, "1")
 
 
 def set_allocator_default(options: str) -> None:

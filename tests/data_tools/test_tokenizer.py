@@ -119,7 +119,7 @@ def test_the_vocabulary_is_the_one_that_tiktoken_loads(
 def test_a_changed_vocabulary_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "encoder.json").write_text("{}")
     with pytest.raises(DataError, match=r"encoder\.json is not GPT-2's vocabulary"):
-        module._encoding_from_file(tmp_path / "encoder.json")
+        module._read_token_bytes(tmp_path / "encoder.json")
 
 
 def test_without_the_package_tiktoken_downloads(monkeypatch: pytest.MonkeyPatch) -> None:

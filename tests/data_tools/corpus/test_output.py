@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -349,15 +349,23 @@ def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_for_a_moment_costs_no_finished_chunk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes | str], failing: str
 ) -> None:
-    write = LocalFolder.write
+    write, take = LocalFolder.write, LocalFolder.take
 
-    def refuse(folder: LocalFolder, name: str, content: bytes) -> None:
-        if name == failing:
-            raise DataError(f"cannot write {name}: No space left on device")
+    def refuse(*names: str) -> None:
+        if failing in names:
+            raise DataError(f"cannot write {failing}: No space left on device")
+
+    def write_or_refuse(folder: LocalFolder, name: str, content: bytes) -> None:
+        refuse(name)
         write(folder, name, content)
 
+    def take_or_refuse(folder: LocalFolder, scratch: Path, names: Sequence[str]) -> None:
+        refuse(*names)
+        take(folder, scratch, names)
+
     with monkeypatch.context() as patch:
-        patch.setattr(LocalFolder, "write", refuse)
+        patch.setattr(LocalFolder, "write", write_or_refuse)
+        patch.setattr(LocalFolder, "take", take_or_refuse)
         with pytest.raises(DataError, match="No space left"):
             tokenize_corpus(request_for(tmp_path))
     assert (tmp_path / "out").exists() == (failing == "manifest.json")

@@ -14,6 +14,7 @@ from pipeline.distributed.environment import (
     launched_rank,
     launched_world_size,
     requested_threads,
+    set_numpy_threads_default,
     set_openmp_default,
 )
 from pipeline.errors import ConfigError
@@ -53,6 +54,17 @@ def test_waiting_threads_sleep_early_unless_the_user_decides(
     set_openmp_default()
     found = {name: os.environ[name] for name in variables if name in os.environ}
     assert found == (chosen or {"GOMP_SPINCOUNT": str(DEFAULT_SPINS)})
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "1"), ("3", "3")])
+def test_numpy_starts_no_threads_unless_the_user_decides(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: str
+) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", chosen or "")  # so that pytest restores it
+    if chosen is None:
+        monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    set_numpy_threads_default()
+    assert os.environ["OPENBLAS_NUM_THREADS"] == expected
 
 
 def test_commands_set_the_default_before_they_load_openmp() -> None:
