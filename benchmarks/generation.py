@@ -27,7 +27,7 @@ from transformers import CompileConfig
 from benchmarks.transformers_model import transformers_model
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig, SampleConfig
-from pipeline.generation.generate import generate_batch
+from pipeline.generation.generate import Decoder, generate_batch
 from pipeline.generation.writer import DTYPES
 from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.model.packed_linear import FILLED_ROWS, InferenceLinear, Way, pack_linear_layers
@@ -131,10 +131,11 @@ def own_contender(model: GPT2, dtype: torch.dtype, batch: int) -> Contender:
     """Return a contender that does what ``launch/generate.py`` does."""
     own = copy.deepcopy(model).to(dtype)
     pack_linear_layers(own, dtype, rows=batch)
+    decoder = Decoder(own)
 
     def run(prompts: Texts, count: int) -> Texts:
         texts: Texts = [[] for _ in prompts]
-        for tokens in generate_batch(own, prompts, SampleConfig(temperature=0, max_new_tokens=count)):
+        for tokens in generate_batch(decoder, prompts, SampleConfig(temperature=0, max_new_tokens=count)):
             for row, token in tokens.items():
                 texts[row].append(token)
         return texts

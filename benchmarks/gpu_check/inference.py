@@ -21,7 +21,7 @@ from pipeline.distributed.world import World
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.validation import score_split
-from pipeline.generation.generate import generate_batch
+from pipeline.generation.generate import Decoder, generate_batch
 from pipeline.model.precision import replicated_compute
 
 PROMPTS = ((3, 1, 4, 1, 5), (9, 2, 6), (5,))
@@ -37,7 +37,7 @@ def results_on(device: torch.device, run_folder: Path, data: Path) -> dict[str, 
     compute = replicated_compute(loaded.model, "fp32", device).eval()
     rows = [[token % config.vocab_size for token in prompt] for prompt in PROMPTS]
     completions: list[list[int]] = [[] for _ in rows]
-    for tokens in generate_batch(loaded.model, rows, SampleConfig(temperature=0, max_new_tokens=NEW_TOKENS)):
+    for tokens in generate_batch(Decoder(loaded.model), rows, SampleConfig(temperature=0, max_new_tokens=NEW_TOKENS)):
         for row, token in tokens.items():
             completions[row].append(token)
     groups = [[Request(tuple(row), tuple(row[:length])) for length in range(1, len(row) + 1)] for row in rows]

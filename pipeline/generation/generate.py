@@ -1,13 +1,18 @@
 """Generate token ids: draw a token from logits, and continue several prompts at the same time."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.config.schema import SampleConfig
 from pipeline.errors import TrainingError
+from pipeline.generation.cuda_graphs import CudaGraphRecorder, Recorder, ReplayedStep, Step, next_power_of_2
 from pipeline.model.attention import kernels_for_any_length
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.key_value_cache import KeyValueCache
@@ -29,10 +34,11 @@ def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> in
     Raises:
         TrainingError: a logit is NaN or infinite.
     """
-    if not bool(logits.isfinite().all()):
+    values = logits.numpy()  # numpy needs a tenth of the time of torch for the next two operations
+    if not np.isfinite(values).all():
         raise TrainingError("the model's logits are not finite; the model's weights are unusable")
     if sample.temperature == 0:
-        return int(logits.argmax())
+        return int(values.argmax())
     if sample.top_k is not None and sample.top_k < logits.numel():
         logits, ids = logits.topk(sample.top_k)
     elif sample.top_p is not None:
@@ -47,7 +53,7 @@ def draw(logits: Tensor, sample: SampleConfig, generator: torch.Generator) -> in
 
 
 def generate_batch(
-    model: GPT2,
+    decoder: Decoder,
     prompts: list[list[int]],
     sample: SampleConfig,
     *,
@@ -61,7 +67,7 @@ def generate_batch(
     apart from rounding.
 
     Args:
-        model: the model, in evaluation mode.
+        decoder: a decoder of a model in evaluation mode.
         prompts: the token ids of each prompt. A prompt has at least one id. If a prompt and its new tokens are
             longer than the model's context, the model sees only the newest tokens.
         sample: the options for sampling. Its ``prompt`` and ``stop`` are not used.
@@ -74,7 +80,7 @@ def generate_batch(
     assert prompts and all(prompts), "a prompt is empty"
     generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", str(row))) for row in range(len(prompts))]
     texts = {row: list(prompt) for row, prompt in enumerate(prompts)}
-    decoder = Decoder(model, len(prompts), max(map(len, prompts)) + sample.max_new_tokens)
+    decoder.start(len(prompts), max(map(len, prompts)) + sample.max_new_tokens)
     for _ in range(sample.max_new_tokens):
         logits = decoder.next_token_logits(list(texts.values()))
         drawn = {row: draw(logits[i], sample, generators[row]) for i, row in enumerate(texts)}
@@ -92,43 +98,66 @@ def generate_batch(
 class Decoder:
     """Continues several texts with a model and a key-value cache.
 
-    Args:
-        rows: the number of texts.
-        longest: the number of tokens in the longest text, including generated tokens.
+    The cache and recorded CUDA graphs are used again for the next texts, so create only one ``Decoder`` per model.
     """
 
-    def __init__(self, model: GPT2, rows: int, longest: int) -> None:
-        weight = model.wte.weight
-        length = min(longest, model.config.context_length)
+    def __init__(self, model: GPT2) -> None:
         self.model = model
-        self.cache = KeyValueCache(model.config, rows, length, device=weight.device, dtype=weight.dtype)
-        self._starts: list[int] = []  # the first token of each text that is in the cache
+        self.device = model.wte.weight.device
+        #: Records the decoding step; see ``ReplayedStep``. If None, each step is computed without a recording.
+        self.recorder: Recorder | None = CudaGraphRecorder(self.device) if self.device.type == "cuda" else None
+        self._cache: KeyValueCache | None = None
+        self._step: Step | None = None
+        self._stored: list[list[int]] = []  # the tokens of each row of the cache
+
+    def start(self, rows: int, longest: int) -> None:
+        """Prepare the cache for a new batch of texts.
+
+        Args:
+            rows: the number of texts.
+            longest: the number of tokens in the longest text, including generated tokens.
+        """
+        self._stored = []
+        capacity = min(next_power_of_2(longest), self.model.config.context_length)
+        if self._cache is not None and rows <= self._cache.rows and capacity <= self._cache.capacity:
+            return
+        self._cache = self._step = None  # frees their memory
+        # On a CPU, torch's attention of single tokens is several times slower in bf16 than in fp32.
+        dtype = torch.float32 if self.device.type == "cpu" else self.model.wte.weight.dtype
+        self._cache = KeyValueCache(self.model.config, rows, capacity, device=self.device, dtype=dtype)
+        self._step = partial(self.model.decode, cache=self._cache)
+        if self.recorder is not None:
+            self._step = ReplayedStep(self._step, self._cache, self.recorder)
 
     @torch.inference_mode()
     def next_token_logits(self, texts: list[list[int]]) -> Tensor:
         """Return the logits for the next token of each text, fp32 of shape (B, V), on the CPU.
 
+        This is fast if every text has one more token than in the previous call.
+
         Args:
-            texts: the token ids of each whole text. In each later call, every text must have one more token.
+            texts: the token ids of each whole text.
         """
-        starts = [window_start(len(text), self.model.config.context_length) for text in texts]
-        if starts == self._starts:
-            windows = [text[-1:] for text in texts]
-        else:
-            windows = [text[start:] for text, start in zip(texts, starts, strict=True)]
-            self.cache.clear()
-            self._starts = starts
-        lengths = [len(window) for window in windows]
-        padded = [window + [PADDING] * (max(lengths) - len(window)) for window in windows]
-        tokens = torch.tensor(padded, device=self.model.wte.weight.device)
+        assert self._cache is not None and self._step is not None, "start must be called first"
+        windows = [text[window_start(len(text), self.model.config.context_length) :] for text in texts]
+        longest = max(map(len, windows))
+        lengths = torch.tensor([[len(window)] for window in windows], device=self.device)
         with kernels_for_any_length():
-            return self.model.next_token_logits(tokens, lengths, self.cache).float().cpu()
+            if self._stored == [window[:-1] for window in windows]:
+                tokens = torch.tensor([window[-1:] for window in windows], device=self.device)
+                logits = self._step(tokens, lengths - 1, longest)
+            else:
+                padded = [window + [PADDING] * (longest - len(window)) for window in windows]
+                logits = self.model.prefill(torch.tensor(padded, device=self.device), lengths, self._cache)
+        self._stored = windows
+        return logits.float().cpu()
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
         """Keep only the texts with the indices ``rows``, in this order."""
-        self.cache.keep(rows)
-        self._starts = [self._starts[row] for row in rows]
+        assert self._cache is not None, "start must be called first"
+        self._cache.keep(rows)
+        self._stored = [self._stored[row] for row in rows]
 
 
 def window_start(length: int, context_length: int) -> int:

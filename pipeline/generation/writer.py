@@ -16,7 +16,7 @@ from pipeline.backends import Backend
 from pipeline.checkpoint.loading import load_text_model
 from pipeline.config.schema import Config, SampleConfig
 from pipeline.distributed.world import World
-from pipeline.generation.generate import draw, generate_batch
+from pipeline.generation.generate import Decoder, draw, generate_batch
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.seeds import derive_seed
@@ -57,6 +57,7 @@ class Writer:
 
     def __init__(self, model: GPT2, sample: SampleConfig) -> None:
         self.model = model
+        self.decoder = Decoder(model)
         self.sample = sample
         self.tokenizer = load_tokenizer()
 
@@ -92,7 +93,7 @@ class Writer:
         streams = [TextStream(self.tokenizer.token_bytes, sample.stop) for _ in prompts]
         stopped: set[int] = set()
         for tokens in generate_batch(
-            self.model,
+            self.decoder,
             prompts,
             sample,
             seed=seed,

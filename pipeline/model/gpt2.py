@@ -46,7 +46,7 @@ class CausalSelfAttention(nn.Module):
         else:
             y = attend(self.layer, q, k, v)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+        return F.dropout(y, self.dropout) if self.training else y
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_proj(self.activation(self.c_fc(x)))
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 class Block(nn.Module):
@@ -149,19 +149,39 @@ class GPT2(nn.Module):
         )
         return self.lm_head(hidden.flatten(0, 1)[batch.outputs], batch.targets, method="score")
 
-    def next_token_logits(self, tokens: Tensor, lengths: list[int], cache: KeyValueCache) -> Tensor:
-        """Return the logits for the next token of each row, shape (B, V), in the compute dtype.
+    def prefill(self, tokens: Tensor, lengths: Tensor, cache: KeyValueCache) -> Tensor:
+        """Store whole rows in the cache. Return the logits for the next token of each row, shape (B, V).
 
         Args:
-            tokens: whole rows (B, T), padded on the right. If the cache is not empty, one new token per row, (B, 1).
-            lengths: the number of new tokens per row, without padding.
-            cache: the cache with all earlier tokens. The new tokens are appended to it.
+            tokens: (B, T) integer ids, padded on the right.
+            lengths: (B, 1) int64, the number of tokens per row, without padding.
+            cache: its first B rows are overwritten.
         """
-        rows = torch.arange(len(lengths), device=tokens.device)
-        last = torch.tensor(lengths, device=tokens.device) - 1
-        with cache.append(lengths):
-            x = self.hidden_states(tokens, self._positions(tokens, cache), cache.attend)  # (B, T, C)
-        return self.lm_head(x[rows, last], method="logits")
+        last = lengths - 1
+        positions = self._positions(tokens).expand(tokens.shape)
+        cache.text_starts(len(tokens)).copy_(last - positions.gather(1, last))
+        x = self.hidden_states(tokens, positions, cache.attend_to_rows)  # (B, T, C)
+        return self.lm_head(x[torch.arange(len(x), device=x.device), last[:, 0]], method="logits")
+
+    def decode(self, tokens: Tensor, slots: Tensor, seen: int, cache: KeyValueCache) -> Tensor:
+        """Add one token to each row of the cache. Return the logits for the row's next token, shape (B, V).
+
+        The shapes of all tensors depend only on B and ``seen``, and all values stay on the device. The method can
+        therefore be captured as a CUDA graph. Repeated calls with the same arguments give the same result.
+
+        Args:
+            tokens: (B, 1) integer ids.
+            slots: (B, 1) int64, the number of earlier tokens per row.
+            seen: the number of slots that attention reads. It is larger than all ``slots``.
+            cache: the cache with all earlier tokens.
+        """
+        positions = slots
+        if self.config.reset_positions_at is not None:
+            starts = cache.text_starts(len(tokens))
+            starts.copy_(torch.where(tokens == self.config.reset_positions_at, slots, starts))
+            positions = slots - starts
+        x = self.hidden_states(tokens, positions, cache.attend_to_slots(slots, seen))  # (B, 1, C)
+        return self.lm_head(x[:, 0], method="logits")
 
     def hidden_states(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """Return the hidden states after the last block and the last LayerNorm, shape (B, T, C).
@@ -172,24 +192,21 @@ class GPT2(nn.Module):
             attend: the attention function. If None, causal attention within each row is used.
         """
         x = self.wte(tokens) + self.wpe(self._positions(tokens) if positions is None else positions)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        if self.training:
+            x = F.dropout(x, self.config.dropout)
         for block in self.h:
             x = block(x, attend)
         return self.ln_f(x)
 
-    def _positions(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def _positions(self, tokens: Tensor) -> Tensor:
         """Return each token's position in its row, shape (T,) or (B, T).
 
         If ``reset_positions_at`` is set, positions restart at 0 at each token with this id.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        if cache is not None:
-            positions = positions + cache.first_slots()  # (B, T)
         if self.config.reset_positions_at is None:
             return positions
         starts = torch.where(tokens == self.config.reset_positions_at, positions, 0).cummax(dim=1).values
-        if cache is not None:
-            starts = cache.carry_text_starts(starts)
         return positions - starts
 
     def tie_weights(self) -> None:

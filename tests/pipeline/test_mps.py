@@ -93,8 +93,9 @@ def evaluate(model: GPT2) -> None:
     positions = torch.arange(6).expand(2, 6)
     model.score(ScoringBatch(tokens, tokens[0], torch.arange(6), positions, visible))
     cache = KeyValueCache(model.config, 2, 12, device=CPU, dtype=torch.float32)
-    model.next_token_logits(tokens, [6, 4], cache)
-    model.next_token_logits(tokens[:, :1], [1, 1], cache).float().topk(5)
+    lengths = torch.tensor([[6], [4]])
+    model.prefill(tokens, lengths, cache)
+    model.decode(tokens[:, :1], lengths, 7, cache).float().topk(5)
 
 
 @pytest.fixture

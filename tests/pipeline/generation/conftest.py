@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.schema import SampleConfig
-from pipeline.generation.generate import generate_batch
+from pipeline.generation.generate import Decoder, generate_batch
 from pipeline.model.gpt2 import GPT2
 
 
@@ -27,6 +27,6 @@ def generate(
     """Yield the tokens that ``generate_batch`` generates for one prompt."""
     sample = sampling(max_new_tokens, **options)
     for tokens in generate_batch(
-        model, [prompt], sample, seed=seed, ends=set() if end_of_text is None else {end_of_text}
+        Decoder(model), [prompt], sample, seed=seed, ends=set() if end_of_text is None else {end_of_text}
     ):
         yield tokens[0]

@@ -99,7 +99,8 @@ def test_the_window_holds_at_least_half_a_context_and_moves_rarely() -> None:
 def test_the_cache_does_not_change_the_logits(model: GPT2) -> None:
     """Cached logits of texts with different lengths, side by side, equal those of each text alone."""
     texts = [[5], [3, 1, 4, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]]
-    decoder = Decoder(model, len(texts), 40)
+    decoder = Decoder(model)
+    decoder.start(len(texts), 40)
     for step in range(25):  # the windows of all three texts move meanwhile
         logits = decoder.next_token_logits(texts)
         for text, row in zip(texts, logits, strict=True):
@@ -108,6 +109,30 @@ def test_the_cache_does_not_change_the_logits(model: GPT2) -> None:
             torch.testing.assert_close(row, alone, atol=2e-5, rtol=1e-5)
         for text in texts:
             text.append((step * 31 + len(text)) % VOCAB_SIZE)
+
+
+def test_in_bf16_the_cache_changes_the_logits_by_rounding() -> None:
+    model = randomised_model(tiny_model_config()).eval().bfloat16()
+    decoder = Decoder(model)
+    decoder.start(2, 12)
+    texts = [[3, 1, 4, 1, 5], [2, 7]]
+    for token in range(5):
+        logits = decoder.next_token_logits(texts)
+        for text, row in zip(texts, logits, strict=True):
+            with torch.no_grad():
+                alone = model.logits(torch.tensor([text]))[0, -1].float()
+            assert (row - alone).abs().max() <= 0.05 * alone.abs().max()
+            text.append(token)
+
+
+def test_texts_in_any_order_get_their_logits(model: GPT2) -> None:
+    """The cache is used only if each text continues the stored one."""
+    decoder = Decoder(model)
+    decoder.start(1, 12)
+    for text in ([3, 1, 4], [3, 1, 4, 1], [7, 1, 4, 1, 5], [7, 1, 4], [7, 1, 4, 2]):
+        with torch.no_grad():
+            alone = model.logits(torch.tensor([text]))[:, -1]
+        torch.testing.assert_close(decoder.next_token_logits([text]), alone, atol=2e-5, rtol=1e-5)
 
 
 def test_rows_equal_those_generated_alone(model: GPT2) -> None:
@@ -136,7 +161,7 @@ def test_each_row_stops_on_its_own(model: GPT2) -> None:
 
 def batch_texts(model: GPT2, prompts: list[list[int]], sample: SampleConfig, **options: Any) -> list[Any]:
     texts: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate_batch(model, prompts, sample, **options):
+    for tokens in generate_batch(Decoder(model), prompts, sample, **options):
         for row, token in tokens.items():
             texts[row].append(token)
     return texts
@@ -188,7 +213,8 @@ def test_positions_restart_within_generated_tokens() -> None:
     """The other text has another length, and the token that restarts positions is among the new ones."""
     model = randomised_model(tiny_model_config(reset_positions_at=88)).eval()
     texts = [[3, 1, 4, 1, 5], [88, 7]]
-    decoder = Decoder(model, 2, 12)
+    decoder = Decoder(model)
+    decoder.start(2, 12)
     for token in (9, 88, 2, 6, 5):
         logits = decoder.next_token_logits(texts)
         for text, row in zip(texts, logits, strict=True):
@@ -249,8 +275,9 @@ def test_a_gpu_generates_what_a_cpu_generates(model: GPT2, gpu: torch.device) ->
     pack_linear_layers(copied, torch.float32, rows=3)
     assert not any(isinstance(module, InferenceLinear) for module in copied.modules())
     prompts = [PROMPT, [7], list(range(30))]
+    decoders = Decoder(model), Decoder(copied)
     for options in ({"temperature": 0}, {"temperature": 0.8, "top_k": 5}):
-        rows = [list(generate_batch(each, prompts, sampling(20, **options), seed=3)) for each in (model, copied)]
+        rows = [list(generate_batch(each, prompts, sampling(20, **options), seed=3)) for each in decoders]
         assert rows[0] == rows[1]
-    logits = [Decoder(each, 3, 40).next_token_logits(prompts) for each in (model, copied)]
+    logits = [decoder.next_token_logits(prompts) for decoder in decoders]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)

@@ -19,7 +19,7 @@ from data_tools.errors import DataError
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 from pipeline.config.schema import SampleConfig
 from pipeline.errors import CheckpointError
-from pipeline.generation.generate import generate_batch
+from pipeline.generation.generate import Decoder, generate_batch
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.packed_linear import pack_linear_layers
@@ -79,7 +79,7 @@ def test_greedy_texts_are_the_same_for_200_tokens(
         pack_linear_layers(text_model, torch.float32, rows=len(lengths))
     prompts = [random_tokens(length, vocab_size=50256, seed=length + i).tolist() for i, length in enumerate(lengths)]
     texts: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate_batch(text_model, prompts, SampleConfig(temperature=0, max_new_tokens=200)):
+    for tokens in generate_batch(Decoder(text_model), prompts, SampleConfig(temperature=0, max_new_tokens=200)):
         for row, token in tokens.items():
             texts[row].append(token)
     assert texts == greedy_of_theirs(theirs, prompts, 200)
