@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.train_setting import Setting
 from pipeline.distributed.cpu import share_cores
-from pipeline.distributed.device import synchronize
+from pipeline.distributed.device import CEILING_SECONDS, synchronize
 from pipeline.distributed.world import join_world
 from pipeline.training.throughput import measure_ceiling
 
@@ -42,7 +42,7 @@ def main() -> None:
         if world.device.type == "cpu":
             share_cores(world)
         tokens = setting.micro_batch_size * setting.seq_len
-        products = max(measure_ceiling(world, config, tokens) for _ in range(_ROUNDS))
+        products = max(measure_ceiling(world, config, tokens, CEILING_SECONDS) for _ in range(_ROUNDS))
         copies = sum(world.gather(measure_copy_bandwidth(world.device)))
         if world.is_main:
             name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{torch.get_num_threads()} threads"

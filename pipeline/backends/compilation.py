@@ -1,8 +1,5 @@
 """Decide whether torch.compile compiles each transformer block separately or the whole model."""
 
-import torch
-import torch._dynamo
-
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2
 
@@ -21,6 +18,8 @@ def compile_blocks(model: GPT2) -> None:
 
     Hooks on the blocks and the output layer run outside the compiled graphs.
     """
+    import torch._dynamo  # slow, and a run that is not compiled does not need it
+
     # Otherwise, DDP would split every block that is larger than a bucket. The setting applies to the whole process.
     torch._dynamo.config.optimize_ddp = False
     for module in (*model.h, model.lm_head):

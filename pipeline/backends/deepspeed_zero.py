@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline.backends.base import Backend
 from pipeline.backends.compilation import compile_blocks, compiles_blocks
+from pipeline.backends.eager_optimizers import AdamW
 from pipeline.backends.extension_lock import wait_for_build_elsewhere
 from pipeline.backends.muon import Muon
 from pipeline.backends.optimizer import (
@@ -59,7 +60,7 @@ def _configure_process() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     # On CPUs, DeepSpeed would compile an operator for inference at the start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
+    ZERO_SUPPORTED_OPTIMIZERS.extend((AdamW, Muon))
 
 
 _configure_process()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.backends.eager_optimizers import EagerOptimizer
 from pipeline.backends.matrix_exchange import MatrixExchange, Span
 from pipeline.backends.newton_schulz import orthogonalize
 from pipeline.backends.ranges import Range, local_elements
@@ -25,7 +26,7 @@ from pipeline.model.parameter_state import MOMENTUM
 _IS_MUON = "is_muon"  # the key that marks the parameter groups of Muon
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(EagerOptimizer):
     """An optimizer that updates some matrices with Muon, and all other parameters with an AdamW optimizer.
 
     A *master* is a tensor that the optimizer updates. Under ZeRO-1 to ZeRO-3, a master contains ranges of several

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.backends.dtensors import is_dtensor, local_shard
+from pipeline.backends.eager_optimizers import AdamW
 from pipeline.backends.muon import Muon, divide_parameters
 from pipeline.config.schema import Config, OptimizerConfig
 from pipeline.distributed.device import summing_dtype
@@ -39,12 +40,12 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
     ]
 
 
-def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+def build_adamw(parameters: Iterable[Tensor], config: OptimizerConfig, device: torch.device) -> AdamW:
     """Return torch's fused AdamW. If the device does not support it, warn and return the plain AdamW."""
     fused = device.type in FUSED_DEVICES
     if not fused:
         log.warning("fused AdamW is not available on %s; using the plain one", device.type)
-    return torch.optim.AdamW(
+    return AdamW(
         parameter_groups(parameters, config.weight_decay),
         lr=config.learning_rate,
         betas=config.betas,

@@ -118,7 +118,8 @@ class OptimizerState(ABC):
                 self.optimizer.state[held.master] = self._new_state(held.master, self.optimizer_names[held.name])
 
     def _new_state(self, master: Tensor, names: Iterable[str]) -> dict[str, Any]:
-        state: dict[str, Any] = {name: torch.zeros_like(master, requires_grad=False) for name in names}
+        # torch.zeros_like would fill the memory with a single thread.
+        state: dict[str, Any] = {name: torch.empty_like(master, requires_grad=False).zero_() for name in names}
         if state.keys() == set(ADAMW_STATE):
             counts_in_tensor = isinstance(self.adamw, torch.optim.AdamW)  # DeepSpeed's CPUAdam counts with an int
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device) if counts_in_tensor else 0

@@ -1,6 +1,7 @@
 """Load checkpoints. Each rank reads only the elements that it needs."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,16 @@ def load_training_state(folder: Path, backend: Backend, rank: int | None = None)
     if not is_same_optimizer:
         log.warning("%s: another optimizer has written this checkpoint; the optimizer's state starts from zero", folder)
         state = replace(state, optimizer_start=state.updates)
-    for fragment in fragments:
-        for kind, tensor in fragment.tensors.items():
-            if kind == EMA and not has_average:
-                tensor.copy_(fragment.weight)
-            elif kind in (WEIGHT, EMA) or is_same_optimizer:
-                copy_overlap(tensor, fragment.start, index[kind][fragment.name])
-            else:
-                tensor.zero_()
+    loaded = {kind for kind in index if kind == WEIGHT or (has_average if kind == EMA else is_same_optimizer)}
+    tensors = [(fragment, kind, tensor) for fragment in fragments for kind, tensor in fragment.tensors.items()]
+    copy_overlaps(
+        (tensor, fragment.start, index[kind][fragment.name]) for fragment, kind, tensor in tensors if kind in loaded
+    )
+    for fragment, kind, tensor in tensors:
+        if kind == EMA and not has_average:
+            tensor.copy_(fragment.weight)
+        elif kind not in loaded:
+            tensor.zero_()
     backend.state_was_loaded(state.updates - state.optimizer_start)
     backend.loss_scaler.restore(state.loss_scale, state.loss_scale_good_steps)
     return state
@@ -110,8 +113,7 @@ def load_weights(folder: Path, parameters: dict[str, Tensor], weights: str = "tr
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     pieces = pieces_of_weights(folder, shapes, weights)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            copy_overlap(parameter.view(-1), 0, pieces[name])
+        copy_overlaps((parameter.view(-1), 0, pieces[name]) for name, parameter in parameters.items())
 
 
 def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) -> dict[str, list[Piece]]:
@@ -176,11 +178,22 @@ def copy_overlap(target: Tensor, start: int, pieces: list[Piece]) -> None:
         start: the index of the range's first element in the flattened parameter.
         pieces: all stored pieces of the parameter.
     """
-    for piece in pieces:
-        low, high = max(piece.start, start), min(piece.stop, start + target.numel())
-        if low < high:
-            with open_tensors(piece.file) as file:
-                target[low - start : high - start].copy_(_read_elements(file, piece, low, high))
+    copy_overlaps([(target, start, pieces)])
+
+
+def copy_overlaps(targets: Iterable[tuple[Tensor, int, list[Piece]]]) -> None:
+    """Call ``copy_overlap`` for several targets, but open each file only once, because opening parses its header."""
+    ranges: dict[Path, list[tuple[Tensor, Piece, int, int]]] = {}
+    for target, start, pieces in targets:
+        for piece in pieces:
+            low, high = max(piece.start, start), min(piece.stop, start + target.numel())
+            if low < high:
+                overlap = target[low - start : high - start]
+                ranges.setdefault(piece.file, []).append((overlap, piece, low, high))
+    for path, of_file in ranges.items():
+        with open_tensors(path) as file:
+            for overlap, piece, low, high in of_file:
+                overlap.copy_(_read_elements(file, piece, low, high))
 
 
 def _read_elements(file: Any, piece: Piece, low: int, high: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def measure_model(
         if losses := validate(backend, datasets, config, world, before_batch):
             rows.append({**losses, **validate_average(backend, datasets, config, world, before_batch)})
         # Examples and prompts have many shapes, and torch would compile the model again for each shape.
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager") if config.run.compiles else nullcontext():
             try:
                 if tasks:
                     rows.append(measure_tasks(tasks, backend, config, world, before_batch))

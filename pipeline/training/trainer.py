@@ -45,8 +45,6 @@ from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 
 log = logging.getLogger(__name__)
 
-CHECK_SECONDS = 0.2  # for a new measurement of the ceiling at an evaluation
-
 
 class Trainer:
     """Trains a model from a given state to step ``schedule.max_steps``.
@@ -442,7 +440,7 @@ class Trainer:
         if 0 < self.state.step < self.config.schedule.max_steps:
             tokens = self.plan.micro_batch_size * self.plan.seq_len
             with self.peak_memory.ignored():
-                self.throughput.raise_ceiling(measure_ceiling(self.world, self.config, tokens, CHECK_SECONDS))
+                self.throughput.raise_ceiling(measure_ceiling(self.world, self.config, tokens))
 
     def save(self) -> None:
         """Save a checkpoint. This call copies the state, and a thread writes the copy.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from pipeline.backends.optimizer import (
 from pipeline.config.schema import OptimizerConfig
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import random_tokens, tiny_model_config
+from tests.support.runs import REPOSITORY
 
 CPU = torch.device("cpu")
 GOOD, OVERFLOW = 1.5, math.inf
@@ -321,3 +324,28 @@ def test_an_overflow_on_a_gpu_halves_the_loss_scale(gpu: torch.device) -> None:
         scaler.update(clip_and_step(adamw, [weight], scaler.scale, 1.0))
         assert scaler.scale == scale
         assert torch.equal(weight, before) == (gradient == OVERFLOW)
+
+
+def test_adamw_is_torchs_and_does_not_import_the_compiler() -> None:
+    """The import takes a second. A fresh interpreter, because other tests import the compiler."""
+    code = """
+import sys, torch
+from pipeline.backends.optimizer import build_adamw
+from pipeline.config.schema import OptimizerConfig
+config = OptimizerConfig(grad_clip=0)
+ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3)) for _ in range(2))
+adamw = build_adamw([ours], config, torch.device("cpu"))
+def train(parameter, optimizer):
+    for factor in (1.0, 2.0):
+        (factor * parameter.square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+train(ours, adamw)
+assert ours.grad is None and ours.requires_grad
+assert "torch._dynamo" not in sys.modules
+group = adamw.param_groups[0]
+settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "fused")}
+train(theirs, torch.optim.AdamW([theirs], **settings))
+assert torch.equal(ours, theirs)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
