@@ -14,7 +14,7 @@ quickstart: .venv/run ## train, evaluate and sample a small GPT-2 on a fresh mac
 	$(BIN)/python launch/quickstart.py
 
 test: .venv/dev ## run the whole test suite, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 5 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev ## check the code, the docs with their links, and the files for GitHub and Docker
 	$(BIN)/ruff check .
