@@ -32,7 +32,7 @@ def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
     ``val_fraction`` is the probability of the validation split.
     """
     if not val_fraction:
-        return TRAIN_SPLIT
+        return TRAIN_SPLIT  # the same result without the time of a hash
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
 

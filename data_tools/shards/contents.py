@@ -76,7 +76,7 @@ def require_in_vocabulary(tokens: npt.NDArray[np.integer], vocab_size: int, plac
     """Raise DataError if a token id is outside the vocabulary. The message begins with ``place``."""
     if tokens.size == 0:
         return
-    lowest = 0 if tokens.dtype == np.uint16 else int(tokens.min())
+    lowest = 0 if tokens.dtype.kind == "u" else int(tokens.min())
     for token in (int(tokens.max()), lowest):
         if not 0 <= token < vocab_size:
             raise DataError(f"{place} holds token {token}, the vocabulary ends at {vocab_size - 1}")

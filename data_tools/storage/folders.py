@@ -185,7 +185,7 @@ class RemoteFolder:
             (scratch / name).unlink()
 
     def sync(self) -> None:
-        pass
+        """Do nothing, because an uploaded file is already durable."""
 
     def remove(self, names: set[str]) -> None:
         with self._one_line_errors():

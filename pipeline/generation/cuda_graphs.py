@@ -15,7 +15,7 @@ from pipeline.model.key_value_cache import KeyValueCache
 log = logging.getLogger(__name__)
 
 WARM_UP_CALLS = 3  # as in torch's documentation
-LEAST_SLOTS = 128
+LEAST_SLOTS = 128  # shorter texts share one recording
 
 #: (tokens, slots, seen) -> logits, see ``GPT2.decode``.
 Step = Callable[[Tensor, Tensor, int], Tensor]

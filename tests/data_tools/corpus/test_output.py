@@ -394,3 +394,16 @@ def test_a_chunk_that_is_written_but_not_yet_reported_is_kept(
     tokenize_corpus(request_for(tmp_path))
     assert states(finished) == finished
     assert result(tmp_path / "out") == whole
+
+
+def test_the_names_of_the_shards_are_durable_before_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    sync, write = LocalFolder.sync, LocalFolder.write
+    monkeypatch.setattr(LocalFolder, "sync", lambda folder: (events.append("sync"), sync(folder)))
+    monkeypatch.setattr(
+        LocalFolder, "write", lambda folder, name, content: (events.append(name), write(folder, name, content))
+    )
+    tokenize_corpus(request_for(tmp_path))
+    assert events[events.index("manifest.json") - 1] == "sync"
