@@ -29,7 +29,7 @@ from pipeline.run_folder.metrics import read_metrics
 CONFIGS = ("ddp", "quickstart")
 
 #: The numbers of steps to measure the time of a step. The first steps are slower and do not count.
-PROBE_STEPS, PROBE_WARM_UP_STEPS = 8, 3
+PROBE_STEPS, PROBE_WARM_UP_STEPS = 5, 2
 
 FEWEST_STEPS = 20
 
@@ -40,6 +40,9 @@ WORTHWHILE_SPEEDUP = 1.5
 STARTS_AFTER_PROBE = 5
 
 EVALUATIONS = 4
+
+#: Shorter evaluations during the training, for a command that takes longer than --minutes allows.
+SHORT_EVALUATIONS = {"evaluation.max_batches": 4, "evaluation.sample": "false"}
 
 BOX_WIDTH = 80
 BAR_WIDTH = 60
@@ -110,7 +113,8 @@ def choose_settings(given: Sequence[str], config: Config, deadline: float) -> li
     is_late = steps * step_s > max(left_s, 0)
     print(f"\n{step_s:.2f} s per step: {steps} steps will take {steps * step_s:.0f} s{remark * is_late}", flush=True)
     every_steps = steps if is_late else math.ceil(steps / EVALUATIONS)
-    return _with_defaults(settings, {"schedule.max_steps": steps, "evaluation.every_steps": every_steps})
+    chosen = {"schedule.max_steps": steps, "evaluation.every_steps": every_steps}
+    return _with_defaults(settings, chosen | SHORT_EVALUATIONS if is_late else chosen)
 
 
 def _with_defaults(given: Sequence[str], defaults: Mapping[str, object]) -> list[str]:

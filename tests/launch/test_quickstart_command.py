@@ -42,12 +42,13 @@ def test_the_steps_fill_the_time(
     starts = quickstart.STARTS_AFTER_PROBE * 5.0
     assert int(chosen["schedule.max_steps"]) == pytest.approx((60 - starts) / 0.5, abs=1)
     assert int(chosen["evaluation.every_steps"]) * quickstart.EVALUATIONS >= int(chosen["schedule.max_steps"])
-    assert chosen["run.precision"] == "bf16"
+    assert chosen["run.precision"] == "bf16" and "evaluation.sample" not in chosen
     assert "longer than --minutes allows" not in capsys.readouterr().out
     late = choose(
         load_config(CONFIGS, [*given, f"data.path={config.data.path}"]), given, monkeypatch, left_s=starts + 1
     )
     assert late["schedule.max_steps"] == late["evaluation.every_steps"] == str(quickstart.FEWEST_STEPS)
+    assert late["evaluation.sample"] == "false"
     assert "longer than --minutes allows: at least 20 steps are trained" in capsys.readouterr().out
 
 
