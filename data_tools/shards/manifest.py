@@ -177,7 +177,8 @@ def load_manifest(folder: Path | str) -> Manifest:
         except (FileNotFoundError, NotADirectoryError) as error:
             exists = path.parent.exists()
             problem = f"{path.parent} has no {MANIFEST_NAME}" if exists else f"{path.parent.absolute()} does not exist"
-            raise DataError(f"{problem}; make one with gpt2-pipeline tokenize") from error
+            converted = ", or from token files of other programs with gpt2-pipeline shards convert" if exists else ""
+            raise DataError(f"{problem}; make one with gpt2-pipeline tokenize{converted}") from error
 
 
 def parse_manifest(content: bytes, place: str) -> Manifest:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import os
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ _KINDS = {**_COMPRESSIONS, ".parquet": "parquet"}
 _COMPRESSION_FACTOR = 4  # text is about four times as long as the compressed file
 
 _MAX_ENDINGS = 5  # in a message
+_NOT_A_FILE = "is a pipe or a device; write the documents to a file first, because a file is read several times"
 
 FileSizes = Sequence[tuple[str, int]]
 
@@ -153,6 +155,8 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
                 problem = f"does not exist, or {problem}"
             elif not os.path.exists(text):
                 problem = "does not exist"
+            elif not os.path.isdir(text):
+                problem = _NOT_A_FILE
             raise DataError(f"--input {text} {problem}")
         for path, size in found:
             if path in files:
@@ -186,7 +190,11 @@ def describe_skipped_files(paths: Sequence[str]) -> str:
 
 
 def _find_local(text: str, suffixes: tuple[str, ...]) -> FileSizes:
-    return [(path, os.stat(path).st_size) for path in _list_local(text, suffixes)]
+    files = [(path, os.stat(path)) for path in _list_local(text, suffixes)]
+    for path, status in files:
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"--input {path} {_NOT_A_FILE}")
+    return [(path, status.st_size) for path, status in files]
 
 
 def _list_local(text: str, suffixes: tuple[str, ...]) -> list[str]:

@@ -49,6 +49,11 @@ class HuggingFaceSource:
         """
         if len(inputs) != 1:
             raise DataError(f"--source hf takes one --input, a dataset's name or folder, not {len(inputs)}")
+        if os.path.isfile(inputs[0]):
+            raise DataError(
+                f"--source hf takes a dataset's name or folder, and {inputs[0]} is a file; --source jsonl, parquet or "
+                "text reads files"
+            )
         self._dataset = inputs[0]
         self._text_field = text_field
         self._config = dataset_config

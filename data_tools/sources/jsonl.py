@@ -14,7 +14,7 @@ import orjson
 from data_tools.errors import DataError, json_type, list_names
 from data_tools.sources.files import READ_BYTES, FileSource, Slice, compression_of, decode_utf8, open_decompressed
 from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_bad_row
-from data_tools.storage.content import describe_content
+from data_tools.storage.content import describe_content, describe_decoded
 
 JSONL_SUFFIXES = tuple(
     name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst")
@@ -58,10 +58,17 @@ class Line(NamedTuple):
         return f"{self.path}:{number}"
 
     def parse(self) -> Any:
-        """Return the JSON value in the line. Raise BadRowError if the line is not UTF-8 or not JSON."""
+        """Return the JSON value in the line.
+
+        Raises:
+            BadRowError: the line is not UTF-8 or not JSON.
+            DataError: the whole file is of another kind, for example a tar archive.
+        """
         try:
             return orjson.loads(self.content)
         except orjson.JSONDecodeError:
+            if self.offset == 0 and (found := describe_decoded(self.content)):
+                raise DataError(f"{self.path} {found}") from None
             # The standard library also reads lone surrogates and NaN. Its error messages are better.
             text = decode_utf8(self.content, self.path, self.offset)
         try:

@@ -166,7 +166,7 @@ def test_mistakes_are_one_line(run: Run, ours: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused(run("inspect", tmp_path / "nowhere"), "nowhere does not exist")
     refused(run("inspect", tmp_path), str(tmp_path), "--from says what it is")
-    refused(run("verify", tmp_path), "has no manifest.json")
+    refused(run("verify", tmp_path), "has no manifest.json", "with gpt2-pipeline shards convert")
     refused(run("head", ours, "--split", "test"), "has no split 'test'; it has train, val")
     refused(run("head", ours, "--documents", "0"), "--documents", "a whole number from 1, it is '0'")
     refused(run("convert", ours), "give --out and --to, or --in-place")

@@ -140,8 +140,21 @@ def test_small_files_are_grouped(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"document_separator": "\n"}])
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_pipe_in_a_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    assert refusal("text", tmp_path).startswith(f"--input {tmp_path / 'a.txt'} is a pipe or a device")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.txt", {}),
+        ("a.txt", {"document_separator": "\n"}),
+        ("a.txt.gz", {}),
+        ("a.txt.gz", {"document_separator": "\n"}),
+        ("a.jsonl.gz", {}),
+    ],
+)
 def test_files_that_are_valid_utf8_but_not_text_are_refused(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -151,7 +164,8 @@ def test_files_that_are_valid_utf8_but_not_text_are_refused(tmp_path: Path, name
         (("Some text.\n" * 9).encode("utf-16-le"), "is text in UTF-16; save it as UTF-8"),
     ):
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-        assert refusal("text", tmp_path / name, **options) == f"{tmp_path / name} {message}"
+        source = "jsonl" if ".jsonl" in name else "text"
+        assert refusal(source, tmp_path / name, **options) == f"{tmp_path / name} {message}"
 
 
 def test_html_pages_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -628,6 +642,8 @@ def test_an_unknown_kind_names_those_that_exist() -> None:
         ("jsonl", ["."], {}, "--input . holds no file that ends in .jsonl, .jsonl.gz"),
         ("parquet", ["."], {}, "--input . holds no file that ends in .parquet"),
         ("text", ["a.txt", "*.txt"], {}, "--input names a.txt twice"),
+        ("text", ["/dev/null"], {}, "--input /dev/null is a pipe or a device; write the documents to a file first"),
+        ("hf", ["a.txt"], {}, "--source hf takes a dataset's name or folder, and a.txt is a file; --source jsonl"),
     ],
 )
 def test_a_wrong_request_is_refused(
