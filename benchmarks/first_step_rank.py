@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.train_setting import Setting
 from launch.cli import run_command
+from benchmarks.train_setting import Setting
 from pipeline.backends import Backend, create_backend
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config

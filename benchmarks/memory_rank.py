@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory import status_bytes
 from launch.cli import run_command
+from benchmarks.memory import status_bytes
 from pipeline.backends import Backend, create_backend
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config

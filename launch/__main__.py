@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from data_tools.errors import PROJECT, UserError
 from launch.cli import run_command
+from data_tools.errors import PROJECT, UserError
 
 #: Command -> (module in ``launch``, options that come first, description).
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {

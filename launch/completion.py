@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import shtab
 
+from launch.cli import ArgumentParser, run_command
 from data_tools.errors import PROJECT
 from launch.__main__ import COMMANDS
-from launch.cli import ArgumentParser, run_command
 from pipeline.config.loading import valid_keys
 from pipeline.config.shipped import shipped_configs
 

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from launch.cli import ArgumentParser, add_config_options, run_command
 from data_tools.errors import PROJECT, UserError
 from data_tools.storage.atomic import write_bytes_durably
 from data_tools.storage.files import dotted_keys
-from launch.cli import ArgumentParser, add_config_options, run_command
 from pipeline.config.loading import dump_config, load_config_with_origins
 from pipeline.config.reference import format_keys
 from pipeline.config.schema import Config

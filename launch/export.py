@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from data_tools.errors import UserError, install_command
 from launch.cli import ArgumentParser, add_weights_option, path_or_url, run_command, start_logging
+from data_tools.errors import UserError, install_command
 from pipeline.interop.export import FORMATS, GGUF, HUGGING_FACE, ExportFunction
 
 

@@ -10,7 +10,6 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 
-from data_tools.errors import UserError
 from launch.cli import (
     ArgumentParser,
     add_checkpoint_options,
@@ -22,6 +21,7 @@ from launch.cli import (
     run_command,
     start_logging,
 )
+from data_tools.errors import UserError
 from pipeline.config.schema import RunConfig, SampleConfig
 from pipeline.generation.options import Template, WeightsDtype
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from data_tools.errors import UserError, install_command
 from launch.cli import ArgumentParser, add_weights_option, run_command, start_logging
+from data_tools.errors import UserError, install_command
 from pipeline.config.schema import Precision
 
 

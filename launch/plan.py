@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.storage.files import is_writable
 from launch.cli import (
     ArgumentParser,
     add_config_options,
@@ -20,6 +19,7 @@ from launch.cli import (
     run_command,
     token_count,
 )
+from data_tools.storage.files import is_writable
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.config.shipped import shipped_configs

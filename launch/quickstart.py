@@ -17,9 +17,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.cli import ArgumentParser, positive_number, run_command, start_logging
 from data_tools.errors import PROJECT, install_command
 from data_tools.shards.manifest import load_manifest
-from launch.cli import ArgumentParser, positive_number, run_command, start_logging
 from launch.run import evaluate, run_stage, sample, tokenize, train
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config

@@ -10,9 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from launch.cli import ArgumentParser, positive_int, run_command
 from data_tools.errors import UserError
 from data_tools.options import AUTO, InputFormat, OutputFormat
-from launch.cli import ArgumentParser, positive_int, run_command
 from pipeline.distributed.environment import set_numpy_threads_default
 from pipeline.distributed.failure import printable
 

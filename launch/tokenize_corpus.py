@@ -6,11 +6,11 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, get_args
 
+from launch.cli import ArgumentParser, path_or_url, positive_int, quick_imports, run_command, start_logging
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker_server import has_large_input, start_worker_server
 from data_tools.errors import DataError
 from data_tools.options import BadRows, Deduplication, EncoderChoice, Engine, ShardFormat, SourceKind
-from launch.cli import ArgumentParser, path_or_url, positive_int, quick_imports, run_command, start_logging
 from pipeline.distributed.environment import set_numpy_threads_default
 
 _DEFAULTS = {field.name: field.default for field in fields(TokenizeRequest)}

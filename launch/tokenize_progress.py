@@ -6,6 +6,7 @@ import time
 
 from tqdm import tqdm
 
+from launch.cli import print_warning
 from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.run import Observer
@@ -13,7 +14,6 @@ from data_tools.formats.inspection import format_table
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
 from data_tools.shards.validation_split import advise_larger_validation, describe_small_validation
-from launch.cli import print_warning
 
 _LINE_EVERY_S = 30.0
 _HISTOGRAM_WIDTH = 40

@@ -4,8 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from data_tools.storage.files import is_remote
 from launch.cli import ArgumentParser, add_config_options, positive_int, quick_imports, run_command, start_logging
+from data_tools.storage.files import is_remote
 from pipeline.checkpoint.layout import checkpoint_of_step, checkpoint_url, split_url
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from launch.cli import run_command
 from benchmarks.fuzz.damage import copy_folder, damage_folder
 from data_tools.errors import UserError
-from launch.cli import run_command
 
 _LONGEST_LINE = 2000
 _LOGGED_PACKAGES = ("pipeline", "data_tools", "launch")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from launch.cli import ArgumentParser, add_config_options
 from data_tools.errors import UserError
 from launch import doctor, evaluate, export, generate, plan, report, run, shards, train
-from launch.cli import ArgumentParser, add_config_options
 from launch.tokenize_corpus import build_parser
 from tests.support.runs import REPOSITORY, child_environment
 
@@ -144,3 +144,13 @@ def test_warnings_stand_out_on_a_terminal(no_colour: str, warning: bytes) -> Non
     assert (errors, process.returncode) == (b"", 0)
     assert os.read(terminal, 1000) == b"plain\r\n" + warning
     os.close(terminal)
+
+
+def test_ctrl_c_during_the_imports_of_a_command_is_one_line() -> None:
+    for code, status, stderr in (
+        ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
+        ("import sys; sys.excepthook(ValueError, ValueError('other'), None)", 0, "ValueError: other\n"),
+    ):
+        command = [sys.executable, "-c", f"import launch; {code}"]
+        ended = subprocess.run(command, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True)
+        assert (ended.stderr, ended.returncode) == (stderr, status)

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import launch.generate
-from data_tools.tokenizer import load_tokenizer
 from launch.cli import run_command
+from data_tools.tokenizer import load_tokenizer
 from pipeline.config.schema import SampleConfig
 from pipeline.generation import writer as generation_writer
 from pipeline.model.packed_linear import InferenceLinear, can_pack

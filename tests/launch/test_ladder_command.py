@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import ladder
 from launch.cli import run_command
+from launch import ladder
 from pipeline.checkpoint.layout import STATE_FILE, checkpoint_folder
 from pipeline.config.loading import dump_config, load_config
 

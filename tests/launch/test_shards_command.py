@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import launch.shards
+from launch.cli import run_command
 from data_tools.shards.manifest import load_manifest
 from data_tools.shards.reader import open_split
 from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
-from launch.cli import run_command
 from tests.support.runs import REPOSITORY, TINY_RUN, Sections, child_environment, curve_of, merged
 from tests.support.token_files import write_llmc, write_megatron, write_ours
 

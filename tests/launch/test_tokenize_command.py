@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tiktoken
 
+from launch.cli import run_command
 from data_tools.corpus.estimate import Estimate
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import load_manifest
 from launch import tokenize_progress
-from launch.cli import run_command
 from launch.tokenize_corpus import main
 from launch.tokenize_progress import ProgressDisplay
 from tests.data_tools.conftest import (
