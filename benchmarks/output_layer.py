@@ -1,10 +1,10 @@
-"""Compare two ways to compute the loss: from all logits at once, and in blocks of the vocabulary.
+"""Compare ways to compute the loss: from all logits at once, and in blocks of the vocabulary.
 
 python -m benchmarks.output_layer                      # 2,048 tokens, width 384, bf16 autocast, compiled
 python -m benchmarks.output_layer --width 768 --threads 1
 
-A measurement is the forward and backward pass of the output layer. The two variants alternate (A B B A). Other programs
-on the machine affect CPU time less than elapsed time.
+A measurement is the forward and backward pass of the output layer. The ways take turns, and every second turn has the
+reverse order. Other programs on the machine affect CPU time less than elapsed time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from pipeline.distributed.cpu import keep_freed_memory
 from pipeline.model.output_layer import OutputLayer
 from tests.support.tables import print_header, print_row
 
-ORDER = (False, True, True, False)  # whether the loss is computed in blocks
+#: The name of a way -> whether the loss is computed in blocks, and whether their logits are kept.
+WAYS = {
+    "from all logits": (False, False),
+    "in blocks, logits computed twice": (True, False),
+    "in blocks, logits kept": (True, True),
+}
 
 
 def passes(layer: OutputLayer, tokens: int, *, is_compiled: bool) -> Callable[[], None]:
@@ -41,21 +46,21 @@ def passes(layer: OutputLayer, tokens: int, *, is_compiled: bool) -> Callable[[]
 
 def measure(
     tokens: int, width: int, vocab_size: int, *, rounds: int, is_compiled: bool
-) -> dict[bool, tuple[list[float], list[float]]]:
-    """Return the elapsed seconds and the CPU seconds of each repetition. The keys say whether the loss is in blocks."""
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the elapsed seconds and the CPU seconds of each repetition, by way."""
     variants = {}
-    for in_blocks in (False, True):
+    for name, (in_blocks, keep) in WAYS.items():
         layer = OutputLayer(width, vocab_size)
         torch.nn.init.normal_(layer.weight, std=0.02)
-        layer.loss_in_blocks = in_blocks
-        variants[in_blocks] = passes(layer, tokens, is_compiled=is_compiled)
+        layer.loss_in_blocks, layer.keep_logits = in_blocks, keep
+        variants[name] = passes(layer, tokens, is_compiled=is_compiled)
         for _ in range(2):  # the first one compiles
-            variants[in_blocks]()
-    seconds: dict[bool, tuple[list[float], list[float]]] = {False: ([], []), True: ([], [])}
-    for in_blocks in ORDER * rounds:
+            variants[name]()
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in WAYS}
+    for name in (*WAYS, *reversed(WAYS)) * rounds:
         before = time.perf_counter(), time.process_time()
-        variants[in_blocks]()
-        for times, clock, start in zip(seconds[in_blocks], (time.perf_counter, time.process_time), before, strict=True):
+        variants[name]()
+        for times, clock, start in zip(seconds[name], (time.perf_counter, time.process_time), before, strict=True):
             times.append(clock() - start)
     return seconds
 
@@ -66,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--vocab-size", type=int, default=GPT2_VOCAB_SIZE)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=3, help="each round runs each variant twice")
+    parser.add_argument("--rounds", type=int, default=3, help="each round measures each way twice")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     arguments = parser.parse_args(argv)
     keep_freed_memory()
@@ -75,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = measure(*sizes, rounds=arguments.rounds, is_compiled=not arguments.eager)
     print(f"{' x '.join(map(str, sizes))}, bf16 autocast, {arguments.threads} threads, torch {torch.__version__}")
     print_header("loss", "elapsed, median", "CPU time, median", "CPU time, least")
-    for in_blocks, (elapsed, cpu) in seconds.items():
+    for name, (elapsed, cpu) in seconds.items():
         values = statistics.median(elapsed), statistics.median(cpu), min(cpu)
-        print_row("in blocks" if in_blocks else "from all logits", *(f"{value * 1e3:.0f} ms" for value in values))
+        print_row(name, *(f"{value * 1e3:.0f} ms" for value in values))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ python -m benchmarks.train --processes 2 --contenders zero1 zero1-muon --rounds 
 python -m benchmarks.train --peer-command 'nanoGPT=cd ~/nanoGPT && python train.py --device={device} ...'
 
 All contenders train on the same batches from the same weights. Only a --peer-command uses its own batches and weights.
-The optimizer is Muon if the name ends with -muon, otherwise AdamW. The loss is computed in blocks of the vocabulary if
-the name ends with -blocks. The command fails if the losses of contenders with the same optimizer do not agree. A row of
-metrics covers several steps. The table has medians and quartiles over rows.
+The optimizer is Muon if the name ends with -muon, otherwise AdamW. If the name ends with -blocks or -kept-blocks,
+run.loss_in_blocks is true or kept. The command fails if the losses of contenders with the same optimizer do not agree.
+A row of metrics covers several steps. The table has medians and quartiles over rows.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ VARIANTS: dict[str, Sections] = {
     "": {},
     MUON: {"optimizer": {"name": "muon"}},
     "-blocks": {"run": {"loss_in_blocks": True}},
+    "-kept-blocks": {"run": {"loss_in_blocks": "kept"}},
 }
 OURS = {f"{name}{end}": (name, end) for end in VARIANTS for name in BACKENDS}
 PEERS = {

@@ -5,6 +5,7 @@ Each start of the ranks trains many cases (``tests/support/train_backends.py``),
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -94,10 +95,11 @@ def four(train: Train, folder: Path, one: dict[str, Result]) -> dict[str, Result
 def three(train: Train, folder: Path, four: dict[str, Result]) -> dict[str, Result]:
     """Every backend on three ranks, by which no tensor divides, from scratch and from checkpoints of four ranks.
 
-    From scratch, the loss is computed in blocks of the vocabulary.
+    From scratch, the loss is computed in blocks of the vocabulary. Every second backend keeps their logits.
     """
     del four
-    cases = [Case(name, name, {"run": {"loss_in_blocks": True}}) for name in BACKENDS]
+    ways = itertools.cycle((True, "kept"))
+    cases = [Case(name, name, {"run": {"loss_in_blocks": next(ways)}}) for name in BACKENDS]
     pairs = (("fsdp/2", "fsdp"), ("fsdp/2", "zero3"), ("zero3/2", "ddp"))
     cases += [Case(f"{before} -> {name}", name, start=saved(folder, before)) for before, name in pairs]
     return train(3, cases)

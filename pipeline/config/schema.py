@@ -122,10 +122,11 @@ class RunConfig(Section):
         description="Compile the model and the loss with torch.compile. `auto` compiles every run on CUDA, and runs of "
         "more than ten minutes on a CPU. Without a working compiler, the model is not compiled.",
     )
-    loss_in_blocks: bool = Field(
-        False,
-        description="Compute the logits and the loss in blocks of the vocabulary. This saves memory, but computes the "
-        "logits twice.",
+    loss_in_blocks: Annotated[Literal["auto", "kept", True, False], BeforeValidator(_number_as_text)] = Field(
+        "auto",
+        description="Compute the logits and the loss in blocks of the vocabulary. `true` saves memory, but computes "
+        "the logits twice. `kept` keeps the logits in memory, and is faster on some CPUs. On a CPU, `auto` measures "
+        "at the start of a compiled run whether `kept` is faster. In all other runs, `auto` means `false`.",
     )
     working_dir: NonEmptyText | None = Field(
         None,

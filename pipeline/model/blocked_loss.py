@@ -1,10 +1,11 @@
-"""Compute the output layer and the loss in blocks of the vocabulary, so that not all logits are in memory at once.
+"""Compute the output layer and the loss in blocks of the vocabulary.
 
-All logits together would be the largest tensor of a training step. The forward pass keeps only two values per row: the
-largest logit and the sum of exponentials (Milakov and Gimelshein 2018). The backward pass computes each block's logits
-again.
+All logits together would be the largest tensor of a training step. A block fits into the caches of a CPU. The forward
+pass computes two values per row: the largest logit and the sum of exponentials (Milakov and Gimelshein 2018). The
+backward pass computes each block's logits again, or reads the logits that the forward pass has kept.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -14,10 +15,14 @@ from torch import Tensor
 
 BLOCK_COLUMNS = 3200  # the largest number of tokens of the vocabulary in a block
 
+MEASURED_ROWS, MEASURED_BLOCKS, ROUNDS = 1024, 4, 2  # of ``measure_kept_blocks``
+
 _Step = Callable[..., Any]
 
 
-def blocked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignored: int) -> Tensor:
+def blocked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignored: int, *, keep: bool = False
+) -> Tensor:
     """Return the cross-entropy of each target in nats, fp32 of shape (N,). The logits are ``hidden @ weight.T``.
 
     Args:
@@ -25,9 +30,10 @@ def blocked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab
         weight: shape (padded vocabulary size, C), in the dtype of ``hidden``. Rows from ``vocab_size`` on are padding.
         targets: (N,) int64 ids.
         ignored: the value of a target that is not scored. Its cross-entropy is 0.
+        keep: whether the logits stay in memory until the backward pass. If False, it computes them again.
     """
     losses: Tensor = _BlockedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, torch.where(targets == ignored, -1, targets), vocab_size
+        hidden, weight, torch.where(targets == ignored, -1, targets), vocab_size, keep
     )
     return losses
 
@@ -48,25 +54,65 @@ def bytes_of_a_block(rows: int, padded_vocab_size: int, logit_bytes: int) -> int
     return rows * block_columns(padded_vocab_size) * (logit_bytes + softmax + is_target + one_hot)
 
 
+@torch.no_grad()
+def measure_kept_blocks(rows: int, width: int, padded_vocab_size: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Measure matrix products of the output layer on a CPU: of the whole vocabulary, and in blocks that are kept.
+
+    The products are those of the logits and of the weight's gradient, for some rows and some of the vocabulary.
+
+    Args:
+        rows: the number of targets in a micro-batch.
+        width: the number of columns of the hidden states.
+
+    Returns:
+        The seconds of both ways.
+    """
+    vocab_size = min(padded_vocab_size, MEASURED_BLOCKS * block_columns(padded_vocab_size))
+    hidden = torch.randn(min(rows, MEASURED_ROWS), width).to(dtype)
+    weight = torch.randn(vocab_size, width).to(dtype)
+    grad_weight = torch.empty_like(weight)
+
+    def whole() -> None:
+        logits = torch.mm(hidden, weight.t())
+        torch.mm(logits.t(), hidden)
+
+    def in_blocks() -> None:
+        memory = _memory_for_logits(hidden, weight, keep=True)
+        for block, logits in _blocks_of_logits(hidden, weight, vocab_size, memory):
+            grad_weight[block] = torch.mm(hidden.t().contiguous(), logits).t()
+
+    whole_s, blocks_s = zip(*((_seconds(whole), _seconds(in_blocks)) for _ in range(1 + ROUNDS)), strict=True)
+    return min(whole_s[1:]), min(blocks_s[1:])  # the first round warms up
+
+
+def _seconds(products: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    products()
+    return time.perf_counter() - start
+
+
 class _BlockedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, keep: bool) -> Tensor:
         ctx.compiles = torch.compiler.is_compiling()
         ctx.vocab_size = vocab_size
-        losses, log_totals = LOSSES(hidden, weight, targets, vocab_size, ctx.compiles)
-        ctx.save_for_backward(hidden, weight, targets, log_totals)
+        losses, log_totals, kept = LOSSES(hidden, weight, targets, vocab_size, keep, ctx.compiles)
+        ctx.save_for_backward(hidden, weight, targets, log_totals, kept)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = GRADIENTS(grad_losses, *ctx.saved_tensors, ctx.vocab_size, ctx.compiles)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def compute_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, compiles: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the loss of each row and the log-sum-exp of its logits, both fp32 of shape (N,).
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, keep: bool, compiles: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of each row, the log-sum-exp of its logits, and the kept logits.
+
+    The first two are fp32 of shape (N,). The third is a flat tensor with the logits of one block after the other. It is
+    empty if ``keep`` is False.
 
     Args:
         targets: (N,) int64 ids. A target of -1 is not scored: its loss is 0.
@@ -74,10 +120,11 @@ def compute_losses(
     add_block = _compiled(_add_block) if compiles else _add_block
     largest = hidden.new_full(hidden.shape[:1], torch.finfo(torch.float32).min, dtype=torch.float32)
     total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
-    for block, logits in _blocks_of_logits(hidden, weight, vocab_size):
+    memory = _memory_for_logits(hidden, weight, keep)
+    for block, logits in _blocks_of_logits(hidden, weight, vocab_size, memory):
         largest, total, chosen = add_block(logits, targets - block.start, largest, total, chosen)
     log_totals = largest + total.log()
-    return torch.where(targets >= 0, log_totals - chosen, 0.0), log_totals
+    return torch.where(targets >= 0, log_totals - chosen, 0.0), log_totals, memory if keep else memory.new_empty(0)
 
 
 def compute_gradients(
@@ -86,6 +133,7 @@ def compute_gradients(
     weight: Tensor,
     targets: Tensor,
     log_totals: Tensor,
+    kept: Tensor,
     vocab_size: int,
     compiles: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -93,34 +141,49 @@ def compute_gradients(
 
     Args:
         log_totals: the second result of ``compute_losses``.
+        kept: the third result of ``compute_losses``.
     """
-    replace_with_gradient = _compiled(_replace_with_gradient) if compiles else _replace_with_gradient
+    gradient_of = _compiled(_gradient_of) if compiles else _gradient_of
     factors = torch.where(targets >= 0, grad_losses, 0.0)
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
     grad_weight = torch.empty_like(weight)
     summand = torch.empty_like(hidden)
     # On a CPU with AMX, this is twice as fast as the product of the transposed logits and the hidden states.
     transposed = hidden.t().contiguous()
-    for block, logits in _blocks_of_logits(hidden, weight, vocab_size):
-        replace_with_gradient(logits, targets - block.start, log_totals, factors)
-        grad_weight[block] = torch.mm(transposed, logits).t()
-        grad_hidden += torch.mm(logits, weight[block], out=summand)
+    is_kept = kept.numel() > 0
+    memory = kept if is_kept else _memory_for_logits(hidden, weight, keep=False)
+    for block, logits in _blocks_of_logits(hidden, weight, vocab_size, memory, is_filled=is_kept):
+        gradient = gradient_of(logits, targets - block.start, log_totals, factors)
+        grad_weight[block] = torch.mm(transposed, gradient).t()
+        grad_hidden += torch.mm(gradient, weight[block], out=summand)
+        del gradient  # otherwise, the next block would need memory for two
     return grad_hidden.to(hidden.dtype), grad_weight
 
 
-def _blocks_of_logits(hidden: Tensor, weight: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
+def _memory_for_logits(hidden: Tensor, weight: Tensor, keep: bool) -> Tensor:
+    tokens = weight.shape[0]
+    return hidden.new_empty(hidden.shape[0] * (tokens if keep else block_columns(tokens)))
+
+
+def _blocks_of_logits(
+    hidden: Tensor, weight: Tensor, vocab_size: int, memory: Tensor, *, is_filled: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
     """Yield each block of the vocabulary with its logits, shape (N, tokens of the block). Padding has logits of -inf.
 
-    The logits of a block are only valid until the next block.
+    Args:
+        memory: a flat tensor for the logits of all blocks. If it is smaller, the logits of a block are only valid until
+            the next block.
+        is_filled: whether ``memory`` already contains the logits.
     """
-    tokens, columns = weight.shape[0], block_columns(weight.shape[0])
-    memory = hidden.new_empty(hidden.shape[0] * columns)
+    rows, tokens, columns = hidden.shape[0], weight.shape[0], block_columns(weight.shape[0])
     for start in range(0, tokens, columns):
         block = slice(start, min(start + columns, tokens))
         width = block.stop - start
-        logits = memory[: hidden.shape[0] * width].view(-1, width)
-        torch.mm(hidden, weight[block].t(), out=logits)
-        logits[:, max(vocab_size - start, 0) :] = -torch.inf
+        offset = rows * start if memory.numel() == rows * tokens else 0
+        logits = memory[offset : offset + rows * width].view(rows, width)
+        if not is_filled:
+            torch.mm(hidden, weight[block].t(), out=logits)
+            logits[:, max(vocab_size - start, 0) :] = -torch.inf
         yield block, logits
 
 
@@ -141,12 +204,12 @@ def _add_block(
     return higher, total, torch.where(is_here, here.float(), chosen)
 
 
-def _replace_with_gradient(logits: Tensor, columns: Tensor, log_totals: Tensor, factors: Tensor) -> None:
-    """Replace a block of logits with its gradient. ``factors`` contains the gradients of the losses, (N,)."""
+def _gradient_of(logits: Tensor, columns: Tensor, log_totals: Tensor, factors: Tensor) -> Tensor:
+    """Return the gradient of a block of logits. ``factors`` contains the gradients of the losses, (N,)."""
     softmax = (logits - log_totals.unsqueeze(1)).exp_()  # fp32
     ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
-    one_hot = (ids == columns.int().unsqueeze(1)).float()
-    logits.copy_(softmax.sub_(one_hot).mul_(factors.unsqueeze(1)))
+    softmax.sub_((ids == columns.int().unsqueeze(1)).float())
+    return softmax.mul_(factors.unsqueeze(1)).to(logits.dtype)
 
 
 @cache
@@ -162,8 +225,11 @@ GRADIENTS = torch.ops.gpt2_pipeline.blocked_loss_gradients.default
 
 
 @_losses.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, compiles: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(targets, dtype=torch.float32), torch.empty_like(targets, dtype=torch.float32)
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, keep: bool, compiles: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    per_target = torch.empty_like(targets, dtype=torch.float32)
+    return per_target, torch.empty_like(per_target), hidden.new_empty(hidden.shape[0] * weight.shape[0] if keep else 0)
 
 
 @_gradients.register_fake

@@ -121,7 +121,7 @@ def peak_memory(config: Config, plan: BatchPlan) -> Memory:
         config.run.precision,
         plan.micro_batch_size,
         plan.seq_len,
-        loss_in_blocks=config.run.loss_in_blocks,
+        loss_in_blocks=config.run.loss_in_blocks is True,
     )
     before_update = Peak(sizes_of(config.model).total, activation_bytes=0, logit_bytes=0)
 

@@ -33,6 +33,7 @@ from pipeline.run_folder.metrics import describe_speed, format_duration, read_me
 from pipeline.run_folder.sinks import check_sinks
 from pipeline.training.compilation import choose_compilation
 from pipeline.training.initial_weights import find_initial_weights, write_initial_weights
+from pipeline.training.loss_in_blocks import choose_loss_in_blocks
 from pipeline.training.remote_start import fetch_remote_start
 from pipeline.training.resuming import (
     choose_start,
@@ -120,6 +121,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     queries = (plan.micro_batch_size, config.model.n_head, config.seq_len, config.model.n_embd // config.model.n_head)
     kernel = resources.enter_context(fastest_kernel(world.device, dtype, queries, config.model.dropout))
     config = choose_compilation(config, world, plan, start)
+    config = choose_loss_in_blocks(config, world, plan, start)
     backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
     backend.model.assert_tied()
     origin = None if start else write_initial_weights(weights, backend, config.run.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -46,8 +47,8 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
 
 
-def in_blocks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return blocked_cross_entropy(hidden, weight, targets, VOCAB_SIZE, IGNORE_INDEX)
+def in_blocks(hidden: Tensor, weight: Tensor, targets: Tensor, keep: bool = False) -> Tensor:
+    return blocked_cross_entropy(hidden, weight, targets, VOCAB_SIZE, IGNORE_INDEX, keep=keep)
 
 
 def at_once(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -63,10 +64,13 @@ def losses_and_gradients(losses_of: Losses, targets: Tensor, dtype: torch.dtype)
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 1.6e-2)])
 @pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
 def test_losses_and_gradients_are_those_of_all_logits(
-    targets: Tensor, dtype: torch.dtype, rtol: float, is_compiled: bool
+    targets: Tensor, dtype: torch.dtype, rtol: float, is_compiled: bool, keep: bool
 ) -> None:
-    losses_of = torch.compile(in_blocks, backend="aot_eager", fullgraph=True) if is_compiled else in_blocks
+    losses_of = partial(in_blocks, keep=keep)
+    if is_compiled:
+        losses_of = torch.compile(losses_of, backend="aot_eager", fullgraph=True)
     losses, grad_hidden, grad_weight = losses_and_gradients(losses_of, targets, dtype)
     expected = losses_and_gradients(at_once, targets, dtype)
     torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=1e-5)
@@ -75,6 +79,23 @@ def test_losses_and_gradients_are_those_of_all_logits(
     assert losses[2] == 0
     assert grad_hidden[2].count_nonzero() == 0, "a target that is not scored"
     assert grad_weight[VOCAB_SIZE:].count_nonzero() == 0, "padding"
+
+
+def test_kept_logits_are_not_computed_again(monkeypatch: pytest.MonkeyPatch, targets: Tensor) -> None:
+    """The forward pass has one product per block, and the backward pass has two or three."""
+    products, original = [], torch.mm
+
+    def counted(*arguments: Tensor, **options: Tensor) -> Tensor:
+        products.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    counts = []
+    for keep in (False, True):
+        products.clear()
+        losses_and_gradients(partial(in_blocks, keep=keep), targets, torch.float32)
+        counts.append(len(products))
+    assert counts == [4 * 6, 3 * 6]
 
 
 def test_logits_that_are_not_finite_are_not_hidden(targets: Tensor) -> None:
@@ -94,14 +115,15 @@ def test_far_logits_neither_overflow_nor_vanish() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
-def test_a_model_has_the_same_loss_and_the_same_gradients(precision: str) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_model_has_the_same_loss_and_the_same_gradients(precision: str, keep: bool) -> None:
     """The gradient of the tied weight is the sum of those of the embedding and of the output layer."""
     tokens, targets = random_tokens(2, 12), random_tokens(2, 12, seed=1)
     targets[1, 4:] = IGNORE_INDEX
     found = []
     for is_blocked in (False, True):
         model = build_model(tiny_model_config(), seed=1)
-        model.lm_head.loss_in_blocks = is_blocked
+        model.lm_head.loss_in_blocks, model.lm_head.keep_logits = is_blocked, keep
         loss = replicated_compute(model, precision, torch.device("cpu"))(tokens, targets, method="loss")
         loss.backward()  # type: ignore[no-untyped-call]
         found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
@@ -126,5 +148,8 @@ def test_memory_is_that_of_one_block(monkeypatch: pytest.MonkeyPatch, dtype: tor
             return result
 
     with MostBytes():
-        compute_gradients(torch.ones(rows), hidden, weight, random_tokens(rows), torch.ones(rows), words, False)
+        nothing_kept = hidden.new_empty(0)
+        compute_gradients(
+            torch.ones(rows), hidden, weight, random_tokens(rows), torch.ones(rows), nothing_kept, words, False
+        )
     assert most == pytest.approx(bytes_of_a_block(rows, padded, dtype.itemsize), rel=0.1)
