@@ -174,15 +174,18 @@ non_empty_text = _option_type(_valid_text, bool, "at least one character of vali
 
 
 class _PipeHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines above the progress bars. If standard output is a pipe without a reader, the lines are lost."""
+    """Writes log lines above the progress bars.
+
+    If standard output is a pipe without a reader or a file on a full disk, the lines are lost.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Print an error. If the pipe has no reader, print nothing."""
-        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+        """Print an error. If standard output cannot be written, print nothing."""
+        if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
 
@@ -243,6 +246,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     """
     status = 0
     lock_bars_among_threads()
+    _open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # tests may replace the stream with an object of another type
             stream.reconfigure(errors="backslashreplace")
@@ -261,14 +265,25 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     _exit(_flush_stdout(status))
 
 
+def _open_missing_streams() -> None:
+    """Open standard streams that are closed, for example by ``>&-`` or by a daemon. Their output is lost."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
+
+
 def _flush_stdout(status: int) -> int:
-    """Flush standard output. Return ``status``, or the status of SIGPIPE if the reader of a pipe has ended."""
+    """Flush standard output, and return ``status``.
+
+    If the reader of a pipe has ended, return the status of SIGPIPE. If the disk is full, print this error, and return
+    its status.
+    """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         # The interpreter flushes once more when it ends, and would print another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else status or report(error)
     return status
 
 

@@ -114,6 +114,23 @@ def test_the_progress_bar_of_a_rank_leaks_no_semaphore() -> None:
     assert b"leaked" not in errors
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_to_a_full_disk_is_one_line(unbuffered: str) -> None:
+    code = "start_logging(); logging.getLogger('pipeline').info('lost'); print('short')"
+    with open("/dev/full", "wb") as full:
+        process = start(code, stdout=full.fileno(), PYTHONUNBUFFERED=unbuffered)
+        _, errors = process.communicate()
+    assert errors == b"error: No space left on device: the output or a temporary file\n"
+    assert process.returncode == 2
+
+
+def test_a_command_works_with_closed_standard_streams() -> None:
+    code = "import sys; from launch.cli import run_command; run_command(lambda: print(sys.stdin.read()))"
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code]
+    ended = subprocess.run(command, cwd=REPOSITORY, env=child_environment(), stderr=subprocess.PIPE)
+    assert (ended.stderr, ended.returncode) == (b"", 0)
+
+
 def test_log_lines_without_a_reader_do_not_end_a_run() -> None:
     process = start(
         "start_logging(); logging.getLogger('pipeline').info('lost'); import sys; print('on', file=sys.stderr)"
