@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from data_tools.errors import one_line_write_errors
 from data_tools.storage.locks import LockHeldError, acquire_lock
 from pipeline.errors import ConfigError
 from pipeline.run_folder.layout import LOCK_FILE
@@ -20,10 +21,12 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another process holds the lock.
+        DataError: the lock file cannot be written.
     """
     holder = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
     try:
-        lock = acquire_lock(folder / LOCK_FILE, holder.encode())
+        with one_line_write_errors(folder / LOCK_FILE):
+            lock = acquire_lock(folder / LOCK_FILE, holder.encode())
     except LockHeldError as error:
         raise ConfigError(
             f"run.out_dir: {folder} is in use by another run ({_holder(error.content)}); "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.errors import DataError
 from pipeline.errors import ConfigError
 from pipeline.run_folder.layout import LOCK_FILE
 from pipeline.run_folder.lock import lock_run_folder
@@ -31,6 +32,7 @@ with lock_run_folder(Path(sys.argv[1])):
 CONTEND = """
 import os, sys, time
 from pathlib import Path
+from data_tools.errors import DataError
 from pipeline.errors import ConfigError
 from pipeline.run_folder.lock import lock_run_folder
 folder, held = Path(sys.argv[1]), 0
@@ -118,6 +120,15 @@ def test_after_an_error_the_file_is_gone(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="training failed"), lock_run_folder(tmp_path):
         raise RuntimeError("training failed")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", fail)
+    with pytest.raises(DataError, match=f"cannot write .*{LOCK_FILE}: No space left"), lock_run_folder(tmp_path):
+        pass
 
 
 GARBAGE = {
