@@ -214,6 +214,7 @@ class LoadedModel:
     config: Config  # the config of the run that trained the model
     checkpoint: Path
     step: int
+    data_sha256: str | None  # the hash of the manifest of the training data, or None if unknown
 
     @property
     def run_folder(self) -> Path:
@@ -241,7 +242,7 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
     model = allocate_model(config.model, device)
     load_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()}, weights)
     model.assert_tied()
-    return LoadedModel(model.eval(), config, folder, state.step)
+    return LoadedModel(model.eval(), config, folder, state.step, state.data_sha256)
 
 
 def load_text_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:

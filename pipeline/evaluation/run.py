@@ -93,6 +93,8 @@ def run_tasks(
         task: prepare_task(task, paths.get(task), settings, config.model, world) for task in tasks if task != VALIDATION
     }
     splits = _open_validation(config, paths.get(VALIDATION)) if VALIDATION in tasks else {}
+    if VALIDATION not in paths and "" in splits:
+        _warn_of_other_data(loaded, *splits[""])
     compute = compute_for_scoring(loaded.model, precision, world.device)
     scorer = Scorer(compute, config.model, world, batch_size * config.seq_len)
     results: Results = {}
@@ -158,6 +160,15 @@ def _open_validation(config: Config, path: str | None) -> dict[str, ValidationDa
     for path, stream in splits.values():
         check_same_vocabulary(stream, config.model, path)
     return splits
+
+
+def _warn_of_other_data(loaded: LoadedModel, path: str, stream: TokenStream) -> None:
+    if loaded.data_sha256 not in (None, stream.manifest.content_sha256()):
+        log.warning(
+            "%s now holds other data than the run was trained on: the validation split may contain documents that the "
+            "model has seen, and the loss cannot be compared with the run's",
+            path,
+        )
 
 
 def _has_scored_targets(stream: TokenStream, seq_len: int) -> bool:

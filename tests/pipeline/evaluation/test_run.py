@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_tools.errors import DataError
+from data_tools.shards.manifest import load_manifest
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.loading import load_model
 from pipeline.checkpoint.state import TrainingState
@@ -284,6 +285,21 @@ class TestOnACheckpoint:
     def test_no_checkpoint(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no checkpoint here"):
             run_tasks(tmp_path, ["validation"], Settings(), ALONE)
+
+    @pytest.mark.parametrize("is_replaced", [True, False])
+    def test_replaced_data_is_a_warning(
+        self, is_replaced: bool, tmp_path: Path, data: Path, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = tiny_config(tmp_path / "run", data={"path": str(data)})
+        backend = DdpBackend(randomised_model(config.model), config, world)
+        sha256 = load_manifest(data).content_sha256()
+        state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed, data_sha256="0" * 64 if is_replaced else sha256)
+        save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
+        run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE)
+        assert (f"{data} now holds other data than the run was trained on" in caplog.text) == is_replaced
+        caplog.clear()
+        run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE, paths={"validation": str(data)})
+        assert not caplog.messages
 
     def test_data_without_a_validation_split(self, run_folder: Path, tmp_path: Path) -> None:
         only_train = write_shards(tmp_path / "other", {"train": [np.arange(30)]})
