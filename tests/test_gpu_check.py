@@ -118,6 +118,11 @@ class TestRunner:
         run_steps(tmp_path, *steps, seconds=300, repeat_failed=True)
         assert (tmp_path / "ran").read_text().split()[-1] == "fails"
 
+    def test_a_step_runs_again_if_its_command_has_changed(self, tmp_path: Path) -> None:
+        for value in (1, 2):
+            record = run_steps(tmp_path, python_step("a", writes(f"{{'x': {value}}}")))
+            assert record.figures("a")["x"] == value
+
 
 def write_curve(run: Path, losses: list[float], log: str = "") -> Path:
     run.mkdir(parents=True)

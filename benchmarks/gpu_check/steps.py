@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import threading
@@ -90,6 +91,8 @@ class Record:
 class Runner:
     """Runs the steps that have no outcome yet, until the time budget is used up.
 
+    A step whose command has changed since an earlier call runs again.
+
     Args:
         deadline: the value of ``time.monotonic()`` at which everything must have ended.
         workers: the number of steps that run at the same time in a stage that is not ``alone``.
@@ -137,7 +140,9 @@ class Runner:
 
     def _run_step(self, step: Step) -> None:
         status = self.record.status(step.name)
-        if status == PASSED or (status == FAILED and not self.repeat_failed):
+        has_outcome = status == PASSED or (status == FAILED and not self.repeat_failed)
+        is_same = has_outcome and self.record.outcomes[step.name].get("command") == shlex.join(step.command)
+        if is_same:
             return
         if step.skipped:
             self.record.add(step.name, {"status": SKIPPED, "problem": step.skipped})
@@ -145,7 +150,8 @@ class Runner:
         left_s = self.deadline - time.monotonic() - TERMINATION_S
         if self._stopping or left_s < min(step.usual_s, step.limit_s):
             return
-        print(f"{step.name} ({left_s:,.0f} s left)", flush=True)
+        changed = ", again: its command has changed" if has_outcome else ""
+        print(f"{step.name} ({left_s:,.0f} s left){changed}", flush=True)
         outcome = self._outcome(step, min(step.limit_s, left_s))
         if outcome is not None:
             problem = f": {outcome['problem']}" if outcome["problem"] else ""
@@ -164,7 +170,7 @@ class Runner:
             "problem": "",
             "seconds": round(time.monotonic() - started, 1),
             "ended": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-            "command": " ".join(step.command),
+            "command": shlex.join(step.command),
         }
         if self._stopping or (status is None and limit_s < step.limit_s):
             return None
