@@ -3,10 +3,9 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from launch.cli import ArgumentParser, path_or_url, positive_int, run_command, start_logging
+from launch.cli import ArgumentParser, local_path, path_or_url, positive_int, run_command, start_logging
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def _add_verify(commands: Any) -> None:
     description = "Check the structure and the hash of every file of a checkpoint, or of all checkpoints of a run."
     example = "gpt2-pipeline checkpoint verify runs/ddp"
     parser = commands.add_parser("verify", help="look for damage", description=description, example=example)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, or a run folder")
+    parser.add_argument("folder", type=local_path, metavar="DIR", help="a checkpoint, or a run folder")
     parser.set_defaults(run=run)
 
 
@@ -63,7 +62,7 @@ def _add_prune(commands: Any) -> None:
     )
     example = "gpt2-pipeline checkpoint prune runs/ddp --keep 2 --dry-run"
     parser = commands.add_parser("prune", help="delete what is not needed", description=description, example=example)
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder that no run is using")
+    parser.add_argument("folder", type=local_path, metavar="RUN", help="a run folder that no run is using")
     parser.add_argument(
         "--keep", type=positive_int, default=1, metavar="N", help="good checkpoints to keep (default: %(default)s)"
     )
@@ -86,8 +85,10 @@ def _add_convert(commands: Any) -> None:
     )
     example = "gpt2-pipeline checkpoint convert nanoGPT/out/ckpt.pt --out runs/imported"
     parser = commands.add_parser("convert", help="write a new run folder", description=description, example=example)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, a run folder, or a file of nanoGPT")
-    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="a run folder without checkpoints")
+    parser.add_argument(
+        "source", type=local_path, metavar="SOURCE", help="a checkpoint, a run folder, or a file of nanoGPT"
+    )
+    parser.add_argument("--out", required=True, type=local_path, metavar="RUN", help="a run folder without checkpoints")
     parser.set_defaults(run=run)
 
 
@@ -104,13 +105,13 @@ def _add_average(commands: Any) -> None:
     )
     example = "gpt2-pipeline checkpoint average runs/ddp --last 5 --out runs/averaged"
     parser = commands.add_parser("average", help="average the weights", description=description, example=example)
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("folder", type=local_path, metavar="RUN", help="a run folder")
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--last", type=positive_int, metavar="N", help="average the newest N checkpoints")
     chosen.add_argument(
         "--steps", type=positive_int, nargs="+", metavar="N", help="average the checkpoints of these steps"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="a run folder without checkpoints")
+    parser.add_argument("--out", required=True, type=local_path, metavar="RUN", help="a run folder without checkpoints")
     parser.set_defaults(run=run)
 
 

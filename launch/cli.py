@@ -121,9 +121,14 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def local_path(text: str) -> Path:
+    """Return a path without a leading ~. The shell does not replace the ~ in ``--out=~/folder``."""
+    return Path(os.path.expanduser(text))
+
+
 def path_or_url(text: str) -> Path | str:
     """Return a URL unchanged, and any other text as a path."""
-    return text if is_remote(text) else Path(text)
+    return text if is_remote(text) else local_path(text)
 
 
 def _option_type(parse: Callable[[str], _T], is_valid: Callable[[_T], bool], expected: str) -> Callable[[str], _T]:

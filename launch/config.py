@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.cli import ArgumentParser, add_config_options, run_command
+from launch.cli import ArgumentParser, add_config_options, local_path, run_command
 from data_tools.errors import PROJECT, UserError
 from data_tools.storage.atomic import write_bytes_durably
 from data_tools.storage.files import dotted_keys
@@ -54,7 +54,7 @@ def _add_init(commands: Any) -> None:
     )
     example = "gpt2-pipeline config init my_run.json"
     parser = commands.add_parser("init", help="write a first config", description=description, example=example)
-    parser.add_argument("file", type=Path, metavar="FILE", help="a JSON file that does not exist yet")
+    parser.add_argument("file", type=local_path, metavar="FILE", help="a JSON file that does not exist yet")
     parser.set_defaults(run=lambda arguments: write_first_config(arguments.file))
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 try:
-    from launch.cli import ArgumentParser, run_command
+    from launch.cli import ArgumentParser, local_path, run_command
     from pipeline.doctor.findings import findings_as_json, format_findings, has_problem
     from pipeline.doctor.packages import check_packages
 except ImportError as broken:  # a missing package is one of the problems that this command names
@@ -31,7 +31,7 @@ def main() -> None:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, example="gpt2-pipeline doctor --folder runs")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), metavar="DIR", help="folder for runs (default: the current folder)"
+        "--folder", type=local_path, default=Path(), metavar="DIR", help="folder for runs (default: the current folder)"
     )
     parser.add_argument(
         "--thorough", action="store_true", help="also compile, and start two ranks; a minute or two the first time"

@@ -1,10 +1,17 @@
 """Stage 3: score a checkpoint. Start it with plain python, or with torchrun to share the work among processes."""
 
 import argparse
-from pathlib import Path
 from typing import TypeVar, get_args
 
-from launch.cli import ArgumentParser, add_checkpoint_options, positive_int, quick_imports, run_command, start_logging
+from launch.cli import (
+    ArgumentParser,
+    add_checkpoint_options,
+    local_path,
+    positive_int,
+    quick_imports,
+    run_command,
+    start_logging,
+)
 from pipeline.config.schema import TASK_NAME, Precision, RunConfig, TaskName
 from pipeline.evaluation.results import format_table
 
@@ -69,12 +76,12 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--save-examples",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="write the log-likelihoods, the choice and the right choice of each example, one JSON object per line",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for the results (default: evaluation/ in the run folder)"
+        "--out", type=local_path, metavar="DIR", help="folder for the results (default: evaluation/ in the run folder)"
     )
     parser.add_argument(
         "--rank-timeout",

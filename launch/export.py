@@ -1,9 +1,8 @@
 """Export a checkpoint as a Hugging Face folder or a GGUF file, or import a Hugging Face folder as a new run."""
 
 import argparse
-from pathlib import Path
 
-from launch.cli import ArgumentParser, add_weights_option, path_or_url, run_command, start_logging
+from launch.cli import ArgumentParser, add_weights_option, local_path, path_or_url, run_command, start_logging
 from data_tools.errors import UserError, install_command
 from pipeline.interop.export import FORMATS, GGUF, HUGGING_FACE, ExportFunction
 
@@ -49,7 +48,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--out",
         required=True,
-        type=Path,
+        type=local_path,
         metavar="PATH",
         help="the folder to create; with --format gguf, the file; with --from-hf, a run folder",
     )

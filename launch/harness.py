@@ -5,10 +5,9 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import get_args
 
-from launch.cli import ArgumentParser, add_weights_option, run_command, start_logging
+from launch.cli import ArgumentParser, add_weights_option, local_path, run_command, start_logging
 from data_tools.errors import UserError, install_command
 from pipeline.config.schema import Precision
 
@@ -40,7 +39,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="a checkpoint, or a run folder, whose newest good checkpoint is used",
     )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.cli import ArgumentParser, add_config_options, positive_int, run_command, start_logging
+from launch.cli import ArgumentParser, add_config_options, local_path, positive_int, run_command, start_logging
 from launch.run import add_processes_option, train
 from pipeline.config.loading import keys_of_overrides, load_config
 from pipeline.config.schema import Config
@@ -77,7 +77,9 @@ def build_parser() -> ArgumentParser:
         metavar="N",
         help="steps of each decay (default: a quarter of the milestone, so the decay is a fifth of its run)",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for all runs and for the table")
+    parser.add_argument(
+        "--out", required=True, type=local_path, metavar="DIR", help="folder for all runs and for the table"
+    )
     return parser
 
 

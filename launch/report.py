@@ -1,8 +1,6 @@
 """Show runs as one HTML page that needs no network, and one PNG file per chart. Each chart shows all given runs."""
 
-from pathlib import Path
-
-from launch.cli import ArgumentParser, run_command, start_logging
+from launch.cli import ArgumentParser, local_path, run_command, start_logging
 from pipeline.report.page import write_report
 from pipeline.run_folder.layout import REPORT_FOLDER
 
@@ -16,9 +14,9 @@ def main() -> None:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, example="gpt2-pipeline report runs/ddp runs/zero1 --out report")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, finished or in progress")
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="run folders, finished or in progress")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write to (default: report/ in the first run folder)"
+        "--out", type=local_path, metavar="DIR", help="folder to write to (default: report/ in the first run folder)"
     )
     return parser
 

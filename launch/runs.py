@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launch.cli import ArgumentParser, run_command, start_logging
+from launch.cli import ArgumentParser, local_path, run_command, start_logging
 from pipeline.report.overview import format_table, summarize_runs
 
 
@@ -17,7 +17,7 @@ def main() -> None:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, example="gpt2-pipeline runs runs")
     parser.add_argument(
-        "folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="default: %(default)s"
+        "folder", nargs="?", type=local_path, default=Path("runs"), metavar="FOLDER", help="default: %(default)s"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     return parser

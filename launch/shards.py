@@ -7,10 +7,9 @@ import json
 import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from launch.cli import ArgumentParser, positive_int, run_command
+from launch.cli import ArgumentParser, local_path, positive_int, run_command
 from data_tools.errors import UserError
 from data_tools.options import AUTO, InputFormat, OutputFormat
 from pipeline.distributed.environment import set_numpy_threads_default
@@ -63,7 +62,7 @@ def _add_verify(commands: Any) -> None:
     description = "Recompute everything that the manifest says: hashes, counts, and that ids are in the vocabulary."
     example = "gpt2-pipeline shards verify data/corpus"
     parser = commands.add_parser("verify", help="look for damage", description=description, example=example)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder with a manifest.json")
+    parser.add_argument("folder", type=local_path, metavar="DIR", help="a folder with a manifest.json")
     _add_workers(parser)
     parser.set_defaults(run=run)
 
@@ -107,7 +106,7 @@ def _add_convert(commands: Any) -> None:
     example = "gpt2-pipeline shards convert nanoGPT/data/openwebtext --to npy --out data/openwebtext"
     parser = commands.add_parser("convert", help="convert to another format", description=description, example=example)
     _add_source(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--to", choices=get_args(OutputFormat), help="the format to write")
     parser.add_argument(
         "--in-place", action="store_true", help="write only a manifest.json beside shards of llm.c or build-nanogpt"
@@ -125,7 +124,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SRC", help="a folder, or a file of another program")
+    parser.add_argument("source", type=local_path, metavar="SRC", help="a folder, or a file of another program")
     parser.add_argument(
         "--from",
         dest="source_format",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -31,13 +32,14 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonEmptyText = Annotated[str, Field(min_length=1)]
 
 
-def _require_path(text: str) -> str:
+def _parse_path(text: str) -> str:
+    """Return a path without a leading ~. The shell does not replace the ~ in ``--set run.out_dir=~/runs``."""
     if "\0" in text:
         raise ValueError("no file can have this name, because it holds a NUL character")
-    return text
+    return os.path.expanduser(text)
 
 
-PathText = Annotated[NonEmptyText, AfterValidator(_require_path)]
+PathText = Annotated[NonEmptyText, AfterValidator(_parse_path)]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "amp_bf16", "amp_fp16", "bf16"]

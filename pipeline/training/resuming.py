@@ -22,6 +22,7 @@ from pipeline.config.schema import MODEL_SIZES, Config, ScheduleConfig
 from pipeline.distributed.environment import launch_id, launcher_restarts
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from pipeline.training.due_evaluation import with_recorded_evaluation
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.initial_weights import compare_sizes
@@ -39,8 +40,14 @@ def make_run_folder(folder: Path) -> list[Path]:
     """Create a run folder. Return the folders that did not exist before.
 
     Raises:
-        ConfigError: the folder cannot be created or is not writable.
+        ConfigError: the folder cannot be created, is not writable, or belongs to the checkpoints of another run.
     """
+    for parent in (folder.absolute(), folder.absolute().parent):
+        if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).exists():
+            raise ConfigError(
+                f"run.out_dir: {folder} is inside the checkpoints of the run {parent.parent}, which deletes old "
+                f"checkpoints; name another folder, or continue that run with --set run.out_dir={parent.parent}"
+            )
     try:
         created = create_folder(folder)
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.cli import ArgumentParser, add_config_options
+from launch.cli import ArgumentParser, add_config_options, path_or_url
 from data_tools.errors import UserError
 from launch import doctor, evaluate, export, generate, plan, report, run, shards, train
 from launch.tokenize_corpus import build_parser
@@ -48,6 +48,11 @@ def test_a_single_value_given_twice_is_refused() -> None:
     for second in ("--seed 0", "--seed=3"):
         with pytest.raises(UserError, match="argument --seed: is given more than once; give it once"):
             parser().parse_args(["--config", "a", "--seed", "0", *second.split()])
+
+
+def test_a_path_from_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    assert [str(path_or_url(text)) for text in ("~/a", "s3://a/~", "a/~")] == ["/home/user/a", "s3://a/~", "a/~"]
 
 
 class Caught(Exception):

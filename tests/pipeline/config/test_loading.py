@@ -63,6 +63,11 @@ class TestMerging:
         assert config.evaluation.max_batches is None
         assert config.optimizer.learning_rate == 3e-4
 
+    def test_a_path_from_the_home_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/user")
+        config = load_config([], ["run.out_dir=~/runs/a", "data.path=~/data"])
+        assert (config.run.out_dir, config.data.path) == ("/home/user/runs/a", "/home/user/data")
+
     def test_native_deepspeed_json_merges_in_depth(self) -> None:
         config = load_config([CONFIGS / "zero2.json"], ["backend.deepspeed.zero_optimization.overlap_comm=false"])
         zero = config.backend.deepspeed["zero_optimization"]

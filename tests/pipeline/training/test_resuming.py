@@ -459,6 +459,13 @@ class TestRunFolder:
             make_run_folder(tmp_path / "new" / "run")
         assert (tmp_path / "new" / "run").is_dir()
 
+    @pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/step_00000010"])
+    def test_the_checkpoints_of_another_run_are_refused(self, tmp_path: Path, inside: str) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(ConfigError, match=f"is inside the checkpoints of the run {tmp_path}"):
+            make_run_folder(tmp_path / inside)
+        assert not (tmp_path / "checkpoints").exists()
+
     def test_a_folder_that_cannot_be_created_is_a_one_line_error(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         for place in (tmp_path / "file", tmp_path / "file" / "run"):
