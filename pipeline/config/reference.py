@@ -20,6 +20,7 @@ TERMINAL_COLUMNS = 100
 _INTRODUCTION = """# Config keys
 
 A run config is a JSON object of sections. Every key is optional. The defaults are the recipe for GPT-2 124M.
+In a path, a leading `~` means your home folder.
 
 Do not edit this page. Change the schema in `pipeline/config/schema.py`, then run
 `python -m pipeline.config.reference > docs/config.md`.
