@@ -50,7 +50,7 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Measured:
-    seconds: float
+    seconds: dict[str, float]  # by the name of the row in the table
     peak_mb: float | None  # memory of all processes, with shared pages counted once; None if not measured
     sha256: str  # hash of all tokens as uint16, in the order of the documents
 
@@ -105,20 +105,26 @@ def read_texts(path: Path) -> Iterator[str]:
                 yield json.loads(line)["text"]
 
 
-# --- contenders: each returns a function that reads its tokens, and the measured seconds (None for the whole time)
+# --- contenders: each returns a function that reads its tokens, and its measured seconds
 
 Tokens = npt.NDArray[np.uint16]
-Done = tuple[Callable[[], Tokens], float | None]
+#: The seconds are None for the time of the whole process. Otherwise, they are those of one or several table rows.
+Done = tuple[Callable[[], Tokens], float | dict[str, float] | None]
+
+_OURS = "this project"
+_OURS_VERIFIED = "this project, then verified"
 
 
 def ours(source: Path, out: Path) -> Done:
     """Run the commands that a user would run: tokenize, then verify every hash and count."""
-    started = time.perf_counter()
     tokenize = ["tokenize_corpus.py", "--source", source.suffix[1:], "--input", str(source), "--val-fraction", "0"]
-    for command in ([*tokenize, "--out", str(out)], ["shards.py", "verify", str(out)]):
-        script = str(REPOSITORY / "launch" / command[0])
-        subprocess.run([sys.executable, script, *command[1:]], check=True, capture_output=True)
-    seconds = time.perf_counter() - started
+    commands = {_OURS: [*tokenize, "--out", str(out)], _OURS_VERIFIED: ["shards.py", "verify", str(out)]}
+    seconds = {}
+    started = time.perf_counter()
+    for row, (script, *arguments) in commands.items():
+        command = [sys.executable, str(REPOSITORY / "launch" / script), *arguments]
+        subprocess.run(command, check=True, capture_output=True)
+        seconds[row] = time.perf_counter() - started
     stream = open_split(out, TRAIN_SPLIT)
     return lambda: stream.read(0, stream.tokens), seconds
 
@@ -202,7 +208,6 @@ def _encode_in_memory(source: Path, encode: Callable[[list[str]], Any]) -> Done:
     return lambda: np.concatenate(list(pieces)), seconds
 
 
-_OURS = "this project"
 CONTENDERS: dict[str, Callable[[Path, Path], Done]] = {
     _OURS: ours,
     "pool of tiktoken, one array": pool_of_tiktoken,
@@ -239,7 +244,8 @@ def run_contender(name: str, source: Path, scratch: Path, *, watch_memory: bool 
         if process.wait() or not result:
             raise SystemExit(f"{name} on {source.name} failed")
     own_seconds, value = json.loads(done)["seconds"], json.loads(result)
-    return Measured(own_seconds or seconds, peak.result() if peak else None, value["sha256"])
+    rows = own_seconds if isinstance(own_seconds, dict) else {name: own_seconds or seconds}
+    return Measured(rows, peak.result() if peak else None, value["sha256"])
 
 
 def _watch_peak_mb(pid: int, is_done: threading.Event) -> float:
@@ -264,22 +270,21 @@ def compare(inputs: dict[str, Path], megabytes: float, rounds: int, against: Seq
     """Print one table per input format. Returns whether all ids are identical."""
     hashes = set()
     for kind, source in inputs.items():
-        medians: dict[str, float] = {}
         print()
         print_header(f"{kind}, {megabytes:.0f} MB of text", "s", "MB/s", "spread", "time relative to this project")
-        names = (_OURS, *against)
-        results: dict[str, list[Measured]] = {name: [] for name in names}
+        seconds_of: dict[str, list[float]] = {}
         for _ in range(rounds):  # contenders take turns, so that a slow moment affects all of them
-            for name in names:
-                results[name].append(run_contender(name, source, scratch))
-        for name, measured in results.items():
-            hashes |= {result.sha256 for result in measured}
-            seconds = [result.seconds for result in measured]
-            medians[name] = statistics.median(seconds)
-            spread = (max(seconds) - min(seconds)) / medians[name]
-            ratio = medians[name] / medians[_OURS]
-            rate = megabytes / medians[name]
-            print_row(name, f"{medians[name]:.2f}", f"{rate:.1f}", f"{spread:.0%}", f"{ratio:.2f}")
+            for name in (_OURS, *against):
+                measured = run_contender(name, source, scratch)
+                hashes.add(measured.sha256)
+                for row, row_seconds in measured.seconds.items():
+                    seconds_of.setdefault(row, []).append(row_seconds)
+        medians = {row: statistics.median(seconds) for row, seconds in seconds_of.items()}
+        for row, median in medians.items():
+            spread = (max(seconds_of[row]) - min(seconds_of[row])) / median
+            print_row(
+                row, f"{median:.2f}", f"{megabytes / median:.1f}", f"{spread:.0%}", f"{median / medians[_OURS]:.2f}"
+            )
     print(f"\nidentical ids in all contenders: {'yes' if len(hashes) == 1 else 'NO'}")
     return len(hashes) == 1
 
