@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from tqdm import tqdm
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]  # called from any thread with the bytes that were processed since the previous call
@@ -27,6 +25,8 @@ def lock_bars_among_threads() -> None:
     tqdm's default lock includes a semaphore for several processes. If a process ends abruptly, Python prints a warning
     about this semaphore.
     """
+    from tqdm import tqdm  # here, because the import is slow
+
     tqdm.set_lock(threading.RLock())
 
 

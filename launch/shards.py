@@ -9,7 +9,7 @@ import time
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
 
-from launch.cli import ArgumentParser, local_path, positive_int, run_command
+from launch.cli import ArgumentParser, local_path, positive_int, quick_imports, run_command
 from data_tools.errors import UserError
 from data_tools.options import AUTO, InputFormat, OutputFormat
 from pipeline.distributed.environment import set_numpy_threads_default
@@ -52,7 +52,8 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_verify(commands: Any) -> None:
     def run(arguments: argparse.Namespace) -> None:
-        from data_tools.shards.verification import verify
+        with quick_imports():
+            from data_tools.shards.verification import verify
 
         progress = ProgressLines("verified")
         manifest = verify(arguments.folder, arguments.workers, progress.advance)

@@ -19,13 +19,13 @@ _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 def main() -> None:
     set_numpy_threads_default()
-    start_logging()
     options = vars(build_parser().parse_args())
     task, tasks = options.pop("task"), options.pop("tasks")
     request = TokenizeRequest(**{**options, "inputs": tuple(options["inputs"])})
     share = share_of(task, tasks, request)
     if has_large_input(request):
         start_worker_server(request)  # it imports its packages while this process imports its own
+    start_logging()
     with quick_imports():
         from data_tools.corpus.run import find_complete, tokenize_corpus, tokenize_share
         from launch.tokenize_progress import ProgressDisplay, print_lengths, print_shards

@@ -113,7 +113,7 @@ def test_a_pipe_without_a_reader_ends_a_command_quietly(code: str) -> None:
 
 
 def test_the_progress_bar_of_a_rank_leaks_no_semaphore() -> None:
-    process = start("from tqdm import tqdm; list(tqdm(range(3)))", RANK="0", WORLD_SIZE="2")
+    process = start("start_logging(); from tqdm import tqdm; list(tqdm(range(3)))", RANK="0", WORLD_SIZE="2")
     _, errors = process.communicate()
     assert b"3/3" in errors
     assert b"leaked" not in errors
