@@ -14,16 +14,20 @@ _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 
 
 class AssignedDocument(NamedTuple):
-    """A document with its text in UTF-8, its fingerprint (a hash) and its split.
+    """A document with its text in UTF-8 and its split.
 
     ``is_part`` is True for the pieces of a text that was divided between the splits.
     """
 
     document: Document
     utf8: bytes
-    fingerprint: bytes
     split: str
     is_part: bool = False
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Return the fingerprint (a hash) of the document. Each call computes it."""
+        return fingerprint_of(self.document, self.utf8)
 
 
 def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
@@ -31,8 +35,6 @@ def draw_split(fingerprint: bytes, *, val_fraction: float, seed: int) -> str:
 
     ``val_fraction`` is the probability of the validation split.
     """
-    if not val_fraction:
-        return TRAIN_SPLIT  # the same result without the time of a hash
     digest = hashlib.blake2b(fingerprint, digest_size=8, key=struct.pack("<Q", seed)).digest()
     return VAL_SPLIT if int.from_bytes(digest, "little") < val_fraction * 2**64 else TRAIN_SPLIT
 
@@ -48,9 +50,10 @@ def assign_splits(
 
     def assign(document: Document) -> AssignedDocument:
         utf8 = utf8_of(document)
-        fingerprint = fingerprint_of(document, utf8)
-        split = draw_split(fingerprint, val_fraction=val_fraction, seed=seed)
-        return AssignedDocument(document, utf8, fingerprint, split)
+        split = TRAIN_SPLIT  # without a validation split, the time of a hash is saved
+        if val_fraction:
+            split = draw_split(fingerprint_of(document, utf8), val_fraction=val_fraction, seed=seed)
+        return AssignedDocument(document, utf8, split)
 
     assigned = map(assign, documents)
     return fill_both_splits(assigned, val_fraction) if fill_both and val_fraction > 0 else assigned
@@ -73,16 +76,18 @@ def fill_both_splits(assigned: Iterator[AssignedDocument], val_fraction: float) 
             yield from (*held, following)
             yield from assigned
             return
-        if following.fingerprint not in seen:
+        fingerprint = following.fingerprint
+        if fingerprint not in seen:
             yield from held
             held = []
-        seen.add(following.fingerprint)
+        seen.add(fingerprint)
         held.append(following)
     if len(seen) == len(held) == 1 and isinstance(text := held[0].document, str):
         yield from divide_text(text, val_fraction)
         return
+    last_new = held[0].fingerprint if held else b""
     for document in held:
-        is_last_new = document.fingerprint == held[0].fingerprint
+        is_last_new = document.fingerprint == last_new
         split = TRAIN_SPLIT if len(seen) == 1 else _OTHER_SPLIT[document.split] if is_last_new else document.split
         yield document._replace(split=split)
 
@@ -100,5 +105,4 @@ def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
     cut = next(places, None)
     pieces = [(text, TRAIN_SPLIT)] if cut is None else [(text[:cut], TRAIN_SPLIT), (text[cut:], VAL_SPLIT)]
     for piece, split in pieces:
-        utf8 = utf8_of(piece)
-        yield AssignedDocument(piece, utf8, fingerprint_of(piece, utf8), split, is_part=cut is not None)
+        yield AssignedDocument(piece, utf8_of(piece), split, is_part=cut is not None)

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import random
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -167,9 +168,10 @@ class _ReferenceCheck:
         self._reference = None if encoder == REFERENCE_ENCODER else load_encoder(REFERENCE_ENCODER)
         self._encoder = encoder
         self._chunk = chunk
+        self._random = random.Random(chunk.index)
 
     def draw(self, number: int, assigned: AssignedDocument, encoded: EncodedDocument) -> None:
-        is_drawn = int.from_bytes(assigned.fingerprint[-8:], "little") % _CHECK_ONE_IN == 0
+        is_drawn = self._random.random() * _CHECK_ONE_IN < 1
         if self._reference is not None and (is_drawn or not self.drawn):
             self.drawn.append((number, assigned, encoded))
 

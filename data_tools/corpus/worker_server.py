@@ -9,7 +9,7 @@ from data_tools.corpus.parallel import start_server
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.threads import available_cores
 
-_LARGE_INPUT_BYTES = 16 << 20  # several chunks, unless a compressed file is one chunk
+_LARGE_INPUT_BYTES = 8 << 20  # several chunks, unless a compressed file is one chunk
 
 
 def start_worker_server(request: TokenizeRequest) -> None:

@@ -57,9 +57,7 @@ def test_no_fraction_no_validation(fingerprint: bytes, seed: int) -> None:
 def assigned(drawn: list[tuple[int, bool]]) -> list[AssignedDocument]:
     """Return documents by number with the split that the first draw of each number gives."""
     draws = dict(reversed(drawn))
-    return [
-        AssignedDocument(str(number), b"", b"%16d" % number, "val" if draws[number] else "train") for number, _ in drawn
-    ]
+    return [AssignedDocument(str(number), b"%d" % number, "val" if draws[number] else "train") for number, _ in drawn]
 
 
 @given(drawn=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=12))
