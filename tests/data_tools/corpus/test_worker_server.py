@@ -69,6 +69,12 @@ def test_workers_begin_with_a_loaded_encoder(tmp_path: Path) -> None:
     assert ended.stdout == "1 1\n", ended.stderr
 
 
+def test_workers_begin_without_packages_that_they_do_not_need() -> None:
+    code = "import sys, data_tools.corpus.warm; print({'pydantic', 'pyarrow.compute', 'tqdm'} & sys.modules.keys())"
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert ended.stdout == "set()\n", ended.stderr
+
+
 def test_a_damaged_gigatoken_does_not_disturb_tiktoken(tmp_path: Path) -> None:
     damaged = tmp_path / "packages" / "gigatoken"
     damaged.mkdir(parents=True)
