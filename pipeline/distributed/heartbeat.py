@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -16,22 +15,9 @@ from torch.distributed import DistError
 from data_tools.errors import UserError
 from pipeline.distributed.failure import report, summarize
 from pipeline.distributed.flight_recorder import report_collectives
-from pipeline.distributed.lost_ranks import (
-    INTERVAL_S,
-    LOST_STORE,
-    VERDICT,
-    Verdict,
-    beat_key,
-    connect,
-    describe_ranks,
-    find_lost,
-    name_key,
-    parse_verdict,
-    publish_failure,
-    rank_name,
-    write_verdict,
-)
+from pipeline.distributed.lost_ranks import INTERVAL_S, LOST_STORE, find_lost, publish_failure
 from pipeline.distributed.progress import NAMED_RANKS, MainThread, Place, describe_places, find_stuck
+from pipeline.distributed.rank_records import RankRecords, Verdict
 from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
 from pipeline.errors import Interrupted, LostRankError
@@ -51,20 +37,18 @@ class Heartbeat:
     second thread ends the process.
 
     Args:
-        records: a folder for torch's flight recorder, or None. Each rank saves its flight recorder before it exits.
+        flight_records: a folder for torch's flight recorder, or None. Each rank saves its flight recorder before it
+            exits.
     """
 
-    def __init__(self, world: World, timeout_s: float, records: Path | None = None) -> None:
+    def __init__(self, world: World, timeout_s: float, flight_records: Path | None = None) -> None:
         self._world = world
         self.rank, self.size = world.rank, world.size
         self.timeout_s = timeout_s
-        self._records = records
+        self._flight_records = flight_records
         self._main_thread = MainThread(world.progress, is_patient=world.device.type == "mps")  # waits use no CPU time
-        self._store = connect(world)
-        self._store.set(name_key(self.rank), f"{socket.gethostname()}, pid {os.getpid()}")
-        self._store.set(beat_key(self.rank), "")
-        if self.rank == 0:
-            self._store.set(VERDICT, "")
+        self._records = RankRecords(world)
+        self._records.introduce(self.rank)
         watched = [0] if self.rank else list(range(1, self.size))
         self._heard: dict[int, bytes | None] = dict.fromkeys(watched)  # the newest heartbeat of each watched rank
         self._silent_s = dict.fromkeys(watched, 0.0)
@@ -126,13 +110,13 @@ class Heartbeat:
             place = self._main_thread.observe(elapsed_s)
             # Rank 0 parses the places only if a rank is overdue, because thousands of them take long.
             state = _OVERDUE if place.is_overdue(self.timeout_s) else "healthy"
-            self._store.set(beat_key(self.rank), f"{number} {state} {place.to_json()}")
-            published, *beats = self._store.multi_get([VERDICT, *map(beat_key, self._heard)])
+            self._records.write_beat(self.rank, f"{number} {state} {place.to_json()}")
+            published, beats = self._records.read_verdict_and_beats(list(self._heard))
             for (rank, previous), beat in zip(self._heard.items(), beats, strict=True):
                 self._silent_s[rank] = self._silent_s[rank] + elapsed_s if beat == previous else 0.0
                 self._heard[rank] = beat
             self._unanswered_s = 0.0
-            return parse_verdict(published) or self._judge(place)
+            return published or self._judge(place)
         except RuntimeError:
             return Verdict(LOST_STORE)
 
@@ -151,7 +135,7 @@ class Heartbeat:
     def _judge(self, own: Place) -> Verdict | None:
         """Return the verdict of this rank, or None. Rank 0 publishes its verdict."""
         if silent := [rank for rank, silent_s in self._silent_s.items() if silent_s > self.timeout_s]:
-            verdict = Verdict(f"lost {describe_ranks(self._store, silent)}, silent for {self.timeout_s:.0f} s")
+            verdict = Verdict(f"lost {self._records.describe(silent)}, silent for {self.timeout_s:.0f} s")
         elif self.rank or not self._is_any_overdue(own):
             return None
         else:
@@ -159,9 +143,9 @@ class Heartbeat:
             stuck = find_stuck(places, self.timeout_s)
             if not stuck:
                 return None
-            verdict = Verdict(describe_places(places, stuck, lambda rank: rank_name(self._store, rank)), tuple(stuck))
+            verdict = Verdict(describe_places(places, stuck, self._records.name), tuple(stuck))
         if self.rank == 0:
-            write_verdict(self._store, verdict)
+            self._records.write_verdict(verdict)
         return verdict
 
     def _is_any_overdue(self, own: Place) -> bool:
@@ -183,12 +167,12 @@ class Heartbeat:
         sys.stdout.flush()
         if self.rank in verdict.stuck[:NAMED_RANKS]:
             print(f"[rank {self.rank}] the main thread is stuck here:\n{self._main_thread.stack()}", file=sys.stderr)
-        report_collectives(self._records, self.rank)
+        report_collectives(self._flight_records, self.rank)
         os._exit(report(LostRankError(verdict.reason + _CURE)))
 
 
 @contextmanager
-def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> Iterator[None]:
+def heartbeat(world: World, timeout_s: float, flight_records: Path | None = None) -> Iterator[None]:
     """Return a context manager that watches all ranks.
 
     If a rank is lost (silent or stuck, see ``Heartbeat``), all ranks print which rank is lost, and exit. At the end of
@@ -196,15 +180,15 @@ def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> It
 
     Args:
         timeout_s: a rank is silent if it sends no heartbeat for this number of seconds.
-        records: a folder for torch's flight recorder, or None. Each rank saves its flight recorder if a rank is lost or
-            a collective times out.
+        flight_records: a folder for torch's flight recorder, or None. Each rank saves its flight recorder if a rank is
+            lost or a collective times out.
     """
-    watch = Heartbeat(world, timeout_s, records)
+    watch = Heartbeat(world, timeout_s, flight_records)
     with watch.explaining_sigterm():
         world.barrier()
         watch.start()
         try:
-            with failures_reported(world), _timeouts_recorded(world, records):
+            with failures_reported(world), _timeouts_recorded(world, flight_records):
                 yield
                 world.barrier()
         finally:
@@ -212,12 +196,12 @@ def heartbeat(world: World, timeout_s: float, records: Path | None = None) -> It
 
 
 @contextmanager
-def _timeouts_recorded(world: World, records: Path | None) -> Iterator[None]:
+def _timeouts_recorded(world: World, flight_records: Path | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         if _may_come_from_a_collective(error) and "timed out" in str(error).lower():
-            report_collectives(records, world.rank)
+            report_collectives(flight_records, world.rank)
         raise
 
 

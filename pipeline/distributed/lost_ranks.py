@@ -1,20 +1,17 @@
 """Find the lost ranks, from what each rank writes to the key-value store of the heartbeats."""
 
-import json
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
 
-from torch._C._distributed_c10d import Store
 from torch.distributed import DistStoreError
 
-from pipeline.distributed.progress import NAMED_RANKS
+from pipeline.distributed.rank_records import RankRecords, Verdict
 from pipeline.distributed.world import World
 
 Result = TypeVar("Result")
@@ -25,18 +22,9 @@ _STORE_TIMEOUT_S = 10.0
 #: A search takes three seconds. A rank waits at most this long for another rank's search, and then searches itself.
 #: Must be less than ``_STORE_TIMEOUT_S``.
 _SEARCH_TIMEOUT_S = 4.5
-VERDICT = "verdict"
 #: The id of the newest search for the lost ranks, and the answer for all ranks.
 _SEARCH, _FOUND = "search", "found"
 LOST_STORE = "lost rank 0, or the launcher on its node"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The reason why the run ends, such as a lost rank. All ranks read it from the store."""
-
-    reason: str
-    stuck: tuple[int, ...] = ()  # the ranks whose main thread is stuck
 
 
 def find_lost(world: World) -> str | None:
@@ -67,27 +55,27 @@ def _search_or_wait(world: World, given_up: str) -> tuple[str, str | None]:
         The id of the newest search, and a text that names the lost ranks. The text is "" if no rank is lost, and None
         if the search is not finished.
     """
-    store = connect(world)
+    records = RankRecords(world)
+    store = records.store
     own = uuid.uuid4().hex
     search = store.compare_set(_SEARCH, given_up, own).decode()  # only one rank can replace an id
     if search != own:
         with suppress(DistStoreError):
             store.wait([_FOUND], timedelta(seconds=_SEARCH_TIMEOUT_S))
     elif not store.check([_FOUND]):
-        lost = _search_for_lost(store, world)
+        lost = _search_for_lost(records, world)
         if not store.check([_FOUND]):
-            store.set(_FOUND, f"lost {describe_ranks(store, lost)}" if lost else "")
-    if verdict := _read_verdict(store):
+            store.set(_FOUND, f"lost {records.describe(lost)}" if lost else "")
+    if verdict := records.read_verdict():
         return search, verdict.reason
     return search, store.get(_FOUND).decode() if store.check([_FOUND]) else None
 
 
-def _search_for_lost(store: Store, world: World) -> list[int]:
+def _search_for_lost(records: RankRecords, world: World) -> list[int]:
     others = [rank for rank in range(world.size) if rank != world.rank]
-    keys = list(map(beat_key, others))
-    before = store.multi_get(keys) if keys else []
+    before = records.read_beats(others)
     time.sleep(3 * INTERVAL_S)
-    after = store.multi_get(keys) if keys else []
+    after = records.read_beats(others)
     return [rank for rank, was, now in zip(others, before, after, strict=True) if was == now]
 
 
@@ -95,47 +83,13 @@ def publish_failure(world: World, reason: str) -> None:
     """Tell the other ranks that this rank has failed, because they may wait for this rank in a collective."""
 
     def publish() -> None:
-        store = connect(world)
-        if not _read_verdict(store):
-            write_verdict(store, Verdict(f"lost {describe_ranks(store, [world.rank])}, which failed: {reason}"))
+        records = RankRecords(world)
+        if not records.read_verdict():
+            records.write_verdict(Verdict(f"lost {records.describe([world.rank])}, which failed: {reason}"))
             # The other ranks read the verdict before this process ends, maybe with the store.
             time.sleep(2 * INTERVAL_S)
 
     _within_store_timeout(publish, None)
-
-
-def connect(world: World) -> Store:
-    return world.connect_to_store("heartbeat")
-
-
-def write_verdict(store: Store, verdict: Verdict) -> None:
-    store.set(VERDICT, json.dumps(asdict(verdict)))
-
-
-def _read_verdict(store: Store) -> Verdict | None:
-    return parse_verdict(store.get(VERDICT)) if store.check([VERDICT]) else None
-
-
-def parse_verdict(text: bytes) -> Verdict | None:
-    return Verdict(**json.loads(text)) if text else None
-
-
-def beat_key(rank: int) -> str:
-    return f"beat_{rank}"
-
-
-def name_key(rank: int) -> str:
-    return f"name_{rank}"
-
-
-def describe_ranks(store: Store, ranks: list[int]) -> str:
-    named = [f"rank {rank} ({rank_name(store, rank)})" for rank in ranks[:NAMED_RANKS]]
-    more = f" and {len(ranks) - NAMED_RANKS} more" if len(ranks) > NAMED_RANKS else ""
-    return ", ".join(named) + more
-
-
-def rank_name(store: Store, rank: int) -> str:
-    return store.get(name_key(rank)).decode()
 
 
 def _within_store_timeout(request: Callable[[], Result], otherwise: Result) -> Result:
