@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.encoding.documents import Document, utf8_of
@@ -18,9 +20,6 @@ from data_tools.errors import DataError
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import ShardRecord
 from data_tools.sources import BadRowError, Slice, Source, stop_at_bad_row
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter  # imported by functions, because the import is slow
 
 #: The subfolder with the records of finished chunks. It exists until the output folder is complete.
 RECORDS_FOLDER = "tasks/"
@@ -116,8 +115,6 @@ class ChunkRecord:
     @classmethod
     def from_bytes(cls, content: bytes, place: str) -> ChunkRecord:
         """Return a record from the JSON text of ``to_bytes``. Error messages contain ``place``."""
-        from pydantic import ValidationError
-
         try:
             return _record_schema().validate_json(content)
         except ValidationError as error:
@@ -126,8 +123,6 @@ class ChunkRecord:
 
 @cache
 def _record_schema() -> TypeAdapter[ChunkRecord]:
-    from pydantic import TypeAdapter
-
     return TypeAdapter(ChunkRecord)
 
 

@@ -4,15 +4,23 @@ import json
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 
 from data_tools.errors import DataError, one_line_read_errors
 from data_tools.storage.content import require_fetched
 from data_tools.storage.files import sha256_of_json
-
-if TYPE_CHECKING:
-    # Imported by functions, because the import takes 50 ms, and tokenizing reads no manifest.
-    from pydantic import ConfigDict, TypeAdapter
 
 FORMAT_VERSION = 1
 TOKEN_DTYPE_NAME = "uint16"
@@ -45,58 +53,35 @@ def _require_inside_folder(file: str) -> str:
     return file
 
 
-@dataclass(frozen=True, eq=False)  # eq=False makes it hashable
-class _Schema:
-    """An annotation that gives pydantic the core schema of a field, without an import of pydantic."""
-
-    schema: dict[str, Any]
-
-    def __get_pydantic_core_schema__(self, source: object, handler: object) -> dict[str, Any]:
-        return self.schema
-
-
-_STRICT_STR: dict[str, Any] = {"type": "str", "strict": True}
-_STRICT_INT: dict[str, Any] = {"type": "int", "strict": True}
-
-StrictStr = Annotated[str, _Schema(_STRICT_STR)]
-StrictInt = Annotated[int, _Schema(_STRICT_INT)]
 # An object that may be missing (then it is None), but must not be null.
-OptionalObject = Annotated[dict[str, Any] | None, _Schema({"type": "dict"})]
-Count = Annotated[int, _Schema({**_STRICT_INT, "ge": 0})]
-Sha256 = Annotated[str, _Schema({**_STRICT_STR, "pattern": "^[0-9a-f]{64}$"})]
-FileInside = Annotated[
-    str,
-    _Schema(
-        {
-            "type": "function-after",
-            "function": {"type": "no-info", "function": _require_inside_folder},
-            "schema": _STRICT_STR,
-        }
-    ),
-]
-_FORBID_UNKNOWN_KEYS: "ConfigDict" = {"extra": "forbid"}
+OptionalObject = Annotated[dict[str, Any] | None, GetPydanticSchema(lambda _, schema_of: schema_of(dict[str, Any]))]
+Count = Annotated[StrictInt, Field(ge=0)]
+Sha256 = Annotated[StrictStr, Field(pattern="^[0-9a-f]{64}$")]
+FileInside = Annotated[StrictStr, AfterValidator(_require_inside_folder)]
+_forbid_unknown_keys = with_config(ConfigDict(extra="forbid"))
 
 
+@_forbid_unknown_keys
 @dataclass(frozen=True)
 class TokenizerRecord:
     """The tokenizer that created the tokens in the shards."""
 
-    __pydantic_config__: ClassVar = _FORBID_UNKNOWN_KEYS
     name: StrictStr
     vocab_size: StrictInt
     end_of_text: StrictInt
     vocabulary_sha256: StrictStr
 
 
+@_forbid_unknown_keys
 @dataclass(frozen=True)
 class SourceRecord:
     """The source of the documents. ``options`` determines which documents were read."""
 
-    __pydantic_config__: ClassVar = _FORBID_UNKNOWN_KEYS
     kind: StrictStr
     options: dict[str, Any]
 
 
+@_forbid_unknown_keys
 @dataclass(frozen=True)
 class ShardRecord:
     """The entry for one shard in a manifest.
@@ -105,7 +90,6 @@ class ShardRecord:
     tokens are scored.
     """
 
-    __pydantic_config__: ClassVar = _FORBID_UNKNOWN_KEYS
     file: FileInside
     split: StrictStr
     tokens: Count
@@ -129,6 +113,7 @@ class ShardRecord:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
+@_forbid_unknown_keys
 @dataclass(frozen=True)
 class Manifest:
     """The description of a folder of token shards.
@@ -140,7 +125,6 @@ class Manifest:
         made: when and with which software versions the folder was written, or None.
     """
 
-    __pydantic_config__: ClassVar = _FORBID_UNKNOWN_KEYS
     tokenizer: TokenizerRecord
     source: SourceRecord
     settings: dict[str, Any]
@@ -241,15 +225,12 @@ def _require_consistent_masks(manifest: Manifest, place: str) -> None:
 
 
 @cache
-def _schema() -> "TypeAdapter[Manifest]":
-    from pydantic import TypeAdapter
-
+def _schema() -> TypeAdapter[Manifest]:
+    # Not built at import, because this is slow and not every process reads a manifest.
     return TypeAdapter(Manifest)
 
 
 def _validate(value: dict[str, Any], place: str) -> Manifest:
-    from pydantic import ValidationError
-
     try:
         return _schema().validate_python(value)
     except ValidationError as error:
