@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from data_tools.storage.atomic import write_json_durably
-from data_tools.storage.files import sha256_of_file, sha256_of_json
+from data_tools.storage.files import sha256_of_json
+from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.layout import FORMAT_VERSION, MANIFEST_FILE, STATE_FILE, checkpoint_folder, tensor_file
 from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.remote_run import RemoteRun

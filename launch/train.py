@@ -6,6 +6,7 @@ from pathlib import Path
 
 from launch.cli import ArgumentParser, add_config_options, positive_int, quick_imports, run_command, start_logging
 from data_tools.storage.files import is_remote
+from pipeline.checkpoint.hashing import find_likely_start, hashing_in_background
 from pipeline.checkpoint.layout import checkpoint_of_step, checkpoint_url, split_url
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
@@ -24,11 +25,13 @@ def main() -> object:
     config = load_config(arguments.config, overrides, arguments.deepspeed)
     if arguments.branch:
         _check_branch(arguments.init_from, config)
-    with quick_imports():
-        from pipeline.training.run import train
+    likely_start = find_likely_start(Path(config.run.out_dir), config.checkpoint.resume)
+    with hashing_in_background(likely_start) as hash_file:
+        with quick_imports():
+            from pipeline.training.run import train
 
-    start_logging()
-    return train(config)
+        start_logging()
+        return train(config, hash_file)
 
 
 def build_parser() -> ArgumentParser:

@@ -138,8 +138,8 @@ def test_stage_1_starts_without_torch() -> None:
     assert not [name for name in reached_from("launch.tokenize_corpus", with_packages=True) if is_within(name, "torch")]
 
 
-def test_the_config_and_the_run_command_start_without_torch() -> None:
-    for start in ("pipeline.config.loading", "launch.run", "launch.shards"):
+def test_what_runs_before_torch_is_imported_does_not_import_it() -> None:
+    for start in ("pipeline.config.loading", "pipeline.checkpoint.hashing", "launch.run", "launch.shards"):
         assert not [name for name in reached_from(start, with_packages=True) if is_within(name, "torch")], start
 
 

@@ -21,7 +21,8 @@ from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, Sou
 from data_tools.shards.verification import verify
 from data_tools.shards.writer import OpenFormat, ShardWriter, write_flat
 from data_tools.storage.atomic import atomic_folder, write_json_durably
-from data_tools.storage.files import is_writable, require_writable, sha256_of_file
+from data_tools.storage.files import is_writable, require_writable
+from data_tools.storage.sha256 import sha256_of_file
 from data_tools.threads import Advance, map_threads, no_progress
 
 

@@ -7,7 +7,7 @@ from data_tools.errors import DataError, one_line_read_errors
 from data_tools.shards.contents import Contents, Vocabulary
 from data_tools.shards.manifest import MANIFEST_NAME, TOKENIZE_AGAIN, Manifest, ShardRecord, load_manifest
 from data_tools.shards.mapping import map_mask, map_shard, require_flags
-from data_tools.storage.files import sha256_of_file
+from data_tools.storage.sha256 import sha256_of_file
 from data_tools.threads import Advance, map_threads, no_progress
 
 

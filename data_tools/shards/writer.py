@@ -18,7 +18,7 @@ from data_tools.errors import one_line_write_errors
 from data_tools.shards.llmc import LLMC_SUFFIX, llmc_header
 from data_tools.shards.manifest import ShardRecord, mask_file_of
 from data_tools.storage.atomic import atomic_file
-from data_tools.storage.files import sha256_of_file
+from data_tools.storage.sha256 import sha256_of_file
 
 BATCH_TOKENS = 1 << 20
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"

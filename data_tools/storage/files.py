@@ -1,15 +1,13 @@
-"""Compute hashes of files and JSON objects, recognize URLs, and check that paths are writable."""
+"""Compute hashes of JSON objects, recognize URLs, and check that paths are writable."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError
-
-_HASH_CHUNK_BYTES = 8 << 20  # large, because each chunk releases and acquires the GIL twice
 
 
 def is_remote(path: str) -> bool:
@@ -36,20 +34,6 @@ def require_writable(path: Path, option: str) -> None:
         raise DataError(f"{option}: {path} is a file; name a folder")
     if not is_writable(path):
         raise DataError(f"{option}: cannot write {path}; name a place that you may write to")
-
-
-def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_bytes: None) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits. The file is read in constant memory.
-
-    ``advance`` receives the number of bytes read since its last call, every few megabytes.
-    """
-    digest = hashlib.sha256()
-    chunk = memoryview(bytearray(_HASH_CHUNK_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while n := file.readinto(chunk):
-            digest.update(chunk[:n])
-            advance(n)
-    return digest.hexdigest()
 
 
 def sha256_of_json(value: dict[str, Any]) -> str:

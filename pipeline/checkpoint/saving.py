@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from data_tools.errors import UserError
 from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, publish_folder, write_json_durably
-from data_tools.storage.files import sha256_of_file, sha256_of_json
+from data_tools.storage.files import sha256_of_json
+from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.layout import (
     FORMAT_VERSION,
     MANIFEST_FILE,

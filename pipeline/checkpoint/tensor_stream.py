@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_tools.storage.atomic import fsync_file
-from data_tools.storage.files import sha256_of_file
+from data_tools.storage.sha256 import sha256_of_file
 from pipeline.errors import CheckpointError
 
 _HEADER_ALIGNMENT = 8

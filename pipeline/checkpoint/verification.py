@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_tools.storage.content import describe_content
-from data_tools.storage.files import sha256_of_file
+from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.finite import describe_not_finite
+from pipeline.checkpoint.hashing import HashFile
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
     format_size,
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: Path, hash_file: HashFile = sha256_of_file) -> str | None:
     """Return a description of the first problem of a checkpoint, or None if the checkpoint is good.
 
     The checks, in this order:
@@ -43,7 +44,8 @@ def find_damage(folder: Path) -> str | None:
     """
     try:
         manifest = read_manifest(folder)
-        if problem := _find_first(lambda item: _find_file_damage(folder / item[0], item[1]), manifest["files"].items()):
+        files = manifest["files"].items()
+        if problem := _find_first(lambda item: _find_file_damage(folder / item[0], item[1], hash_file), files):
             return problem
         read_state_file(folder)
         index_pieces(folder, manifest)
@@ -81,41 +83,41 @@ def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
     return None
 
 
-def _find_file_damage(path: Path, entry: dict[str, Any]) -> str | None:
+def _find_file_damage(path: Path, entry: dict[str, Any], hash_file: HashFile) -> str | None:
     try:
         if problem := find_size_damage(path, entry):
             return problem
-        if sha256_of_file(path) != entry["sha256"]:
+        if hash_file(path) != entry["sha256"]:
             return f"{path}: contents changed (SHA-256 differs from the manifest)"
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     return None
 
 
-def newest_good_checkpoint(run_folder: Path) -> Path | None:
+def newest_good_checkpoint(run_folder: Path, hash_file: HashFile = sha256_of_file) -> Path | None:
     """Return the newest undamaged checkpoint (see ``find_damage``), or None.
 
     Log each damaged checkpoint that is newer than the result.
     """
     for folder in reversed(list_checkpoints(run_folder)):
-        problem = find_damage(folder)
+        problem = find_damage(folder, hash_file)
         if problem is None:
             return folder
         log.warning("skipping a damaged checkpoint: %s", problem)
     return None
 
 
-def locate_checkpoint(path: Path) -> Path:
+def locate_checkpoint(path: Path, hash_file: HashFile = sha256_of_file) -> Path:
     """Return ``path`` if it is an undamaged checkpoint. For a run folder, return its newest undamaged checkpoint.
 
     Raises:
         CheckpointError: ``path`` is a damaged checkpoint, or contains no undamaged checkpoint.
     """
     if (path / MANIFEST_FILE).is_file():
-        if problem := find_damage(path):
+        if problem := find_damage(path, hash_file):
             raise CheckpointError(f"{problem}; give another checkpoint, or the run folder for its newest good one")
         return path
-    folder = newest_good_checkpoint(path)
+    folder = newest_good_checkpoint(path, hash_file)
     if folder is None:
         raise no_checkpoint_error(path)
     return folder

@@ -24,6 +24,7 @@ ProductShape = tuple[int, int, int]
 CEILING_SECONDS = 0.6
 _CEILING_SQUARES = {"cuda": (8192,), "mps": (2048,), "cpu": (1024, 1536, 2048)}
 _CEILING_ROUNDS = 3
+_NOISE_NUMBERS = 65_537  # a prime, so that the rows of a matrix differ
 _SMALL_SQUARE, _SMALL_REPEATS = 256, 8  # under a second on any CPU, for any dtype
 _LONGEST_PRODUCT = 0.2  # the largest share of the measurement's time that one product may take on a CPU
 
@@ -86,14 +87,20 @@ def _short_products(shapes: Sequence[ProductShape], dtype: torch.dtype, longest_
     return [shape for shape in shapes if 2 * math.prod(shape) / flops_per_s <= longest_s] or [small]
 
 
+def _noise(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return a matrix of normally distributed numbers that repeat, because torch draws with one thread on a CPU."""
+    numbers = torch.randn(_NOISE_NUMBERS, device=device)
+    return numbers.repeat(-(-rows * columns // _NOISE_NUMBERS))[: rows * columns].view(rows, columns)
+
+
 class _Product:
     """A matrix product whose result is always written to the same memory."""
 
     def __init__(self, shape: ProductShape, dtype: torch.dtype, device: torch.device) -> None:
         m, k, n = shape
         self._flops = 2 * m * k * n
-        self._a = torch.randn(m, k, device=device).to(dtype)
-        self._b = torch.randn(k, n, device=device).to(dtype)
+        self._a = _noise(m, k, device).to(dtype)
+        self._b = _noise(k, n, device).to(dtype)
         self._result = torch.empty(m, n, device=device, dtype=dtype)
 
     def measure(self, seconds: float) -> float:

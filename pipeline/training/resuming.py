@@ -9,7 +9,9 @@ from typing import Any
 
 from data_tools.storage.files import is_remote
 from data_tools.storage.new_folders import create_folder
+from data_tools.storage.sha256 import sha256_of_file
 from pipeline.backends import Backend
+from pipeline.checkpoint.hashing import HashFile
 from pipeline.checkpoint.layout import bytes_of_tensors, checkpoint_folder, list_checkpoints, split_url
 from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.pairing import abandon, is_paired
@@ -59,7 +61,7 @@ def make_run_folder(folder: Path) -> list[Path]:
     return created
 
 
-def choose_start(config: Config, data_sha256: str) -> Path | None:
+def choose_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_of_file) -> Path | None:
     """Return the checkpoint from which to resume, or None to start from scratch.
 
     The caller must hold the lock of the run folder. The function deletes the folders of interrupted saves.
@@ -76,7 +78,7 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
     run_folder = Path(config.run.out_dir)
     try:
         remove_leftovers(run_folder)
-        start = _find_start(run_folder, config.checkpoint.resume)
+        start = _find_start(run_folder, config.checkpoint.resume, hash_file)
         if start is None:
             set_aside_after(run_folder, -1)  # all checkpoints are damaged, otherwise the run would resume from one
             return None
@@ -96,11 +98,11 @@ def choose_start(config: Config, data_sha256: str) -> Path | None:
         raise CheckpointError(f"{run_folder}: cannot be prepared ({error})") from None
 
 
-def _find_start(run_folder: Path, resume: str) -> Path | None:
+def _find_start(run_folder: Path, resume: str, hash_file: HashFile) -> Path | None:
     if resume == AUTO:
-        return newest_good_checkpoint(run_folder)
+        return newest_good_checkpoint(run_folder, hash_file)
     if resume == NONE:
-        own = newest_good_checkpoint(run_folder) if launcher_restarts() else None
+        own = newest_good_checkpoint(run_folder, hash_file) if launcher_restarts() else None
         if own and read_state_file(own).launch_id == launch_id():
             log.info("the launcher has restarted this run: it continues from its own checkpoints")
             return own
@@ -111,12 +113,12 @@ def _find_start(run_folder: Path, resume: str) -> Path | None:
             )
         return None
     if is_remote(resume):
-        return _find_downloaded_start(run_folder, resume)
-    return _find_named_start(run_folder, Path(resume))
+        return _find_downloaded_start(run_folder, resume, hash_file)
+    return _find_named_start(run_folder, Path(resume), hash_file)
 
 
-def _find_downloaded_start(run_folder: Path, url: str) -> Path:
-    own = newest_good_checkpoint(run_folder)
+def _find_downloaded_start(run_folder: Path, url: str, hash_file: HashFile) -> Path:
+    own = newest_good_checkpoint(run_folder, hash_file)
     if own is None or not is_paired(run_folder, split_url(url)[0]):
         raise CheckpointError(
             f"{run_folder} already holds checkpoints of another run than {url}; use another run.out_dir, "
@@ -125,13 +127,13 @@ def _find_downloaded_start(run_folder: Path, url: str) -> Path:
     return own
 
 
-def _find_named_start(run_folder: Path, named: Path) -> Path:
+def _find_named_start(run_folder: Path, named: Path, hash_file: HashFile) -> Path:
     """Return the named checkpoint. If this run has started from it before, return this run's newest checkpoint."""
-    own = newest_good_checkpoint(run_folder)
+    own = newest_good_checkpoint(run_folder, hash_file)
     if own and config_section(read_state(own)[1], "checkpoint").get("resume") == str(named):
         log.info("this run has started from %s before: it continues from its own newest checkpoint", named)
         return own
-    start = locate_checkpoint(named)
+    start = locate_checkpoint(named, hash_file)
     if own and not start.resolve().is_relative_to(run_folder.resolve()):
         raise CheckpointError(
             f"{run_folder} already holds checkpoints of another run than {named}; use another run.out_dir, "

@@ -8,7 +8,9 @@ from typing import Any
 from data_tools.shards.reader import TokenStream
 from data_tools.shards.validation_split import describe_small_validation
 from data_tools.storage.new_folders import removed_if_unused
+from data_tools.storage.sha256 import sha256_of_file
 from pipeline.backends import create_backend
+from pipeline.checkpoint.hashing import HashFile
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.state import read_state
 from pipeline.config.paths import with_working_dir
@@ -51,11 +53,14 @@ from pipeline.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def train(config: Config) -> Trainer | None:
+def train(config: Config, hash_file: HashFile = sha256_of_file) -> Trainer | None:
     """Train to the last step of a run, from scratch or from a checkpoint.
 
     Returns the trainer, or None if the run is already complete. Keep a reference to the trainer until the process ends,
     because the process can hang when the trainer is freed.
+
+    Args:
+        hash_file: returns the SHA-256 of a file. It may have computed the hashes of the checkpoint before.
 
     Raises:
         UserError: the config, a dataset or a checkpoint cannot be used, or training cannot continue.
@@ -68,7 +73,7 @@ def train(config: Config) -> Trainer | None:
         with heartbeat(world, config.run.rank_timeout_s, records):
             if world.device.type != "mps":
                 log.info("threads   %s", configure_cpu(world))
-            trainer = _build_trainer(config, world, resources)
+            trainer = _build_trainer(config, world, resources, hash_file)
             if trainer is None:
                 return None
             log_file.open(trainer.run_folder)
@@ -78,7 +83,7 @@ def train(config: Config) -> Trainer | None:
     return trainer
 
 
-def _build_trainer(config: Config, world: World, resources: ExitStack) -> Trainer | None:
+def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file: HashFile) -> Trainer | None:
     """Build the trainer and everything that it needs, or return None if the run is already complete.
 
     Args:
@@ -102,7 +107,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack) -> Traine
     world.call_on_main(lambda: open_run_folder(config, resources))
     check_shared_folders(Path(config.run.out_dir), sha256, world)
     fetch_remote_start(config, world)
-    start = world.call_on_main(lambda: choose_start(config, sha256))
+    start = world.call_on_main(lambda: choose_start(config, sha256, hash_file))
     if start and (reason := world.call_on_main(lambda: why_complete(start, config))):
         log.info("%s: %s", start, reason)
         world.call_on_main(lambda: send_missing_rows(config))

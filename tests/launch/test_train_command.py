@@ -25,7 +25,7 @@ def stable(tmp_path: Path) -> Path:
 def start_of(monkeypatch: pytest.MonkeyPatch, *options: str) -> CheckpointConfig:
     """Return the section ``checkpoint`` of the config that the command trains with."""
     configs: list[Config] = []
-    monkeypatch.setattr(run, "train", configs.append)
+    monkeypatch.setattr(run, "train", lambda config, hash_file: configs.append(config))
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(CONFIGS / "ddp.json"), *options])
     launch.train.main()
     return configs[0].checkpoint

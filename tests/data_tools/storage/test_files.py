@@ -1,8 +1,7 @@
-"""Hashes of files and JSON objects."""
+"""Hashes of JSON objects."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,18 +11,6 @@ import pytest
 from data_tools.errors import DataError
 from data_tools.storage import files as storage
 from data_tools.storage.files import is_writable, require_writable
-
-
-def test_sha256_of_a_file_longer_than_one_read(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 40_000
-    assert len(content) > storage._HASH_CHUNK_BYTES
-    (tmp_path / "file").write_bytes(content)
-    assert storage.sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
-
-
-def test_sha256_of_an_empty_file(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert storage.sha256_of_file(tmp_path / "file") == hashlib.sha256(b"").hexdigest()
 
 
 def test_sha256_of_json_is_that_of_its_values_in_their_order() -> None:

@@ -1,0 +1,60 @@
+"""Compute the SHA-256 of files, in this process or in a second one.
+
+The second process runs this file as a program. Therefore, this file imports only the standard library.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from pathlib import Path
+
+_CHUNK_BYTES = 8 << 20  # large, because each chunk releases and acquires the GIL twice
+
+
+def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_bytes: None) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits. The file is read in constant memory.
+
+    ``advance`` receives the number of bytes read since its last call, every few megabytes.
+    """
+    digest = hashlib.sha256()
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while n := file.readinto(chunk):
+            digest.update(chunk[:n])
+            advance(n)
+    return digest.hexdigest()
+
+
+def start_hashing(paths: Sequence[Path]) -> subprocess.Popen[str]:
+    """Start a process that prints the SHA-256 of each file, one per line. Raises OSError if it cannot be started.
+
+    The process prints no error. It ends at the first file that it cannot read.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-I", __file__, *map(str, paths)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def _print_hashes(paths: Sequence[Path]) -> None:
+    """Print the SHA-256 of each file. Leave one core to the process that needs the hashes, and end if it dies."""
+    parent = os.getppid()
+
+    def end_without_parent(done_bytes: int) -> None:
+        if os.getppid() != parent:
+            sys.exit("the process that needs the hashes has ended")
+
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) - 1))) as threads:
+        for sha256 in threads.map(sha256_of_file, paths, repeat(end_without_parent)):
+            print(sha256, flush=True)
+
+
+if __name__ == "__main__":
+    _print_hashes([Path(path) for path in sys.argv[1:]])
