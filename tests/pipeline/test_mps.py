@@ -131,4 +131,4 @@ def test_nothing_that_mps_computes_is_fp64(used: Operators) -> None:
 def test_what_cannot_work_on_mps_is_refused(sections: dict[str, dict[str, Any]], message: str) -> None:
     world = World(0, 1, 0, torch.device("mps"))
     with pytest.raises(run.ConfigError, match=message):
-        run._build_trainer(tiny_config(**sections), world, run.ExitStack())
+        run._build_trainer(tiny_config(**sections), world, run.ExitStack(), run.sha256_of_file)
