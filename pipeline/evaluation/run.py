@@ -92,9 +92,7 @@ def run_tasks(
     prepared = {
         task: prepare_task(task, paths.get(task), settings, config.model, world) for task in tasks if task != VALIDATION
     }
-    splits = _open_validation(config, paths.get(VALIDATION)) if VALIDATION in tasks else {}
-    if VALIDATION not in paths and "" in splits:
-        _warn_of_other_data(loaded, *splits[""])
+    splits = _open_validation(loaded, paths.get(VALIDATION)) if VALIDATION in tasks else {}
     compute = compute_for_scoring(loaded.model, precision, world.device)
     scorer = Scorer(compute, config.model, world, batch_size * config.seq_len)
     results: Results = {}
@@ -130,14 +128,17 @@ def _find_files(tasks: Sequence[str], paths: Mapping[str, str], config: Config) 
     return {**paths, **{task: find_path(path, config.run) for task, path in of_run.items()}}
 
 
-def _open_validation(config: Config, path: str | None) -> dict[str, ValidationData]:
+def _open_validation(loaded: LoadedModel, given: str | None) -> dict[str, ValidationData]:
     """Open the validation split at ``path``, or of the run's data if ``path`` is None.
 
-    If the run's data is a mixture and ``path`` is None, return one split per component, by the component's name.
+    If the run's data is a mixture and ``given`` is None, return one split per component, by the component's name.
     Components without scored targets are left out. In all other cases, return one split with the name "".
+
+    If a run without a mixture was trained on other data than its folder now holds, log a warning.
     """
-    if path is not None or config.data.mixture is None:
-        path = find_path(path or config.data.components[0].path, config.run)
+    config = loaded.config
+    if given is not None or config.data.mixture is None:
+        path = find_path(given or config.data.components[0].path, config.run)
         if not load_manifest(path).tokens_of(VAL_SPLIT):
             raise DataError(f"{path} has no split {VAL_SPLIT!r}; name a folder that has one with --data validation=DIR")
         split = path, open_split(path, VAL_SPLIT)
@@ -159,6 +160,8 @@ def _open_validation(config: Config, path: str | None) -> dict[str, ValidationDa
             )
     for path, stream in splits.values():
         check_same_vocabulary(stream, config.model, path)
+    if given is None and config.data.mixture is None:
+        _warn_of_other_data(loaded, *splits[""])
     return splits
 
 

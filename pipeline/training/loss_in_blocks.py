@@ -45,5 +45,5 @@ def _choose(config: Config, world: World, plan: BatchPlan, start: Path | None) -
         return False
     measured = world.gather(measure_kept_blocks(rows, width, padded, matmul_dtype(config.run.precision)))
     whole_s, blocks_s = (sum(times) for times in zip(*measured, strict=True))
-    log.info("logits    in blocks, the measured products take %.0f%% of the time", 100 * blocks_s / whole_s)
+    log.info("logits    measured: in blocks, the products take %.0f%% of the usual time", 100 * blocks_s / whole_s)
     return "kept" if blocks_s <= (1 - LEAST_GAIN) * whole_s else False

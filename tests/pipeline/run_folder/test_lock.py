@@ -32,7 +32,6 @@ with lock_run_folder(Path(sys.argv[1])):
 CONTEND = """
 import os, sys, time
 from pathlib import Path
-from data_tools.errors import DataError
 from pipeline.errors import ConfigError
 from pipeline.run_folder.lock import lock_run_folder
 folder, held = Path(sys.argv[1]), 0
