@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
@@ -21,11 +22,11 @@ from pipeline.distributed.cpu import keep_freed_memory
 from pipeline.model.output_layer import OutputLayer
 from tests.support.tables import print_header, print_row
 
-#: The name of a way -> whether the loss is computed in blocks, and whether their logits are kept.
-WAYS = {
-    "from all logits": (False, False),
-    "in blocks, logits computed twice": (True, False),
-    "in blocks, logits kept": (True, True),
+#: The name of a way -> the value of ``run.loss_in_blocks``.
+WAYS: dict[str, Literal["kept", True, False]] = {
+    "from all logits": False,
+    "in blocks, logits computed twice": True,
+    "in blocks, logits kept": "kept",
 }
 
 
@@ -49,10 +50,10 @@ def measure(
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Return the elapsed seconds and the CPU seconds of each repetition, by way."""
     variants = {}
-    for name, (in_blocks, keep) in WAYS.items():
+    for name, loss_in_blocks in WAYS.items():
         layer = OutputLayer(width, vocab_size)
         torch.nn.init.normal_(layer.weight, std=0.02)
-        layer.loss_in_blocks, layer.keep_logits = in_blocks, keep
+        layer.loss_in_blocks = loss_in_blocks
         variants[name] = passes(layer, tokens, is_compiled=is_compiled)
         for _ in range(2):  # the first one compiles
             variants[name]()

@@ -17,9 +17,9 @@ def create_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -
     Args:
         model: a model on the device ``meta``.
     """
+    if config.run.loss_in_blocks != "auto":
+        model.lm_head.loss_in_blocks = config.run.loss_in_blocks
     # Only the selected backend is imported, because importing DeepSpeed takes seconds.
-    model.lm_head.loss_in_blocks = config.run.loss_in_blocks in (True, "kept")
-    model.lm_head.keep_logits = config.run.loss_in_blocks == "kept"
     if config.backend.name == "ddp":
         from pipeline.backends.ddp import DdpBackend
 

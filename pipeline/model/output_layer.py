@@ -34,8 +34,7 @@ class OutputLayer(nn.Linear):
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__(width, padded_vocab_size(vocab_size), bias=False)
         self.vocab_size = vocab_size
-        self.loss_in_blocks = False  # see pipeline/model/blocked_loss.py
-        self.keep_logits = False  # of all blocks, until the backward pass
+        self.loss_in_blocks: Literal["kept", True, False] = False  # see pipeline/model/blocked_loss.py
         self.packed_product: Callable[[Tensor], Tensor] | None = None  # see pipeline/model/packed_linear.py
 
     def forward(self, *inputs: Tensor, method: Method = "loss") -> Tensor:
@@ -58,9 +57,8 @@ class OutputLayer(nn.Linear):
             device = hidden.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
             states, weight = hidden.flatten(0, 1).to(dtype), self.weight.to(dtype)
-            losses = blocked_cross_entropy(
-                states, weight, targets, self.vocab_size, IGNORE_INDEX, keep=self.keep_logits
-            )
+            keep = self.loss_in_blocks == "kept"
+            losses = blocked_cross_entropy(states, weight, targets, self.vocab_size, IGNORE_INDEX, keep=keep)
         else:
             losses = cross_entropy(self._padded_logits(hidden).flatten(0, 1), targets, self.vocab_size)
         return losses.sum()  # torch sums pairwise, so rounding errors stay small
