@@ -36,34 +36,20 @@ class TrainedStep:
     stop_sample: int
     loss: LateValue  # the mean loss of the global batch; NaN if no target is scored
     grad_norm: LateValue  # global, unscaled, before clipping
-    loss_scale: float
-    learning_rate: float
-    scored_targets: LateValue  # of the global batch
-
-
-@dataclass(frozen=True)
-class FinishedStep:
-    """The values from which ``StepGuard`` judges a step, the same on every rank."""
-
-    step: int
-    first_sample: int
-    stop_sample: int
-    grad_norm: float
     loss_scale: float  # the factor by which the loss was multiplied
-    loss: float | None  # of the global batch; None if the run does not watch for spikes
-    scored_targets: int  # of the global batch; if 0, the loss is NaN and the gradients are zero
+    learning_rate: float
+    scored_targets: LateValue  # of the global batch; if 0, the gradients are zero
 
-    def __str__(self) -> str:
-        loss = "" if self.loss is None else f"loss {self.loss:.4g}, "
-        samples = f"samples {self.first_sample} to {self.stop_sample - 1}"
-        return f"step {self.step}: {loss}gradient norm {self.grad_norm:.4g} ({samples})"
+    def describe_samples(self) -> str:
+        """Return a text that names the first and the last sample."""
+        return f"samples {self.first_sample} to {self.stop_sample - 1}"
 
 
 class StepGuard:
     """Judges each step of a run, in order: the step is good, was skipped, or is a spike.
 
     A skipped step had gradients that are not finite. A spike has a much higher loss or gradient norm than the steps
-    before it. All ranks reach the same verdicts.
+    before it. All ranks see the same values, and reach the same verdicts.
     """
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
@@ -76,51 +62,42 @@ class StepGuard:
         """Add a step to the queue of steps that the guard will judge."""
         self._queue.append(trained)
 
-    def judge_queued(self, *, leave: int = 0) -> Iterator[tuple[FinishedStep, Verdict]]:
+    def judge_queued(self, *, leave: int = 0) -> Iterator[tuple[TrainedStep, Verdict]]:
         """Judge all queued steps except the newest ``leave`` steps. Yield (step, verdict), the oldest step first."""
         while len(self._queue) > leave:
-            queued = self._queue.popleft()
-            loss = None if self.config.spike_zscore is None else queued.loss.read()
-            grad_norm = queued.grad_norm.read()
-            finished = FinishedStep(
-                queued.step,
-                queued.first_sample,
-                queued.stop_sample,
-                grad_norm,
-                queued.loss_scale,
-                loss,
-                int(queued.scored_targets.read()),
-            )
-            yield finished, self.judge(finished)
+            trained = self._queue.popleft()
+            yield trained, self.judge(trained)
 
-    def judge(self, finished: FinishedStep) -> Verdict:
-        """Judge a finished step, update the state of the guard, and return the verdict.
+    def judge(self, trained: TrainedStep) -> Verdict:
+        """Wait until the device has finished a step, judge it, update the state of the guard, and return the verdict.
 
         Raises:
             TrainingError: too many steps in a row were skipped, or the step is a spike and no rollback is left.
         """
-        if not finished.scored_targets:
-            self._count_without_targets(finished)
-        if not math.isfinite(finished.grad_norm):
-            self._count_skipped(finished)
+        has_targets, grad_norm = trained.scored_targets.read() > 0, trained.grad_norm.read()
+        if not has_targets:
+            self._count_without_targets(trained)
+        if not math.isfinite(grad_norm):
+            self._count_skipped(trained)
             return Verdict.SKIPPED
         self.state = replace(self.state, bad_in_a_row=0)
-        if self.config.spike_zscore is None or finished.loss is None or not finished.scored_targets:
+        if self.config.spike_zscore is None or not has_targets:
             return Verdict.GOOD
-        if spike := self._describe_spike(finished):
+        loss = trained.loss.read()
+        if spike := self._describe_spike(loss, grad_norm, self.config.spike_zscore):
             if self.state.rollbacks >= self.config.max_rollbacks:
                 raise TrainingError(
-                    f"{finished}: {spike}, after {self.state.rollbacks} rollbacks; the run has stopped, "
+                    f"{self._describe(trained)}: {spike}, after {self.state.rollbacks} rollbacks; the run has stopped, "
                     "its checkpoints are intact; lower optimizer.learning_rate, "
                     "or raise guard.max_rollbacks or guard.spike_zscore"
                 )
-            log.warning("%s: %s", finished, spike)
+            log.warning("%s: %s", self._describe(trained), spike)
             return Verdict.SPIKE
-        recent = (*self.state.recent, (finished.loss, finished.grad_norm))[-self.config.spike_window :]
+        recent = (*self.state.recent, (loss, grad_norm))[-self.config.spike_window :]
         self.state = replace(self.state, recent=recent)
         return Verdict.GOOD
 
-    def after_rollback(self, stored: GuardState, spike: FinishedStep) -> None:
+    def after_rollback(self, stored: GuardState, spike: TrainedStep) -> None:
         """Restore the state of the guard, after a spike has made the run go back to a checkpoint.
 
         Args:
@@ -149,36 +126,39 @@ class StepGuard:
                 first = stop
         return first
 
-    def _count_without_targets(self, finished: FinishedStep) -> None:
+    def _count_without_targets(self, trained: TrainedStep) -> None:
         self._steps_without_targets += 1
         if self._steps_without_targets == 1:
-            samples = f"samples {finished.first_sample} to {finished.stop_sample - 1}"
-            log.warning("step %d: none of its targets is scored (%s): its loss is null", finished.step, samples)
+            samples = trained.describe_samples()
+            log.warning("step %d: none of its targets is scored (%s): its loss is null", trained.step, samples)
 
     def log_steps_without_targets(self) -> None:
         """Log how many steps of this process had no scored target. If there are no such steps, log nothing."""
         if count := self._steps_without_targets:
             log.warning("steps without a scored target since this start: %d; their loss is null", count)
 
-    def _count_skipped(self, finished: FinishedStep) -> None:
-        log.warning("%s: not finite, the step is skipped", finished)
-        if finished.loss_scale > 1:  # fp16 lowers its loss scale when gradients overflow
+    def _describe(self, trained: TrainedStep) -> str:
+        loss = "" if self.config.spike_zscore is None else f"loss {trained.loss.read():.4g}, "
+        return f"step {trained.step}: {loss}gradient norm {trained.grad_norm.read():.4g} ({trained.describe_samples()})"
+
+    def _count_skipped(self, trained: TrainedStep) -> None:
+        log.warning("%s: not finite, the step is skipped", self._describe(trained))
+        if trained.loss_scale > 1:  # fp16 lowers its loss scale when gradients overflow
             return
         in_a_row = self.state.bad_in_a_row + 1
         self.state = replace(self.state, bad_in_a_row=in_a_row)
         if in_a_row >= self.config.max_bad_steps:
             raise TrainingError(
-                f"{finished}: {in_a_row} steps in a row were not finite; the run has stopped, its checkpoints are "
-                "intact; lower optimizer.learning_rate, raise schedule.warmup_steps, or raise guard.max_bad_steps"
+                f"{self._describe(trained)}: {in_a_row} steps in a row were not finite; the run has stopped, its "
+                "checkpoints are intact; lower optimizer.learning_rate, raise schedule.warmup_steps, or raise "
+                "guard.max_bad_steps"
             )
 
-    def _describe_spike(self, finished: FinishedStep) -> str | None:
-        threshold = self.config.spike_zscore
-        assert threshold is not None and finished.loss is not None
+    def _describe_spike(self, loss: float, grad_norm: float, threshold: float) -> str | None:
         if len(self.state.recent) < self.config.spike_window:
             return None
         losses, norms = zip(*self.state.recent, strict=True)
-        for what, value, window in (("loss", finished.loss, losses), ("gradient norm", finished.grad_norm, norms)):
+        for what, value, window in (("loss", loss, losses), ("gradient norm", grad_norm, norms)):
             zscore = z_score(value, window)
             if not zscore <= threshold:
                 return f"its {what} is {zscore:.1f} standard deviations above the last {len(window)} steps"

@@ -39,7 +39,7 @@ from pipeline.training.rank_comparison import RankComparison
 from pipeline.training.resuming import load_checkpoint
 from pipeline.training.run_record import RunRecord
 from pipeline.training.schedule import ema_decay_at, lr_at
-from pipeline.training.step_guard import FinishedStep, StepGuard, TrainedStep, Verdict
+from pipeline.training.step_guard import StepGuard, TrainedStep, Verdict
 from pipeline.training.step_profile import StepProfile
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 
@@ -332,7 +332,7 @@ class Trainer:
             evaluation_is_due=False,
         )
 
-    def _judge_finished_steps(self, *, judge_all: bool) -> Iterator[FinishedStep]:
+    def _judge_finished_steps(self, *, judge_all: bool) -> Iterator[TrainedStep]:
         """Judge the steps that the device has finished, and yield the steps that spiked.
 
         On a GPU, the newest step is left for the next call, so that this call does not wait. If ``judge_all`` is True,
@@ -348,7 +348,7 @@ class Trainer:
             else:
                 self.state = replace(self.state, updates=self.state.updates + 1)
 
-    def _roll_back(self, spike: FinishedStep) -> bool:
+    def _roll_back(self, spike: TrainedStep) -> bool:
         """Load the newest good checkpoint and skip the samples of a spike. Returns False if there is no checkpoint.
 
         Every rank must call this.
@@ -361,9 +361,7 @@ class Trainer:
             return False
         self.state = load_checkpoint(folder, self.backend, self.world)
         self.guard.after_rollback(self.state.guard, spike)
-        log.warning(
-            "rolled back to %s; samples %d to %d are left out", folder, spike.first_sample, spike.stop_sample - 1
-        )
+        log.warning("rolled back to %s; %s are left out", folder, spike.describe_samples())
         self.record.rewind(self.state.step)
         self._recent_losses.clear()
         self._finish_due_evaluation()
