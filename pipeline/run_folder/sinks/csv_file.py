@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class CsvFile(Sink):
         with self._path.open("ab") as file:
             file.write(_format_lines([row], self._columns))
 
-    def _try(self, write: Any, *, warns: bool = True) -> bool:
+    def _try(self, write: Callable[[], None], *, warns: bool = True) -> bool:
         try:
             write()
         except OSError as error:

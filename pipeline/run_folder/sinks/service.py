@@ -6,8 +6,8 @@ A thread sends the rows, so that a slow server does not stop the run.
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -164,7 +164,7 @@ class ServiceSink(Sink):
             self._flush()
 
     def _flush(self) -> None:
-        with _Caught(self):
+        with self._failures_counted():
             if not self._is_connected:
                 self._run_id = self._service.connect(self._config, self._run_id)
                 self._is_connected = True
@@ -180,14 +180,14 @@ class ServiceSink(Sink):
     def _start_again(self) -> None:
         """Continue in a new run of the service, without the rows that were sent to the earlier run."""
         if self._is_connected:
-            with _Caught(self):
+            with self._failures_counted():
                 self._service.end({"state": "superseded"})
         self._is_connected, self._run_id, self._unsent, self._sent, self._sent_step = False, None, [], 0, -1
 
     def _end(self, summary: Row) -> None:
         self._flush()
         if self._is_connected:
-            with _Caught(self):
+            with self._failures_counted():
                 files = [self._run_folder / REPORT_PAGE, self._run_folder / METRICS_FILE]
                 self._service.attach([file for file in files if file.exists()])
                 self._service.end(summary)
@@ -197,26 +197,12 @@ class ServiceSink(Sink):
         state = {"run_id": self._run_id, "rows": self._sent, "sent_step": self._sent_step, "ended": ended}
         write_json_durably(self._state_file, state)
 
-    def count_failure(self, error: Exception) -> None:
-        """Count an error of the service. Only the first error is logged."""
-        self._failures += 1
-        if self._failures == 1:
-            log.warning(
-                "%s: cannot send (%s); the run continues and tries again later", self._service.name, one_line(error)
-            )
-
-
-class _Caught:
-    """Catches every error in the block, and lets the sink count the error. A library may raise anything."""
-
-    def __init__(self, sink: ServiceSink) -> None:
-        self._sink = sink
-
-    def __enter__(self) -> None:
-        """Enter the block."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Exception):
-            self._sink.count_failure(error)
-            return True
-        return False
+    @contextmanager
+    def _failures_counted(self) -> Iterator[None]:
+        """Return a context manager that catches and counts every error in its block. Only the first error is logged."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - a library may raise anything
+            self._failures += 1
+            if self._failures == 1:
+                log.warning("%s: cannot send (%s); the run continues and tries again later", self.name, one_line(error))
