@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.train_setting import Setting
 from pipeline.distributed.cpu import share_cores
-from pipeline.distributed.device import CEILING_SECONDS, synchronize
+from pipeline.distributed.device import synchronize
+from pipeline.distributed.matmul_ceiling import CEILING_SECONDS
 from pipeline.distributed.world import join_world
 from pipeline.training.throughput import measure_ceiling
 
@@ -41,8 +42,7 @@ def main() -> None:
     with join_world(config.run) as world:
         if world.device.type == "cpu":
             share_cores(world)
-        tokens = setting.micro_batch_size * setting.seq_len
-        products = max(measure_ceiling(world, config, tokens, CEILING_SECONDS) for _ in range(_ROUNDS))
+        products = max(measure_ceiling(world, config, CEILING_SECONDS) for _ in range(_ROUNDS))
         copies = sum(world.gather(measure_copy_bandwidth(world.device)))
         if world.is_main:
             name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{torch.get_num_threads()} threads"

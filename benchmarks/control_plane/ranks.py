@@ -23,8 +23,8 @@ from pipeline.checkpoint.layout import tensor_file
 from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.upload_rounds import Files
 from pipeline.distributed.heartbeat import Heartbeat
-from pipeline.distributed.interface import choose_gloo_interface
 from pipeline.distributed.lost_ranks import INTERVAL_S, find_lost
+from pipeline.distributed.network_interface import choose_gloo_interface
 from pipeline.distributed.progress import Place
 from pipeline.distributed.rendezvous import open_store
 from pipeline.distributed.world import World

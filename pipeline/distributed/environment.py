@@ -170,10 +170,14 @@ def set_numpy_threads_default() -> None:
     os.environ.setdefault(_OPENBLAS_THREADS, "1")
 
 
-def set_allocator_default(options: str) -> None:
-    """Set options of torch's memory allocator, unless the user has set any. Call this before torch allocates memory."""
+def set_allocator_default() -> None:
+    """Make torch allocate GPU memory in segments that can grow, unless the user has set allocator options.
+
+    Call this function before the first allocation on a GPU. In segments that cannot grow, freed blocks are often too
+    small for the next tensor.
+    """
     if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
-        os.environ[_ALLOCATOR_VARIABLES[0]] = options
+        os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def set_mlflow_defaults() -> None:

@@ -15,16 +15,16 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from data_tools.errors import UserError
 from pipeline.config.schema import RunConfig
-from pipeline.distributed.device import configure_allocator
 from pipeline.distributed.environment import (
     check_launcher,
     launched_local_rank,
     launched_rank,
     launched_world_size,
     let_gloo_connect_late,
+    set_allocator_default,
     set_launcher_variables,
 )
-from pipeline.distributed.interface import choose_gloo_interface
+from pipeline.distributed.network_interface import choose_gloo_interface
 from pipeline.distributed.progress import Progress
 from pipeline.distributed.rendezvous import open_store
 from pipeline.errors import ConfigError, MainRankError
@@ -146,7 +146,7 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     if device.type == "mps" and size > 1:
         raise ConfigError("run.device: mps runs in a single process; start with plain python, or use cpu")
     if device.type == "cuda":
-        configure_allocator()
+        set_allocator_default()
         torch.cuda.set_device(device)
     world = World(rank, size, local_rank, device)
     set_launcher_variables(device.type)

@@ -14,7 +14,7 @@ from torch.cuda import nccl
 
 from pipeline.config.schema import RunConfig
 from pipeline.distributed.environment import launcher_variables, unset_command
-from pipeline.distributed.interface import interface_of
+from pipeline.distributed.network_interface import interface_of
 from pipeline.distributed.world import join_world
 from pipeline.doctor.findings import Finding
 

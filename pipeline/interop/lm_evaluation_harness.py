@@ -19,8 +19,7 @@ from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
 from pipeline.checkpoint.loading import load_text_model
 from pipeline.config.schema import Device, Precision, SampleConfig
 from pipeline.distributed.cpu import configure_cpu
-from pipeline.distributed.device import configure_allocator
-from pipeline.distributed.environment import launched_world_size
+from pipeline.distributed.environment import launched_world_size, set_allocator_default
 from pipeline.distributed.world import World, choose_device
 from pipeline.errors import ConfigError
 from pipeline.evaluation.packing import Request
@@ -173,7 +172,7 @@ def _join_alone(device: str) -> World:
         raise ConfigError("the model of lm-evaluation-harness runs in one process; start it without torchrun")
     world = World(rank=0, size=1, local_rank=0, device=choose_device(device))
     if world.device.type == "cuda":
-        configure_allocator()
+        set_allocator_default()
     configure_cpu(world)
     return world
 

@@ -25,7 +25,6 @@ from pipeline.model.output_layer import Method, OutputLayer, padded_vocab_size
 LAYER_NORM_EPS = 1e-5
 _GELU_LINEAR = 2 * math.sqrt(2 / math.pi)  # 2u = x (linear + cubic x^2)
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
-MOST_ROWS = 4096  # in ``layer_products``; enough for the threads of a large CPU
 
 
 class CausalSelfAttention(nn.Module):
@@ -272,12 +271,3 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """
     n = parameter_count(config, padded=True) - config.context_length * config.n_embd
     return 6 * n + 12 * config.n_layer * config.n_embd * seq_len
-
-
-def layer_products(config: ModelConfig, tokens: int) -> list[tuple[int, int, int]]:
-    """Return the shape (m, k, n) of each product of an input and a weight in a block's forward pass.
-
-    m is the number of tokens, at most ``MOST_ROWS``.
-    """
-    m, C = min(tokens, MOST_ROWS), config.n_embd
-    return [(m, C, 3 * C), (m, C, C), (m, C, 4 * C), (m, 4 * C, C)]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pipeline.distributed.device import GIB, matmul_dtype, measure_matmul_ceiling, synchronize
+from pipeline.distributed.device import GIB, matmul_dtype, synchronize
+from pipeline.distributed.matmul_ceiling import measure_matmul_ceiling
 from pipeline.errors import ConfigError
 
 GB, TERA = 10**9, 10**12

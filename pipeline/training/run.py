@@ -121,7 +121,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
     tasks = prepare_tasks(config, world)
 
     dtype = matmul_dtype(config.run.precision)
-    ceiling_flops = measure_ceiling(world, config, plan.micro_batch_size * plan.seq_len)
+    ceiling_flops = measure_ceiling(world, config)
     throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), ceiling_flops)
     queries = (plan.micro_batch_size, config.model.n_head, config.seq_len, config.model.n_embd // config.model.n_head)
     kernel = resources.enter_context(fastest_kernel(world.device, dtype, queries, config.model.dropout))

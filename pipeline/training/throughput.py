@@ -6,28 +6,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.config.schema import Config
-from pipeline.distributed.device import matmul_dtype, measure_matmul_ceiling
+from pipeline.distributed.device import matmul_dtype
+from pipeline.distributed.matmul_ceiling import ProductShape, measure_matmul_ceiling
 from pipeline.distributed.world import World
-from pipeline.model.gpt2 import layer_products
 
 log = logging.getLogger(__name__)
 
 _NOTABLE_INCREASE = 1.05
 _CEILING_SECONDS = 0.2  # short, because a run measures the ceiling at its start and at each evaluation
+MOST_ROWS = 4096  # of a measured product; enough for the threads of a large CPU
 
 
-def measure_ceiling(world: World, config: Config, tokens: int, seconds: float = _CEILING_SECONDS) -> float:
+def measure_ceiling(world: World, config: Config, seconds: float = _CEILING_SECONDS) -> float:
     """Measure the FLOP/s of all ranks together in matrix products with the run's dtype.
 
     Every rank must call this.
 
     Args:
-        tokens: the number of tokens in a micro-batch. On a CPU, it determines the shapes of some products.
         seconds: about how long the measurement takes.
     """
-    shapes = layer_products(config.model, tokens)
+    shapes = layer_products(config)
     world.gather(None)  # all ranks must measure at the same time, because they share the cores of a CPU
     return sum(world.gather(measure_matmul_ceiling(world.device, matmul_dtype(config.run.precision), shapes, seconds)))
+
+
+def layer_products(config: Config) -> list[ProductShape]:
+    """Return the shape of each product of an input and a weight in a block's forward pass.
+
+    The input has the tokens of a micro-batch as rows, but at most ``MOST_ROWS``.
+    """
+    m, C = min(config.batch.micro_batch_size * config.seq_len, MOST_ROWS), config.model.n_embd
+    return [(m, C, 3 * C), (m, C, C), (m, C, 4 * C), (m, 4 * C, C)]
 
 
 class ThroughputMeter:

@@ -436,9 +436,8 @@ class Trainer:
     def _check_ceiling(self) -> None:
         """Measure ``ceiling_flops`` again, because other programs may have disturbed the earlier measurement."""
         if 0 < self.state.step < self.config.schedule.max_steps:
-            tokens = self.plan.micro_batch_size * self.plan.seq_len
             with self.peak_memory.ignored():
-                self.throughput.raise_ceiling(measure_ceiling(self.world, self.config, tokens))
+                self.throughput.raise_ceiling(measure_ceiling(self.world, self.config))
 
     def save(self) -> None:
         """Save a checkpoint. This call copies the state, and a thread writes the copy.

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import pipeline.distributed.device
 from data_tools.shards.manifest import load_manifest
 from launch import quickstart
 from launch.quickstart import CONFIGS, boxed, choose_precision, choose_settings, fit_steps
 from pipeline.config.loading import dump_config, load_config
 from pipeline.config.schema import Config
+from pipeline.distributed import matmul_ceiling
 from pipeline.run_folder.layout import CONFIG_FILE
 
 
@@ -77,7 +77,7 @@ def test_a_begun_run_keeps_its_settings(config: Config, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("bf16_flops", "expected"), [(1.4e11, "fp32"), (1.6e11, "bf16")])
 def test_bf16_must_be_worthwhile(bf16_flops: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {torch.bfloat16: bf16_flops, torch.float32: 1e11}
-    monkeypatch.setattr(pipeline.distributed.device, "measure_matmul_ceiling", lambda device, dtype: speeds[dtype])
+    monkeypatch.setattr(matmul_ceiling, "measure_matmul_ceiling", lambda device, dtype: speeds[dtype])
     assert choose_precision("cpu") == expected
 
 

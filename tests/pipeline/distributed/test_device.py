@@ -6,13 +6,11 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.distributed import device
 from pipeline.distributed.device import (
     LateValue,
     PeakMemory,
@@ -20,7 +18,6 @@ from pipeline.distributed.device import (
     copy_to,
     describe_fp32_products,
     matmul_dtype,
-    measure_matmul_ceiling,
     peak_memory_bytes,
     synchronize,
 )
@@ -34,45 +31,6 @@ CPU = torch.device("cpu")
 )
 def test_dtype_of_matrix_products(precision: str, dtype: torch.dtype) -> None:
     assert matmul_dtype(precision) is dtype
-
-
-def test_the_ceiling_is_the_speed_of_a_large_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(device._CEILING_SQUARES, "cpu", (512,))
-    ceiling = measure_matmul_ceiling(CPU, torch.float32)
-    a = torch.randn(512, 512)
-    durations_s = []
-    for _ in range(20):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        durations_s.append(time.perf_counter() - start)
-    fastest, slowest = 2 * 512**3 / min(durations_s), 2 * 512**3 / max(durations_s)
-    assert slowest / 10 < ceiling < fastest * 10
-
-
-def test_the_ceiling_is_the_speed_of_the_fastest_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(device._CEILING_SQUARES, "cpu", (2,))
-    slow = measure_matmul_ceiling(CPU, torch.float32, seconds=0.01)
-    assert measure_matmul_ceiling(CPU, torch.float32, [(2, 3, 4), (256, 300, 200)], seconds=0.01) > 10 * slow
-
-
-def test_a_slow_cpu_measures_only_a_small_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = set()
-
-    class SlowProduct:
-        def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-            self.shape = shape
-
-        def measure(self, seconds: float) -> float:
-            measured.add(self.shape)
-            return 1e9
-
-    monkeypatch.setattr(device, "_Product", SlowProduct)
-    assert measure_matmul_ceiling(CPU, torch.float16, [(2048, 384, 1536), (100, 384, 384)]) == 1e9
-    small = (device._SMALL_SQUARE,) * 3
-    assert measured == {small, (100, 384, 384)}
-    measured.clear()
-    assert measure_matmul_ceiling(CPU, torch.float16) == 1e9
-    assert measured == {small}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -146,8 +104,8 @@ def test_the_log_says_how_fp32_is_multiplied_on_a_gpu(monkeypatch: pytest.Monkey
 #: torch reads the options at its first use of the allocator, so each case needs a new process.
 SETTINGS_PROGRAM = """
 import torch
-from pipeline.distributed.device import configure_allocator
-configure_allocator()
+from pipeline.distributed.environment import set_allocator_default
+set_allocator_default()
 print(torch._C._accelerator_getAllocatorSettings())
 """
 
@@ -187,12 +145,6 @@ def test_peak_memory_of_a_gpu_is_the_allocated_memory(gpu: torch.device) -> None
     tensor = torch.empty(1 << 26, dtype=torch.uint8, device=gpu)
     del tensor
     assert peak_memory_bytes(gpu) == before + (1 << 26)
-
-
-@pytest.mark.gpu
-def test_the_ceiling_of_a_gpu_is_higher_in_bf16(gpu: torch.device) -> None:
-    fp32, bf16 = (measure_matmul_ceiling(gpu, dtype, seconds=0.1) for dtype in (torch.float32, torch.bfloat16))
-    assert bf16 > fp32 > 0
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The host whose link is slow is named. ``test_interface.py`` measures a real slow link."""
+"""The host whose link is slow is named. ``test_network_interface.py`` measures a real slow link."""
 
 from __future__ import annotations
 

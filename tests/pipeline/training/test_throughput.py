@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
+from pipeline.config.schema import Config
 from pipeline.training import throughput
-from pipeline.training.throughput import ThroughputMeter
+from pipeline.training.throughput import MOST_ROWS, ThroughputMeter, layer_products
 
 
 class Clock:
@@ -109,3 +112,11 @@ def test_mfu_never_exceeds_one(clock: Clock) -> None:
     assert meter.read()["mfu"] == 1.0
     train(meter, clock, steps=1, step_s=2.0)
     assert meter.read()["mfu"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("micro_batch_size", "rows"), [(1, 100), (10_000, MOST_ROWS)])
+def test_the_measured_products_of_a_block_have_the_elements_of_its_matrices(micro_batch_size: int, rows: int) -> None:
+    config = Config.model_validate({"data": {"seq_len": 100}, "batch": {"micro_batch_size": micro_batch_size}})
+    products = layer_products(config)
+    assert {m for m, _, _ in products} == {rows}
+    assert sum(math.prod(shape) for shape in products) == rows * 12 * config.model.n_embd**2

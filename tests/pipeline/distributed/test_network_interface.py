@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from pipeline.distributed import interface
-from pipeline.distributed.interface import choose_gloo_interface, interface_of, own_address_towards
+from pipeline.distributed import network_interface
+from pipeline.distributed.network_interface import choose_gloo_interface, interface_of, own_address_towards
 from tests.support.hosts import Lab, NamespacesError
 from tests.support.runs import child_environment
 
@@ -45,10 +45,10 @@ def test_the_interface_leads_to_the_other_nodes(
         here.rank = rank
         choose_gloo_interface(store, rank, len(ranks))
 
-    monkeypatch.setattr(interface, "master_address", lambda: ("node0", 29500))
-    monkeypatch.setattr(interface, "own_address_towards", towards)
-    monkeypatch.setattr(interface, "interface_of", INTERFACES.get)
-    monkeypatch.setattr(interface, "set_gloo_interface", set_interface)
+    monkeypatch.setattr(network_interface, "master_address", lambda: ("node0", 29500))
+    monkeypatch.setattr(network_interface, "own_address_towards", towards)
+    monkeypatch.setattr(network_interface, "interface_of", INTERFACES.get)
+    monkeypatch.setattr(network_interface, "set_gloo_interface", set_interface)
     store = HashStore()
     with ThreadPoolExecutor(len(ranks)) as threads:
         list(threads.map(choose, range(len(ranks))))

@@ -1,0 +1,78 @@
+"""Measure the highest speed of matrix products, with which the speed of training is compared (MFU)."""
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.distributed.device import synchronize
+
+#: (m, k, n): the sizes of a product of an (m, k) matrix and a (k, n) matrix.
+ProductShape = tuple[int, int, int]
+
+CEILING_SECONDS = 0.6
+_CEILING_SQUARES = {"cuda": (8192,), "mps": (2048,), "cpu": (1024, 1536, 2048)}
+_CEILING_ROUNDS = 3
+_NOISE_NUMBERS = 65_537  # a prime, so that the rows of a matrix differ
+_SMALL_SQUARE, _SMALL_REPEATS = 256, 8  # under a second on any CPU, for any dtype
+_LONGEST_PRODUCT = 0.2  # the largest share of the measurement's time that one product may take on a CPU
+
+
+def measure_matmul_ceiling(
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Sequence[ProductShape] = (),
+    seconds: float = CEILING_SECONDS,
+) -> float:
+    """Measure the FLOP/s of matrix products on one rank. Return the speed of the fastest shape.
+
+    Args:
+        shapes: additional shapes to measure on a CPU, because the fastest shape differs from CPU to CPU.
+        seconds: about how long the measurement takes.
+    """
+    candidates = [(n, n, n) for n in _CEILING_SQUARES[device.type]]
+    if device.type == "cpu":
+        candidates = _short_products([*candidates, *shapes], dtype, _LONGEST_PRODUCT * seconds)
+    products = [_Product(shape, dtype, device) for shape in dict.fromkeys(candidates)]
+    slice_s = seconds / (_CEILING_ROUNDS * len(products))
+    # The first round warms up. Other programs can make a round slower, so the fastest round counts.
+    return max(product.measure(slice_s) for _ in range(_CEILING_ROUNDS) for product in products)
+
+
+def _short_products(shapes: Sequence[ProductShape], dtype: torch.dtype, longest_s: float) -> list[ProductShape]:
+    """Return the shapes whose product takes at most ``longest_s`` seconds on this CPU.
+
+    If there are none, return one small shape.
+    """
+    small = (_SMALL_SQUARE,) * 3
+    product = _Product(small, dtype, torch.device("cpu"))
+    flops_per_s = max(product.measure(0.0) for _ in range(_SMALL_REPEATS))
+    return [shape for shape in shapes if 2 * math.prod(shape) / flops_per_s <= longest_s] or [small]
+
+
+def _noise(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return a matrix of normally distributed numbers that repeat, because torch draws with one thread on a CPU."""
+    numbers = torch.randn(_NOISE_NUMBERS, device=device)
+    return numbers.repeat(-(-rows * columns // _NOISE_NUMBERS))[: rows * columns].view(rows, columns)
+
+
+class _Product:
+    """A matrix product whose result is always written to the same memory."""
+
+    def __init__(self, shape: ProductShape, dtype: torch.dtype, device: torch.device) -> None:
+        m, k, n = shape
+        self._flops = 2 * m * k * n
+        self._a = _noise(m, k, device).to(dtype)
+        self._b = _noise(k, n, device).to(dtype)
+        self._result = torch.empty(m, n, device=device, dtype=dtype)
+
+    def measure(self, seconds: float) -> float:
+        """Repeat the product for this number of seconds, at least once. Return the FLOP/s."""
+        repeats, elapsed, start = 0, 0.0, time.perf_counter()
+        while repeats == 0 or elapsed < seconds:
+            torch.mm(self._a, self._b, out=self._result)
+            synchronize(self._result.device)
+            repeats, elapsed = repeats + 1, time.perf_counter() - start
+        return repeats * self._flops / elapsed
