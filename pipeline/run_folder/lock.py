@@ -1,4 +1,4 @@
-"""Lock a run folder, so that only one process writes to it at a time."""
+"""Create and lock a run folder, so that only one process writes to it at a time."""
 
 import json
 import os
@@ -11,8 +11,43 @@ import psutil
 
 from data_tools.errors import one_line_write_errors
 from data_tools.storage.locks import LockHeldError, acquire_lock
+from data_tools.storage.new_folders import create_folder, removed_if_unused
 from pipeline.errors import ConfigError
-from pipeline.run_folder.layout import LOCK_FILE
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, LOCK_FILE
+
+
+@contextmanager
+def open_run_folder(folder: Path) -> Iterator[None]:
+    """Return a context manager that creates a run folder and locks it.
+
+    If its ``with`` block raises an error and has written no file, the folders that were created are removed.
+
+    Raises:
+        ConfigError: the folder cannot be created, is not writable, is inside the checkpoints of another run, or
+            another process holds the lock.
+        DataError: the lock file cannot be written.
+    """
+    with removed_if_unused(_create_run_folder(folder)), lock_run_folder(folder):
+        yield
+
+
+def _create_run_folder(folder: Path) -> list[Path]:
+    """Create a run folder. Return the folders that did not exist before."""
+    for parent in (folder.absolute(), folder.absolute().parent):
+        if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).exists():
+            raise ConfigError(
+                f"run.out_dir: {folder} is inside the checkpoints of the run {parent.parent}, which deletes old "
+                f"checkpoints; name another folder, or continue that run with --set run.out_dir={parent.parent}"
+            )
+    try:
+        created = create_folder(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"run.out_dir: cannot make {folder} ({error.strerror}); name a folder that you can write to"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"run.out_dir: {folder} is not writable; name a folder that you can write to")
+    return created
 
 
 @contextmanager

@@ -1,14 +1,12 @@
 """Decide where a run starts: from scratch, or from which checkpoint."""
 
 import logging
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_tools.storage.files import is_remote
-from data_tools.storage.new_folders import create_folder
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.backends import Backend
 from pipeline.checkpoint.hashing import HashFile
@@ -24,7 +22,6 @@ from pipeline.config.schema import MODEL_SIZES, Config, ScheduleConfig
 from pipeline.distributed.environment import launch_id, launcher_restarts
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from pipeline.training.due_evaluation import with_recorded_evaluation
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.initial_weights import compare_sizes
@@ -36,29 +33,6 @@ log = logging.getLogger(__name__)
 _KEYS_OF_A_START = {"checkpoint.resume", "run.working_dir"}
 
 AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other value is a path
-
-
-def make_run_folder(folder: Path) -> list[Path]:
-    """Create a run folder. Return the folders that did not exist before.
-
-    Raises:
-        ConfigError: the folder cannot be created, is not writable, or belongs to the checkpoints of another run.
-    """
-    for parent in (folder.absolute(), folder.absolute().parent):
-        if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).exists():
-            raise ConfigError(
-                f"run.out_dir: {folder} is inside the checkpoints of the run {parent.parent}, which deletes old "
-                f"checkpoints; name another folder, or continue that run with --set run.out_dir={parent.parent}"
-            )
-    try:
-        created = create_folder(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"run.out_dir: cannot make {folder} ({error.strerror}); name a folder that you can write to"
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"run.out_dir: {folder} is not writable; name a folder that you can write to")
-    return created
 
 
 def choose_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_of_file) -> Path | None:

@@ -17,7 +17,7 @@ import pytest
 from data_tools.errors import DataError
 from pipeline.errors import ConfigError
 from pipeline.run_folder.layout import LOCK_FILE
-from pipeline.run_folder.lock import lock_run_folder
+from pipeline.run_folder.lock import lock_run_folder, open_run_folder
 from tests.support.runs import child_environment
 
 HOLD = """
@@ -170,3 +170,29 @@ def test_many_contenders_hold_it_one_at_a_time(tmp_path: Path) -> None:
         process.communicate(timeout=90)
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_is_created(tmp_path: Path) -> None:
+    for _ in range(2):
+        with open_run_folder(tmp_path / "new" / "run"):
+            assert (tmp_path / "new" / "run" / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/step_00000010"])
+def test_the_checkpoints_of_another_run_are_refused(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with (
+        pytest.raises(ConfigError, match=f"is inside the checkpoints of the run {tmp_path}"),
+        open_run_folder(tmp_path / inside),
+    ):
+        pass
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_folder_that_cannot_be_created_is_a_one_line_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError) as caught, open_run_folder(place):
+            pass
+        assert str(caught.value).startswith(f"run.out_dir: cannot make {place} (")
+        assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.gpt2 import build_model
-from pipeline.training.resuming import choose_start, describe_changes, describe_started_decay, make_run_folder
-from pipeline.training.run import open_run_folder
+from pipeline.run_folder.lock import open_run_folder
+from pipeline.training.resuming import choose_start, describe_changes, describe_started_decay
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
 
@@ -449,27 +448,6 @@ class TestRunFolder:
     def test_a_refused_start_leaves_no_folder(self, tmp_path: Path, existing: str) -> None:
         (tmp_path / existing).mkdir(exist_ok=True)
         config = config_of(tmp_path / "runs" / "new" / "run", resume=tmp_path / "none")
-        with pytest.raises(CheckpointError, match="none"), ExitStack() as resources:
-            open_run_folder(config, resources)
+        with pytest.raises(CheckpointError, match="none"), open_run_folder(Path(config.run.out_dir)):
             choose_start(config, DATA)
         assert [path.name for path in tmp_path.rglob("*")] == ([existing] if existing else [])
-
-    def test_it_is_created(self, tmp_path: Path) -> None:
-        for _ in range(2):
-            make_run_folder(tmp_path / "new" / "run")
-        assert (tmp_path / "new" / "run").is_dir()
-
-    @pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/step_00000010"])
-    def test_the_checkpoints_of_another_run_are_refused(self, tmp_path: Path, inside: str) -> None:
-        (tmp_path / "config.json").write_text("{}")
-        with pytest.raises(ConfigError, match=f"is inside the checkpoints of the run {tmp_path}"):
-            make_run_folder(tmp_path / inside)
-        assert not (tmp_path / "checkpoints").exists()
-
-    def test_a_folder_that_cannot_be_created_is_a_one_line_error(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("x")
-        for place in (tmp_path / "file", tmp_path / "file" / "run"):
-            with pytest.raises(ConfigError) as caught:
-                make_run_folder(place)
-            assert str(caught.value).startswith(f"run.out_dir: cannot make {place} (")
-            assert "\n" not in str(caught.value)

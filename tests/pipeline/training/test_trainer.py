@@ -33,8 +33,8 @@ from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.metrics import SAMPLE_KEY, read_metrics
 from pipeline.training import measurement
 from pipeline.training.resuming import load_start, why_complete
-from pipeline.training.run import log_masks
 from pipeline.training.schedule import lr_at
+from pipeline.training.summary import log_masks
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
 from tests.pipeline.conftest import END_OF_TEXT, random_tokens, tiny_config, write_shards

@@ -1,0 +1,134 @@
+"""Log the settings of a run at its start, and its results at its end."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from data_tools.shards.reader import TokenStream
+from data_tools.shards.validation_split import describe_small_validation
+from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.data.loader import scored_targets
+from pipeline.distributed.device import describe_fp32_products
+from pipeline.model.gpt2 import parameter_count
+from pipeline.run_folder.layout import LOG_FILE
+from pipeline.run_folder.metrics import describe_speed, format_duration, read_metrics
+from pipeline.training.resuming import describe_changes, describe_started_decay
+from pipeline.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -> None:
+    """Log what the run will do.
+
+    Args:
+        attention_kernel: torch's name for the kernel.
+        start: the checkpoint from which the run continues, or None.
+    """
+    config, backend, device = trainer.config, trainer.backend, trainer.world.device
+    dtypes = ", ".join(f"{what} {str(dtype).removeprefix('torch.')}" for what, dtype in backend.dtypes().items())
+    log.info("run       %s -> %s", config.run.name, config.run.out_dir)
+    log.info("model     %s, %s parameters", config.model, f"{parameter_count(config.model):,}")
+    _log_data(trainer)
+    if trainer.world.is_main:
+        log_masks(trainer)
+    log.info("batch     %s", trainer.plan)
+    log.info("backend   %s on %s, world size %d", backend.describe(), device.type, trainer.world.size)
+    remark = describe_fp32_products(config.run.precision, device)
+    log.info("precision %s: %s%s", config.run.precision, dtypes, remark)
+    log.info("attention %s", attention_kernel)
+    log.info("ceiling   %.3g FLOP/s in matrix products, measured (MFU 100%%)", trainer.throughput.ceiling_flops)
+    log.info("start     %s", _describe_start(start, trainer.origin))
+    for change in describe_changes(start, config) if start else ():
+        log.info("changed   %s", change)
+    if start and (warning := describe_started_decay(start, config)):
+        log.warning(warning)
+
+
+def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
+    if start:
+        return f"continues {start}"
+    if origin is None:
+        return "from scratch"
+    step = "" if origin["step"] is None else f" (step {origin['step']} there)"
+    return f"step 0 with the weights of {origin['path']}{step}; moments of zero"
+
+
+def log_results(trainer: Trainer) -> None:
+    """Log the results of a run that has ended."""
+    state, results, folder = trainer.state, trainer.results, trainer.run_folder
+    log.info(
+        "done      %s steps, %s tokens in %s",
+        f"{state.step:,}",
+        f"{state.tokens:,}",
+        format_duration(trainer.record.elapsed_s()),
+    )
+    names = {"loss": "in training", "validation_loss": "in validation"}
+    if losses := [f"{results[key]:.4f} {name}" for key, name in names.items() if key in results]:
+        log.info("loss      %s", ", ".join(losses))
+    if trainer.world.is_main and (speed := describe_speed(read_metrics(folder))):
+        log.info("speed     %s", speed)
+    if skipped := state.step - state.updates:
+        log.warning("skipped   %d steps, because their gradient norm was not finite", skipped)
+    if failed := trainer.record.failed_saves:
+        log.warning("failed    %d saves of a checkpoint", failed)
+    if checkpoints := list_checkpoints(folder):
+        log.info("saved     %s", checkpoints[-1])
+    log.info("log       %s", folder / LOG_FILE)
+
+
+def log_masks(trainer: Trainer) -> None:
+    """Log the percentage of scored targets for each split that has a loss mask.
+
+    If a split contains samples without a scored target, log a warning.
+    """
+    seq_len = trainer.config.seq_len
+    for dataset, order in zip(trainer.loader.datasets, trainer.loader.orders, strict=True):
+        for stream, windows in ((dataset.train, order.n), (dataset.validation, None)):
+            if stream is None or not stream.has_mask:
+                continue
+            counts = scored_targets(stream, seq_len)[:windows]
+            split = f"{dataset.path}, {stream.split}"
+            share = int(counts.sum()) / min(len(counts) * seq_len, stream.tokens - 1)
+            log.info("mask      %s: %.2f%% of the targets are scored", split, 100 * share)
+            if empty := int((counts == 0).sum()):
+                log.warning(
+                    "%s: %d of %d samples of %d tokens have no scored target, so nothing is learned or measured there; "
+                    "if prompts are longer than data.seq_len, raise it or shorten them",
+                    split,
+                    empty,
+                    len(counts),
+                    seq_len,
+                )
+
+
+def _log_data(trainer: Trainer) -> None:
+    loader, max_steps = trainer.loader, trainer.config.schedule.max_steps
+    counts = loader.mixture.counts(max_steps * trainer.plan.samples_per_step)
+    for dataset, order, share, count in zip(loader.datasets, loader.orders, loader.mixture.shares, counts, strict=True):
+        log.info(
+            "data      %s: %s tokens, %s samples%s, %.3g epochs in %d steps%s",
+            dataset.path,
+            f"{dataset.train.tokens:,}",
+            f"{order.n:,}",
+            f", {float(share):.2%} of the mixture" if len(loader.datasets) > 1 else "",
+            count / order.n,
+            max_steps,
+            ", with loss mask" if dataset.train.has_mask else "",
+        )
+        if dataset.validation:
+            _log_validation(dataset.path, dataset.validation, trainer)
+
+
+def _log_validation(path: str, validation: TokenStream, trainer: Trainer) -> None:
+    windows = -(-(validation.tokens - 1) // trainer.plan.seq_len)
+    measured = (trainer.config.evaluation.max_batches or windows) * trainer.plan.micro_batch_size
+    log.info(
+        "          validation: %s tokens, %s windows of %d, %s of them per evaluation",
+        f"{validation.tokens:,}",
+        f"{windows:,}",
+        trainer.plan.seq_len,
+        f"{min(windows, measured):,}",
+    )
+    if warning := describe_small_validation(validation.manifest):
+        log.warning("%s: %s", path, warning)
