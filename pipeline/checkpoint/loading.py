@@ -12,7 +12,7 @@ from torch import Tensor
 from data_tools.tokenizer import GPT2_VOCAB_SIZE
 from pipeline.backends import Backend, Fragment
 from pipeline.checkpoint.layout import STATE_FILE, read_manifest, tensor_file
-from pipeline.checkpoint.pieces import GROUPS, Piece, PieceIndex, index_pieces, open_tensors
+from pipeline.checkpoint.pieces import GROUPS, Piece, PieceIndex, index_pieces, manifest_of_weights, open_tensors
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
@@ -128,7 +128,7 @@ def pieces_of_weights(folder: Path, shapes: dict[str, list[int]], weights: str) 
     Raises:
         CheckpointError: the checkpoint is damaged, belongs to another model, or lacks the requested moving average.
     """
-    index = index_for_model(folder, shapes)
+    index = index_pieces(folder, manifest_of_weights(read_manifest_of_model(folder, shapes), weights))
     kind = KINDS_OF_WEIGHTS[weights]
     if kind not in index or index[kind].keys() != index[WEIGHT].keys():
         raise CheckpointError(
@@ -143,17 +143,6 @@ def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
     parameter = torch.empty(shape)
     copy_overlap(parameter.view(-1), 0, pieces)
     return parameter
-
-
-def index_for_model(folder: Path, shapes: dict[str, list[int]]) -> PieceIndex:
-    """Check that a checkpoint fits a model, and return the index of the checkpoint's pieces.
-
-    A piece is a stored range of a parameter's flattened elements. ``shapes`` has the shapes of the model's parameters.
-
-    Raises:
-        CheckpointError: the checkpoint belongs to another model, or a file is damaged.
-    """
-    return index_pieces(folder, read_manifest_of_model(folder, shapes))
 
 
 def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
@@ -226,17 +215,17 @@ class LoadedModel:
 
 
 def load_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
-    """Load a model in fp32 from a checkpoint folder, or from the newest undamaged checkpoint of a run folder.
+    """Load a model in fp32 from a checkpoint folder, or from a run folder's newest checkpoint with undamaged weights.
 
     Args:
         path: the folder, or its URL.
         weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: there is no undamaged checkpoint, or the checkpoint lacks the requested moving average.
+        CheckpointError: there is no checkpoint with undamaged weights, or it lacks the requested moving average.
         ConfigError: the config in the checkpoint is not valid.
     """
-    folder = locate_weights_of(path)
+    folder = locate_weights_of(path, weights)
     state, stored = read_state(folder)
     config = config_from_json(stored, origin=str(folder / STATE_FILE))
     model = allocate_model(config.model, device)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from data_tools.storage.content import describe_content
 from pipeline.checkpoint.layout import parse_tensor_file
 from pipeline.errors import CheckpointError
-from pipeline.model.parameter_state import WEIGHT
+from pipeline.model.parameter_state import KINDS_OF_WEIGHTS, WEIGHT
 
 #: Each rank writes one file per group. ``moments`` contains the optimizer's state.
 WEIGHTS, MOMENTS = GROUPS = ("weights", "moments")
@@ -62,6 +62,23 @@ def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> 
     """
     label = name if elements is None else f"{name}[{elements[0]}:{elements[1]}]"
     return label if kind == WEIGHT else f"{kind}/{label}"
+
+
+def manifest_of_weights(manifest: dict[str, Any], weights: str) -> dict[str, Any]:
+    """Return a manifest without the files that a reader of the weights does not need.
+
+    Args:
+        weights: ``training`` for the trained weights. For ``ema``, their moving average, the manifest does not change,
+            because the optimizer's files contain the average.
+    """
+    if group_of(KINDS_OF_WEIGHTS[weights]) == MOMENTS:
+        return manifest
+    moments = {name for name in manifest["files"] if (found := parse_tensor_file(name)) and found[1] == MOMENTS}
+    return {
+        **manifest,
+        "optimizer_state": {name: [] for name in manifest["optimizer_state"]},
+        "files": {name: entry for name, entry in manifest["files"].items() if name not in moments},
+    }
 
 
 @contextmanager

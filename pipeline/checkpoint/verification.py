@@ -22,7 +22,7 @@ from pipeline.checkpoint.layout import (
     read_manifest,
     size_of_folder,
 )
-from pipeline.checkpoint.pieces import index_pieces, open_tensors
+from pipeline.checkpoint.pieces import index_pieces, manifest_of_weights, open_tensors
 from pipeline.checkpoint.state import read_state_file
 from pipeline.errors import CheckpointError
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
-def find_damage(folder: Path, hash_file: HashFile = sha256_of_file) -> str | None:
+def find_damage(folder: Path, hash_file: HashFile = sha256_of_file, weights: str | None = None) -> str | None:
     """Return a description of the first problem of a checkpoint, or None if the checkpoint is good.
 
     The checks, in this order:
@@ -41,9 +41,14 @@ def find_damage(folder: Path, hash_file: HashFile = sha256_of_file) -> str | Non
     - ``state.json``;
     - the headers of the tensor files;
     - whether all tensors are finite.
+
+    Args:
+        weights: ``training`` or ``ema`` to check only the files that a reader of these weights needs.
     """
     try:
         manifest = read_manifest(folder)
+        if weights is not None:
+            manifest = manifest_of_weights(manifest, weights)
         files = manifest["files"].items()
         if problem := _find_first(lambda item: _find_file_damage(folder / item[0], item[1], hash_file), files):
             return problem
@@ -94,30 +99,35 @@ def _find_file_damage(path: Path, entry: dict[str, Any], hash_file: HashFile) ->
     return None
 
 
-def newest_good_checkpoint(run_folder: Path, hash_file: HashFile = sha256_of_file) -> Path | None:
+def newest_good_checkpoint(
+    run_folder: Path, hash_file: HashFile = sha256_of_file, weights: str | None = None
+) -> Path | None:
     """Return the newest undamaged checkpoint (see ``find_damage``), or None.
 
     Log each damaged checkpoint that is newer than the result.
     """
     for folder in reversed(list_checkpoints(run_folder)):
-        problem = find_damage(folder, hash_file)
+        problem = find_damage(folder, hash_file, weights)
         if problem is None:
             return folder
         log.warning("skipping a damaged checkpoint: %s", problem)
     return None
 
 
-def locate_checkpoint(path: Path, hash_file: HashFile = sha256_of_file) -> Path:
+def locate_checkpoint(path: Path, hash_file: HashFile = sha256_of_file, weights: str | None = None) -> Path:
     """Return ``path`` if it is an undamaged checkpoint. For a run folder, return its newest undamaged checkpoint.
+
+    Args:
+        weights: ``training`` or ``ema`` to check only the files that a reader of these weights needs.
 
     Raises:
         CheckpointError: ``path`` is a damaged checkpoint, or contains no undamaged checkpoint.
     """
     if (path / MANIFEST_FILE).is_file():
-        if problem := find_damage(path, hash_file):
+        if problem := find_damage(path, hash_file, weights):
             raise CheckpointError(f"{problem}; give another checkpoint, or the run folder for its newest good one")
         return path
-    folder = newest_good_checkpoint(path, hash_file)
+    folder = newest_good_checkpoint(path, hash_file, weights)
     if folder is None:
         raise no_checkpoint_error(path)
     return folder

@@ -15,15 +15,13 @@ from pipeline.checkpoint.download import REQUESTS, allocate, blocks_of, download
 from pipeline.checkpoint.layout import (
     FORMAT_VERSION,
     MANIFEST_FILE,
-    STATE_FILE,
     checkpoint_folder,
     format_size,
     list_checkpoints,
     no_checkpoint_error,
-    parse_tensor_file,
     read_json_object,
 )
-from pipeline.checkpoint.pieces import WEIGHTS
+from pipeline.checkpoint.pieces import manifest_of_weights
 from pipeline.checkpoint.remote_run import RemoteCheckpoint
 from pipeline.checkpoint.remote_search import find_checkpoints
 from pipeline.checkpoint.retention import delete_checkpoint
@@ -37,40 +35,46 @@ log = logging.getLogger(__name__)
 _LOCK_FILE = "copy.lock"
 
 
-def locate_weights_of(place: Path | str) -> Path:
-    """Return a folder on this machine with an undamaged checkpoint, for commands that only read the weights.
+def locate_weights_of(place: Path | str, weights: str = "training") -> Path:
+    """Return a checkpoint folder on this machine with undamaged weights, for commands that only read the weights.
+
+    The optimizer's files are not read, unless they contain the requested weights.
 
     If ``place`` is a URL and this machine has no copy of the weights, the weights are downloaded. Only the newest copy
     per URL is kept.
 
     Args:
         place: the path or URL of a checkpoint folder or a run folder.
+        weights: ``training`` for the trained weights, or ``ema`` for their moving average.
 
     Raises:
-        CheckpointError: there is no undamaged checkpoint.
+        CheckpointError: there is no checkpoint with undamaged weights.
         DataError: the server refuses or does not answer.
     """
     if not is_remote(str(place)):
-        return locate_checkpoint(Path(place))
+        return locate_checkpoint(Path(place), weights=weights)
     for checkpoint in find_checkpoints(str(place)):
         run_folder = cache_folder() / "runs" / hashlib.sha256(checkpoint.run.url.encode()).hexdigest()[:16]
         run_folder.mkdir(parents=True, exist_ok=True)
         with waiting_for_lock(run_folder / _LOCK_FILE):
-            folder = _copy(checkpoint, run_folder)
-        if problem := find_damage(folder):
+            folder, problem = _copy(checkpoint, run_folder)
+        if problem:
             log.warning("skipping a damaged checkpoint: %s", problem.replace(str(folder), str(checkpoint)))
         else:
             return folder
     raise no_checkpoint_error(place)
 
 
-def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> Path:
-    """If the run folder has no undamaged copy of the weights, copy them and delete all other copies."""
+def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> tuple[Path, str | None]:
+    """If the run folder has no undamaged copy of the weights, copy them and delete all other copies.
+
+    Returns the folder of the copy, and a description of its damage or None.
+    """
     folder = checkpoint_folder(run_folder, checkpoint.step)
     manifest = _without_optimizer(checkpoint.manifest)
     has_copy = (folder / MANIFEST_FILE).is_file() and read_json_object(folder / MANIFEST_FILE) == manifest
     if has_copy and find_damage(folder) is None:
-        return folder
+        return folder, None
     for other in list_checkpoints(run_folder):
         delete_checkpoint(other)
     started, files = time.perf_counter(), manifest["files"]
@@ -82,7 +86,7 @@ def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> Path:
     if (metrics := checkpoint.run.read_metrics()) is not None:
         write_bytes_durably(run_folder / METRICS_FILE, metrics)
     log.info("copied %s to %s: %s in %.2f s", checkpoint, folder, format_size(size), time.perf_counter() - started)
-    return folder
+    return folder, find_damage(folder)
 
 
 def _without_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -91,15 +95,5 @@ def _without_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
     If there is a moving average of the weights, keep all files, because the average is in the optimizer's files.
     """
     has_average = any(EMA in kinds for kinds in manifest["optimizer_state"].values())
-    content = {
-        "format_version": FORMAT_VERSION,
-        "parameters": manifest["parameters"],
-        "optimizer_state": {name: kinds if has_average else [] for name, kinds in manifest["optimizer_state"].items()},
-        "files": {name: entry for name, entry in manifest["files"].items() if has_average or _is_needed(name)},
-    }
+    content = {**manifest_of_weights(manifest, "ema" if has_average else "training"), "format_version": FORMAT_VERSION}
     return {**content, "sha256": sha256_of_json(content)}
-
-
-def _is_needed(name: str) -> bool:
-    rank_and_group = parse_tensor_file(name)
-    return name == STATE_FILE or (rank_and_group is not None and rank_and_group[1] == WEIGHTS)

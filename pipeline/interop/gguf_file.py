@@ -68,7 +68,7 @@ def export_gguf(checkpoint: Path | str, out: Path, dtype: str, weights: str = "t
     if out.exists():
         raise CheckpointError(f"--out: {out} already exists; name a new file, such as model.gguf")
     require_writable(out.parent, "--out")
-    source = locate_weights_of(checkpoint)
+    source = locate_weights_of(checkpoint, weights)
     _, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))
     if config.model.vocab_size != GPT2_VOCAB_SIZE:

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from data_tools.storage.files import is_remote
 from pipeline.checkpoint.layout import STATE_FILE, is_checkpoint, list_checkpoints
-from pipeline.checkpoint.loading import copy_overlap, index_for_model
+from pipeline.checkpoint.loading import copy_overlap, pieces_of_weights
 from pipeline.checkpoint.state import read_state
-from pipeline.checkpoint.verification import locate_checkpoint
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import ModelConfig
@@ -18,7 +17,6 @@ from pipeline.errors import CheckpointError
 from pipeline.interop.foreign import ForeignModel, model_shapes
 from pipeline.interop.hugging_face.importing import has_model, read_folder
 from pipeline.interop.nanogpt import read_nanogpt_model
-from pipeline.model.parameter_state import WEIGHT
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,11 @@ class WeightSource:
 def locate_weights(place: Path | str) -> Path:
     """Return the path to pass to ``open_weights``.
 
-    For a run folder, this is the path of the newest undamaged checkpoint. For a URL, it is the path of a local copy.
+    For a run folder, this is the path of the newest checkpoint with undamaged weights. For a URL, it is the path of a
+    local copy.
 
     Raises:
-        CheckpointError: the path contains no weights, or the checkpoint is damaged.
+        CheckpointError: the path contains no weights, or the weights are damaged.
     """
     if is_remote(str(place)):
         return locate_weights_of(place)
@@ -50,7 +49,7 @@ def locate_weights(place: Path | str) -> Path:
             f"{path}: no such file or folder; expected a run folder, a checkpoint, a Hugging Face folder, or a file of "
             "nanoGPT (import a model on the hub with gpt2-pipeline export --from-hf first)"
         )
-    return locate_checkpoint(path)
+    return locate_weights_of(path)
 
 
 def open_weights(path: Path) -> WeightSource:
@@ -66,7 +65,7 @@ def open_weights(path: Path) -> WeightSource:
         return _from_foreign_model(path, read_folder(path))
     state, stored = read_state(path)
     config = config_from_json(stored, origin=str(path / STATE_FILE)).model
-    pieces = index_for_model(path, model_shapes(config))[WEIGHT]
+    pieces = pieces_of_weights(path, model_shapes(config), "training")
 
     def copy_elements(name: str, start: int, target: Tensor) -> None:
         copy_overlap(target, start, pieces[name])

@@ -56,7 +56,7 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out: {out} already exists and is not an empty folder; name another one")
     require_writable(out, "--out")
-    source = locate_weights_of(checkpoint)
+    source = locate_weights_of(checkpoint, weights)
     state, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))
     files = {

@@ -13,7 +13,7 @@ from pipeline.checkpoint.layout import read_manifest
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.verification import find_damage, locate_checkpoint, newest_good_checkpoint
 from pipeline.errors import CheckpointError
-from tests.pipeline.checkpoint.conftest import FILES, MANIFEST, STATE, WEIGHTS, Save, edit_manifest
+from tests.pipeline.checkpoint.conftest import FILES, MANIFEST, MOMENTS, STATE, WEIGHTS, Save, edit_manifest
 
 
 def truncate(path: Path) -> None:
@@ -67,10 +67,13 @@ def test_damage_is_found_and_the_older_one_is_used(
     HARMS[harm](newer / file)
     problem = find_damage(newer)
     assert problem is not None and str(newer / file) in problem and "\n" not in problem
+    assert find_damage(newer, weights="ema") == problem
+    assert find_damage(newer, weights="training") == (None if file == MOMENTS else problem)
     with caplog.at_level(logging.WARNING):
         assert newest_good_checkpoint(tmp_path) == older
     assert str(newer) in caplog.text
     assert locate_checkpoint(tmp_path) == older
+    assert locate_checkpoint(tmp_path, weights="training") == (newer if file == MOMENTS else older)
     with pytest.raises(CheckpointError) as caught:
         locate_checkpoint(newer)
     assert str(newer) in str(caught.value) and "\n" not in str(caught.value)
