@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from benchmarks.transformers_model import transformers_model
-from data_tools.tokenizer import GPT2_VOCAB_SIZE
+from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig, SampleConfig
 from pipeline.generation.generate import Decoder, generate_batch
 from pipeline.generation.writer import DTYPES

@@ -29,7 +29,7 @@ from benchmarks.memory import status_bytes
 from data_tools.shards.manifest import TRAIN_SPLIT, TokenizerRecord
 from data_tools.shards.reader import TokenStream, open_split
 from data_tools.shards.writer import ShardWriter
-from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
+from data_tools.vocabulary import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.backends import create_backend
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from data_tools.tokenizer import GPT2_VOCAB_SIZE
+from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.distributed.cpu import keep_freed_memory
 from pipeline.model.output_layer import OutputLayer
 from tests.support.tables import print_header, print_row

@@ -21,13 +21,7 @@ from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
 from data_tools.arrays import TokenArray
 from data_tools.errors import DataError
-
-TOKENIZER_NAME = "gpt2"
-GPT2_VOCAB_SIZE = 50257
-END_OF_TEXT = 50256
-
-#: The SHA-256 of ``Tokenizer.rank_file``. OpenAI publishes this file as ``r50k_base.tiktoken``.
-VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+from data_tools.vocabulary import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME
 
 # The SHA-256 of the file that OpenAI publishes. tiktoken also checks this hash.
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"

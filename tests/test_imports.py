@@ -19,6 +19,7 @@ OPEN_TO_PIPELINE = (
     "data_tools.options",
     "data_tools.shards",
     "data_tools.tokenizer",
+    "data_tools.vocabulary",
     "data_tools.storage",
     "data_tools.errors",
 )
@@ -30,13 +31,14 @@ ROOMS: dict[str, str] = {
     "data_tools.layout": "",
     "data_tools.options": "",
     "data_tools.threads": "",
+    "data_tools.vocabulary": "",
     "data_tools.storage": "errors",
-    "data_tools.tokenizer": "errors arrays",
-    "data_tools.shards": "errors arrays threads storage tokenizer",
-    "data_tools.encoding": "errors arrays tokenizer",
+    "data_tools.tokenizer": "errors arrays vocabulary",
+    "data_tools.shards": "errors arrays threads storage vocabulary tokenizer",
+    "data_tools.encoding": "errors arrays vocabulary tokenizer",
     "data_tools.sources": "errors layout options storage encoding",
     "data_tools.corpus": "errors arrays options threads storage shards encoding sources",
-    "data_tools.formats": "errors arrays options threads storage tokenizer shards",
+    "data_tools.formats": "errors arrays options threads storage vocabulary tokenizer shards",
     "pipeline.errors": "",
     "pipeline.seeds": "",
     "pipeline.config": "errors",
@@ -141,6 +143,11 @@ def test_stage_1_starts_without_torch() -> None:
 def test_what_runs_before_torch_is_imported_does_not_import_it() -> None:
     for start in ("pipeline.config.loading", "pipeline.checkpoint.hashing", "launch.run", "launch.shards"):
         assert not [name for name in reached_from(start, with_packages=True) if is_within(name, "torch")], start
+
+
+def test_a_config_is_read_without_numpy() -> None:
+    """This import would double the time of ``--help``."""
+    assert "numpy" not in reached_from("pipeline.config.loading", with_packages=True)
 
 
 def test_pipeline_imports_only_open_rooms_of_stage_1() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 
 from data_tools.arrays import MaskArray, TokenArray
 from data_tools.encoding.encoders import Encoder
-from data_tools.tokenizer import END_OF_TEXT, to_utf8
+from data_tools.tokenizer import to_utf8
+from data_tools.vocabulary import END_OF_TEXT
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from data_tools.arrays import CountArray, TokenArray
 from data_tools.errors import DataError
 from data_tools.formats.collection import Concatenated, Tokens, map_file, require_tokens
 from data_tools.shards.contents import require_in_vocabulary
-from data_tools.tokenizer import END_OF_TEXT
+from data_tools.vocabulary import END_OF_TEXT
 
 MEGATRON = "megatron"
 INDEX_SUFFIX = ".idx"

@@ -12,7 +12,8 @@ from data_tools.arrays import TokenArray, as_arrow
 from data_tools.errors import DataError
 from data_tools.shards.manifest import TokenizerRecord
 from data_tools.threads import Advance, no_progress
-from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME, VOCABULARY_SHA256, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT, GPT2_VOCAB_SIZE, TOKENIZER_NAME, VOCABULARY_SHA256
 
 _SCAN_TOKENS = 1 << 18  # the tokens that are counted together, few enough to fit into the processor's cache
 

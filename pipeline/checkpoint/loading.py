@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_tools.tokenizer import GPT2_VOCAB_SIZE
+from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.backends import Backend, Fragment
 from pipeline.checkpoint.layout import STATE_FILE, read_manifest, tensor_file
 from pipeline.checkpoint.pieces import GROUPS, Piece, PieceIndex, index_pieces, manifest_of_weights, open_tensors

@@ -26,7 +26,7 @@ from pydantic import (
 
 from data_tools.options import BadRows, Deduplication, ShardFormat, SourceKind
 from data_tools.storage.files import is_remote
-from data_tools.tokenizer import GPT2_VOCAB_SIZE
+from data_tools.vocabulary import GPT2_VOCAB_SIZE
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonEmptyText = Annotated[str, Field(min_length=1)]

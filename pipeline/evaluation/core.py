@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.errors import ConfigError
 from pipeline.evaluation.core_bundle import TASKS_FILE, BundleTask, read_bundle
 from pipeline.evaluation.examples import Settings

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from data_tools.errors import DataError, one_line_read_errors
-from data_tools.tokenizer import END_OF_TEXT, Tokenizer
+from data_tools.tokenizer import Tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.results import CORE
 from pipeline.evaluation.scoring import Score

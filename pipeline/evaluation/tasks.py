@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import cast, get_args
 
 from data_tools.errors import DataError
-from data_tools.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig, TaskName
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError

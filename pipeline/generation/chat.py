@@ -12,7 +12,7 @@ from data_tools.layout import (
     heading_of_role,
     instruction_prompt,
 )
-from data_tools.tokenizer import END_OF_TEXT
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
 from pipeline.generation.options import Template
 from pipeline.generation.writer import ENDS, Writer

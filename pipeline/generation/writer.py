@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.backends import Backend
 from pipeline.checkpoint.loading import load_text_model
 from pipeline.config.schema import Config, SampleConfig

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_tools.tokenizer import GPT2_VOCAB_SIZE
+from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig
 from pipeline.interop.foreign import model_shapes, read_padded
 from pipeline.model.gpt2 import GPT2, MLP, gelu

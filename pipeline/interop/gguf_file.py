@@ -23,7 +23,7 @@ from torch import Tensor
 from data_tools.errors import one_line_write_errors
 from data_tools.storage.atomic import fsync_file, partial_path, publish
 from data_tools.storage.files import require_writable
-from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
+from data_tools.vocabulary import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.layout import STATE_FILE
 from pipeline.checkpoint.loading import pieces_of_weights, read_parameter

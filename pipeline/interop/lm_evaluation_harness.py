@@ -15,7 +15,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from data_tools.errors import PROJECT, DataError
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.checkpoint.loading import load_text_model
 from pipeline.config.schema import Device, Precision, SampleConfig
 from pipeline.distributed.cpu import configure_cpu

@@ -21,7 +21,8 @@ from data_tools.encoding.documents import Document, fingerprint_of, utf8_of
 from data_tools.shards.manifest import load_manifest
 from data_tools.shards.reader import open_split
 from data_tools.sources import Source
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from tests.support.runs import PYTHON_PATH, REPOSITORY
 
 COMMAND = REPOSITORY / "launch" / "tokenize_corpus.py"

@@ -17,15 +17,8 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from data_tools import tokenizer as module
 from data_tools.errors import DataError
-from data_tools.tokenizer import (
-    END_OF_TEXT,
-    GPT2_VOCAB_SIZE,
-    VOCABULARY_SHA256,
-    Tokenizer,
-    cut_long_spaces,
-    load_tokenizer,
-    replace_lone_surrogates,
-)
+from data_tools.tokenizer import Tokenizer, cut_long_spaces, load_tokenizer, replace_lone_surrogates
+from data_tools.vocabulary import END_OF_TEXT, GPT2_VOCAB_SIZE, VOCABULARY_SHA256
 from tests.data_tools.conftest import varied_documents
 
 PATHOLOGICAL = [

@@ -17,7 +17,8 @@ import launch.shards
 from launch.cli import run_command
 from data_tools.shards.manifest import load_manifest
 from data_tools.shards.reader import open_split
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from tests.support.runs import REPOSITORY, TINY_RUN, Sections, child_environment, curve_of, merged
 from tests.support.token_files import write_llmc, write_megatron, write_ours
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from data_tools.errors import one_line_write_errors
 from data_tools.storage.atomic import atomic_folder, partial_path
 from data_tools.storage.files import require_writable
-from data_tools.tokenizer import GPT2_VOCAB_SIZE
+from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.checkpoint.layout import STATE_FILE
 from pipeline.checkpoint.loading import pieces_of_weights, read_parameter
 from pipeline.checkpoint.state import read_state

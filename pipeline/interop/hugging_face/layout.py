@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from data_tools.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
+from data_tools.vocabulary import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.foreign import TRANSFORMER_PREFIX, model_shapes, preset_of

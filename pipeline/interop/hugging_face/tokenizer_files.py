@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError
-from data_tools.tokenizer import END_OF_TEXT, byte_of_printable, load_tokenizer
+from data_tools.tokenizer import byte_of_printable, load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.checkpoint.layout import read_json_object
 from pipeline.errors import CheckpointError
 

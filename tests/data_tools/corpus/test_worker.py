@@ -23,7 +23,7 @@ from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
 from data_tools.encoding.encoders import GigatokenEncoder, load_encoder
 from data_tools.errors import DataError
 from data_tools.shards.contents import Contents
-from data_tools.tokenizer import END_OF_TEXT
+from data_tools.vocabulary import END_OF_TEXT
 from tests.data_tools.conftest import (
     contents,
     drawn_for,

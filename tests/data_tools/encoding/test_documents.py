@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_tools.encoding.documents import Dialogue, Document, encode_document, fingerprint_of, utf8_of
 from data_tools.encoding.encoders import load_encoder
-from data_tools.tokenizer import END_OF_TEXT
+from data_tools.vocabulary import END_OF_TEXT
 
 TEXTS = st.text(st.characters(codec=None), max_size=5)
 DIALOGUES = st.lists(st.tuples(TEXTS, st.booleans()), max_size=4).map(lambda segments: Dialogue(tuple(segments)))

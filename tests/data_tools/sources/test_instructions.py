@@ -16,7 +16,8 @@ from data_tools.shards.reader import open_split
 from data_tools.shards.verification import verify
 from data_tools.sources import SourceRequest, open_source
 from data_tools.sources.instructions import dialogue_of
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from tests.data_tools.conftest import read_documents
 
 RECORDS: list[dict[str, Any]] = [

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from data_tools.errors import DataError
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.errors import ConfigError
 from pipeline.evaluation.core import CORE, prepare_core
 from pipeline.evaluation.examples import Settings

@@ -10,7 +10,8 @@ import pytest
 
 from data_tools.encoding.documents import encode_document
 from data_tools.sources.instructions import dialogue_of
-from data_tools.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from data_tools.tokenizer import Tokenizer, load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
 from pipeline.generation.chat import Chat
 from pipeline.generation.options import Template

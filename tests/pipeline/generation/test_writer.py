@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from data_tools.tokenizer import GPT2_VOCAB_SIZE, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import dump_config

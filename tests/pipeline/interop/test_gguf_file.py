@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from data_tools.errors import DataError
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
 from pipeline.errors import CheckpointError
 from pipeline.generation.writer import load_writer

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.protocols import encode_pair
 from pipeline.interop.hugging_face.exporting import export_checkpoint

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from data_tools.errors import DataError
-from data_tools.tokenizer import END_OF_TEXT, load_tokenizer
+from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
 from pipeline.errors import CheckpointError
 from pipeline.generation.generate import Decoder, generate_batch
