@@ -119,7 +119,7 @@ def damage_run(folder: Path, stream: random.Random) -> str:
             manifest.pop("sha256", None)
             for name, entry in manifest["files"].items():
                 file = checkpoint / name
-                entry |= {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
+                entry |= {"bytes": file.stat().st_size, "sha256": sha256_of_file(file), "finite": False}
             path.write_text(json.dumps({**manifest, "sha256": sha256_of_json(manifest)}))
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return done

@@ -6,7 +6,7 @@ The safetensors library needs all tensors in memory.
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_tools.storage.atomic import fsync_file
 from data_tools.storage.sha256 import sha256_of_file
+from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.errors import CheckpointError
 
 _HEADER_ALIGNMENT = 8
@@ -46,24 +47,30 @@ def write_tensors(
     If all tensors have one dtype, the file has the same bytes as a file from the safetensors library.
 
     Returns:
-        The size and the SHA-256 of the file, as in a checkpoint's manifest.
+        The size and the SHA-256 of the file, and whether all numbers are finite, as in a checkpoint's manifest.
 
     Raises:
         CheckpointError: the file differs from the bytes that were written.
         OSError: the file cannot be written.
     """
-    digest = hashlib.sha256()
+    tensors = dict(sorted(tensors.items()))
+    header = _header(tensors, metadata)
+    digest, is_finite = hashlib.sha256(header), True
     with path.open("wb") as file:
-        for content in _file_contents(dict(sorted(tensors.items())), metadata):
+        file.write(header)
+        for tensor in tensors.values():
+            elements = tensor.read().to(tensor.dtype).flatten()
+            is_finite = is_finite and describe_not_finite(elements) is None
+            content = elements.view(torch.uint8).numpy().data
             digest.update(content)
             file.write(content)
     fsync_file(path)
     if sha256_of_file(path) != digest.hexdigest():
         raise CheckpointError(f"{path.name}: was not written correctly")
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest(), "finite": is_finite}
 
 
-def _file_contents(tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None) -> Iterator[bytes | memoryview]:
+def _header(tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None) -> bytes:
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for key, tensor in tensors.items():
@@ -71,6 +78,4 @@ def _file_contents(tensors: dict[str, StreamedTensor], metadata: dict[str, str] 
         entries[key] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _HEADER_ALIGNMENT)
-    yield struct.pack("<Q", len(header)) + header
-    for tensor in tensors.values():
-        yield tensor.read().to(tensor.dtype).flatten().view(torch.uint8).numpy().data
+    return struct.pack("<Q", len(header)) + header

@@ -40,7 +40,7 @@ def find_damage(folder: Path, hash_file: HashFile = sha256_of_file, weights: str
     - the size and the hash of every file;
     - ``state.json``;
     - the headers of the tensor files;
-    - whether all tensors are finite.
+    - whether all tensors are finite, unless the manifest says so.
 
     Args:
         weights: ``training`` or ``ema`` to check only the files that a reader of these weights needs.
@@ -54,7 +54,8 @@ def find_damage(folder: Path, hash_file: HashFile = sha256_of_file, weights: str
             return problem
         read_state_file(folder)
         index_pieces(folder, manifest)
-        return _find_first(_find_not_finite, (folder / name for name in manifest["files"] if parse_tensor_file(name)))
+        unknown = [name for name, entry in files if parse_tensor_file(name) and entry.get("finite") is not True]
+        return _find_first(_find_not_finite, (folder / name for name in unknown))
     except CheckpointError as error:
         return str(error)
 

@@ -402,7 +402,7 @@ CHECKPOINT_CASES = [
         f"damaged/{STEP}/rank_00000_weights.safetensors: contents changed",
         "give another checkpoint",
     ),
-    command("score_a_short_one", f"evaluate.py --checkpoint short/{STEP}", "moments.safetensors: 9 bytes", "expected "),
+    command("score_a_short_one", f"evaluate.py --checkpoint short/{STEP}", "weights.safetensors: 9 bytes", "expected "),
     command(
         "score_an_incomplete_one", f"generate.py --checkpoint lost/{STEP}", "state.json: missing", "another checkpoint"
     ),
@@ -552,7 +552,7 @@ def _make_runs(folder: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    os.truncate(folder / "short" / STEP / "rank_00000_moments.safetensors", 9)
+    os.truncate(folder / "short" / STEP / "rank_00000_weights.safetensors", 9)
     (folder / "lost" / STEP / "state.json").unlink()
 
 

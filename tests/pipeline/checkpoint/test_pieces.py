@@ -283,18 +283,18 @@ class TestTensors:
     def test_a_wrong_tensor_is_rejected(self, folder: Path, world: World, what: str) -> None:
         file, change, message = WRONG_TENSORS[what]
         edit_tensors(folder, file, change)
-        assert_rejected(folder, world, folder / file, message)
+        assert_rejected(folder, world, folder / file, message, weights_too=file != MOMENTS)
 
     @pytest.mark.parametrize("what", list(MISSING_TENSORS))
     def test_missing_elements_are_rejected(self, folder: Path, world: World, what: str) -> None:
         file, change, message = MISSING_TENSORS[what]
         edit_tensors(folder, file, change)
-        assert_rejected(folder, world, folder, message)
+        assert_rejected(folder, world, folder, message, weights_too=file != MOMENTS)
 
     @pytest.mark.parametrize("file", [WEIGHTS, MOMENTS])
     def test_a_file_that_is_not_named_is_missing(self, folder: Path, world: World, file: str) -> None:
         edit_manifest(folder, lambda manifest: manifest["files"].pop(file))
-        assert_rejected(folder, world, folder, "elements of .* are missing")
+        assert_rejected(folder, world, folder, "elements of .* are missing", weights_too=file != MOMENTS)
 
     def test_the_same_elements_from_two_ranks_are_rejected(self, folder: Path, world: World) -> None:
         second = folder / tensor_file(1, "weights")
