@@ -44,14 +44,18 @@ def start_hashing(paths: Sequence[Path]) -> subprocess.Popen[str]:
 
 
 def _print_hashes(paths: Sequence[Path]) -> None:
-    """Print the SHA-256 of each file. Leave one core to the process that needs the hashes, and end if it dies."""
+    """Print the SHA-256 of each file. End if the process that needs the hashes dies.
+
+    All cores are used, but the lower priority leaves a whole core to the other process as long as it does not wait.
+    """
     parent = os.getppid()
+    os.nice(3)
 
     def end_without_parent(done_bytes: int) -> None:
         if os.getppid() != parent:
             sys.exit("the process that needs the hashes has ended")
 
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) - 1))) as threads:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for sha256 in threads.map(sha256_of_file, paths, repeat(end_without_parent)):
             print(sha256, flush=True)
 

@@ -36,5 +36,6 @@ def test_the_second_process_ends_when_the_first_one_has_died(tmp_path: Path, mon
     (tmp_path / "file").write_text("text")
     parents = iter([100, 1])
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "nice", lambda increment: increment)
     with pytest.raises(SystemExit, match="has ended"):
         sha256._print_hashes([tmp_path / "file"])
