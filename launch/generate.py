@@ -49,7 +49,7 @@ def main() -> None:
 
     start_logging()
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # PowerShell writes a byte order mark
     given = {key: getattr(arguments, key) for key in (*SAMPLING_OPTIONS, "stop")}
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
         together = 1 if arguments.chat else len(arguments.prompt or [None])

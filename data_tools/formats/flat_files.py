@@ -19,6 +19,8 @@ NPY_SUFFIX = ".npy"
 NANOGPT_NAMES = ("train.bin", "val.bin")
 # nanoGPT writes this pickle into a folder of data with another vocabulary. This project never opens the pickle.
 _OWN_VOCABULARY = "meta.pkl"
+_HEAD_TOKENS = 1024
+_FEWEST_TOKENS = 16  # fewer tokens say too little about their dtype
 
 
 class _MappedTokens:
@@ -47,7 +49,7 @@ def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
     document. This function does not change the order of the tokens.
 
     Raises:
-        DataError: the tokens are not of GPT-2's vocabulary, or the number of bytes is odd.
+        DataError: the tokens are not of GPT-2's vocabulary, are 32 bits wide, or the number of bytes is odd.
     """
     own_vocabulary = path.parent / _OWN_VOCABULARY
     if own_vocabulary.exists():
@@ -59,6 +61,12 @@ def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
     if content.size % 2:
         raise DataError(f"{path} is not a whole file of uint16 tokens: it has an odd number of bytes, {content.size}")
     tokens = np.frombuffer(content, dtype="<u2") if content.size else np.empty(0, dtype=np.uint16)
+    head = tokens[:_HEAD_TOKENS]
+    if head.size >= _FEWEST_TOKENS and head[::2].any() and not head[1::2].any():
+        raise DataError(
+            f"{path} holds 32-bit tokens, because every second uint16 is 0; nanoGPT's files hold uint16: "
+            "write the tokens again as np.uint16"
+        )
     return _MappedTokens(path, tokens, vocab_size)
 
 

@@ -54,6 +54,8 @@ class HuggingFaceSource:
                 f"--source hf takes a dataset's name or folder, and {inputs[0]} is a file; --source jsonl, parquet or "
                 "text reads files"
             )
+        if inputs[0] in _ENDINGS and not os.path.isdir(inputs[0]):
+            raise DataError(f"--source hf: {inputs[0]} is neither a folder here nor a dataset on the hub")
         self._dataset = inputs[0]
         self._text_field = text_field
         self._config = dataset_config
@@ -144,7 +146,9 @@ class HuggingFaceSource:
         # This logger warns that a README.md has no metadata, which are not needed.
         logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
         if not self._is_saved():
-            return datasets.load_dataset(self._dataset, self._config, split=self._split, streaming=True)
+            # The library takes a name such as ``csv`` for a builder, which reads the working directory.
+            name = os.path.abspath(self._dataset) if os.path.isdir(self._dataset) else self._dataset
+            return datasets.load_dataset(name, self._config, split=self._split, streaming=True)
         saved = datasets.load_from_disk(self._dataset)
         if not isinstance(saved, datasets.DatasetDict):
             if self._split not in (_DEFAULT_SPLIT, str(saved.split)):

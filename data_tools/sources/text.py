@@ -74,10 +74,14 @@ class TextSource(FileSource):
 
 
 def _decode_text(content: bytes, path: str, offset: int) -> str:
-    """Decode a document. Raise BadRowError if it is not UTF-8, or if the file is a tar archive or in UTF-16."""
+    """Decode a document without a byte order mark.
+
+    Raise BadRowError if the document is not UTF-8, or if the file is a tar archive or in UTF-16.
+    """
     if offset == 0 and content and (found := describe_decoded(content)):
         raise BadRowError(f"{path} {found}")
-    return decode_utf8(content, path, offset)
+    text = decode_utf8(content, path, offset)
+    return text if offset else text.removeprefix("\ufeff")
 
 
 def _first_beginning(piece: Slice, separator: bytes) -> int:

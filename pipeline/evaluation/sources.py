@@ -96,8 +96,8 @@ def as_json(value: object) -> str:
 def read_file(path: Path, *, by_line: bool = False) -> Rows:
     """Read the rows of a file.
 
-    A ``.jsonl`` or ``.json`` file contains one object per line, or one array of objects. A ``.parquet`` file contains a
-    table. Any other file is UTF-8 text, and becomes one row with the column ``text``.
+    A ``.jsonl``, ``.ndjson`` or ``.json`` file contains one object per line, or one array of objects. A ``.parquet``
+    file contains a table. Any other file is UTF-8 text, and becomes one row with the column ``text``.
 
     Args:
         by_line: whether each line of a text file becomes a row. If True, empty lines and white space at the end of
@@ -111,15 +111,16 @@ def read_file(path: Path, *, by_line: bool = False) -> Rows:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; expected a .jsonl, .parquet or text file") from error
-    if path.suffix in (".gz", ".zst"):
+    suffix = path.suffix.lower()
+    if suffix in (".gz", ".zst"):
         raise DataError(f"{path} is compressed; decompress it, because files of examples are read as they are")
-    if path.suffix in (".jsonl", ".json"):
+    if suffix in (".jsonl", ".ndjson", ".json"):
         rows = _parse_lines(content, path)
-    elif path.suffix == ".parquet":
+    elif suffix == ".parquet":
         rows = _parse_parquet(content, path)
     else:
         try:
-            text = content.decode("utf-8")
+            text = content.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             reason = describe_content(path, "html") or f"is not UTF-8 text: {error.reason} at byte {error.start}"
             raise DataError(f"{path} {reason}") from error
@@ -132,7 +133,7 @@ def read_file(path: Path, *, by_line: bool = False) -> Rows:
 
 
 def _lines_of(text: str) -> list[Row]:
-    lines = (line.rstrip() for line in text.removeprefix("\ufeff").split("\n"))
+    lines = (line.rstrip() for line in text.split("\n"))
     return [{"text": line} for line in lines if line]
 
 

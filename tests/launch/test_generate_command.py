@@ -146,8 +146,8 @@ def test_interactive_completes_one_prompt_after_the_other(command: Command) -> N
 
 def test_piped_prompts_are_utf8(command: Command) -> None:
     """Also where the terminal's encoding is another one. A line of other bytes is one line of an error."""
-    for encoding in ("ascii", "utf-8"):
-        piped = io.TextIOWrapper(io.BytesIO("Grüße\n".encode()), encoding=encoding)
+    for encoding, mark in (("ascii", ""), ("utf-8", "\ufeff")):
+        piped = io.TextIOWrapper(io.BytesIO(f"{mark}Grüße\n".encode()), encoding=encoding)
         assert command(*GREEDY, "--interactive", stdin=piped) == command(*GREEDY, "--prompt", "Grüße")
     broken = io.TextIOWrapper(io.BytesIO(b"Gr\xfc\xdfe\n"), encoding="utf-8", errors="surrogateescape")
     error = command(*GREEDY, "--chat", stdin=broken, status=2)

@@ -102,6 +102,12 @@ DAMAGE: list[tuple[str, str, Damage, str]] = [
     ),
     ("nanogpt", "id", put("train.bin", 4, "<H", 50257), r"train\.bin holds token 50257, the vocabulary ends at 50256"),
     ("nanogpt", "id_of_val", put("val.bin", 2, "<H", 65535), r"val\.bin holds token 65535, the vocabulary ends"),
+    (
+        "nanogpt",
+        "wider",
+        edit("val.bin", lambda content: np.arange(20, dtype="<u4").tobytes()),
+        r"val\.bin holds 32-bit tokens.*write the tokens again as np\.uint16",
+    ),
     ("nanogpt", "folder", replace_by_folder("train.bin"), r"cannot read \S*train\.bin: Is a directory"),
     ("nanogpt", "empty_folder", empty, "no file ends in"),
     ("nanogpt", "empty", edit("train.bin", lambda content: b""), r"train\.bin has no tokens \(0 bytes\)"),

@@ -70,10 +70,12 @@ def test_files_of_a_folder_that_are_skipped_are_counted(tmp_path: Path, source: 
 
 
 def test_a_file_is_a_document_byte_for_byte(tmp_path: Path) -> None:
-    texts = ["a\r\nb\rc\n", "\ufeffwith a mark", "", "no newline at the end"]
+    texts = ["a\r\nb\rc\n", "", "no newline at the end", "\ufeffwith a \ufeffmark"]
     for index, text in enumerate(texts):
         (tmp_path / f"{index}.txt").write_bytes(text.encode())
-    assert documents("text", tmp_path) == texts
+    assert documents("text", tmp_path) == [*texts[:3], "with a \ufeffmark"]
+    separated = documents("text", tmp_path / "3.txt", document_separator=" ")
+    assert separated == ["with", "a", "\ufeffmark"], "only the mark at the beginning of a file is left out"
 
 
 def test_folders_are_read_in_sorted_order_without_hidden_files(tmp_path: Path) -> None:
@@ -424,11 +426,13 @@ def test_a_local_folder_of_data_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hub_offline")
-def test_a_local_folder_of_parquet(tmp_path: Path) -> None:
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    pq.write_table(pa.table({"body": DOCUMENTS}), folder / "train.parquet")
-    assert documents("hf", folder, text_field="body") == DOCUMENTS
+def test_a_local_folder_of_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, texts in (("parquet", DOCUMENTS), ("other", ["another dataset"])):
+        Path(folder).mkdir()
+        pq.write_table(pa.table({"body": texts}), f"{folder}/train.parquet")
+    assert documents("hf", "parquet", text_field="body") == DOCUMENTS, "the name of a builder means the folder"
+    assert "csv is neither a folder here nor a dataset on the hub" in refusal("hf", "csv")
 
 
 def test_a_dataset_saved_to_disk(tmp_path: Path) -> None:

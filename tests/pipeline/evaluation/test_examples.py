@@ -27,8 +27,9 @@ def prompts(name: str, path: Path, model: ModelConfig, tokenizer: Tokenizer, **s
 
 def test_rows_may_be_an_array(tmp_path: Path) -> None:
     rows = [{"query": "x", "choices": ["a", "b"], "gold": 0}, {"query": "y", "choices": ["a", "b"], "gold": 1}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
-    assert read_file(tmp_path / "rows.json").rows == rows
+    for name in ("rows.json", "rows.ndjson", "ROWS.JSONL"):
+        (tmp_path / name).write_text(json.dumps(rows, indent=1))
+        assert read_file(tmp_path / name).rows == rows
     (tmp_path / "rows.jsonl.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(DataError, match=r"rows\.jsonl\.gz is compressed; decompress it"):
         read_file(tmp_path / "rows.jsonl.gz")
