@@ -36,7 +36,8 @@ class ParquetSource(FileSource):
         with _open_parquet(piece.path) as file:
             row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
             for batch in file.iter_batches(_BATCH_ROWS, groups, columns=[self._text_field], use_threads=False):
-                yield from _texts_of(batch.column(0), f"{piece.path}: row", row, self._text_field, on_bad_row)
+                values = batch.column(self._text_field)  # for a.b, the batch also has a column a with a field b
+                yield from _texts_of(values, f"{piece.path}: row", row, self._text_field, on_bad_row)
                 row += batch.num_rows
 
     def _row_group_bytes(self, path: str) -> list[int]:

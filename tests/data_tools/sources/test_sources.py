@@ -350,9 +350,10 @@ def test_a_damaged_compressed_file_is_named(
 )
 def test_parquet_by_record_batch(tmp_path: Path, kind: pa.DataType) -> None:
     texts = [f"{index} {DOCUMENTS[index % 30]}" for index in range(2000)]
-    table = pa.table({"id": range(2000), "text": pa.array(texts).cast(kind)})
+    nested = pa.array([{"text": "the field of another column"}] * 2000)
+    table = pa.table({"page": nested, "page.text": pa.array(texts).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=700)
-    assert documents("parquet", tmp_path) == texts
+    assert documents("parquet", tmp_path, text_field="page.text") == texts
 
 
 @given(
