@@ -6,6 +6,7 @@ than their computation. A CUDA graph starts all of them at once.
 
 import logging
 from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class ReplayedStep:
         self._record: Recorder | None = record
         self._recordings: dict[tuple[int, int], _Recording] = {}  # by the number of rows and of slots
 
+    @property
+    def has_failed(self) -> bool:
+        """Return whether a recording has failed."""
+        return self._record is None
+
     def __call__(self, tokens: Tensor, slots: Tensor, seen: int) -> Tensor:
         """Return the logits. The next call overwrites them."""
         rows = min(next_power_of_2(len(tokens)), self._cache.rows)
@@ -67,7 +73,9 @@ class _Recording:
 
 
 class CudaGraphRecorder:
-    """Records functions as CUDA graphs, which share their memory. It must be called in inference mode.
+    """Records functions as CUDA graphs. Graphs that exist at the same time share their memory.
+
+    It must be called in inference mode.
 
     Args:
         device: the GPU.
@@ -75,9 +83,11 @@ class CudaGraphRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        if not self._graphs:  # torch can refuse a pool after the last graph in it was deleted
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):  # also restores the stream if the capture fails
@@ -86,6 +96,7 @@ class CudaGraphRecorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 output = function()
         torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._graphs.add(graph)
 
         def replay() -> Tensor:
             graph.replay()

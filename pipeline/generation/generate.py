@@ -121,6 +121,8 @@ class Decoder:
         capacity = min(next_power_of_2(longest), self.model.config.context_length)
         if self._cache is not None and rows <= self._cache.rows and capacity <= self._cache.capacity:
             return
+        if isinstance(self._step, ReplayedStep) and self._step.has_failed:
+            self.recorder = None
         self._cache = self._step = None  # frees their memory
         # On a CPU, torch's attention of single tokens is several times slower in bf16 than in fp32.
         dtype = torch.float32 if self.device.type == "cpu" else self.model.wte.weight.dtype

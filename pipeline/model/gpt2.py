@@ -178,7 +178,8 @@ class GPT2(nn.Module):
         if self.config.reset_positions_at is not None:
             starts = cache.text_starts(len(tokens))
             starts.copy_(torch.where(tokens == self.config.reset_positions_at, slots, starts))
-            positions = slots - starts
+            # A row of the cache that no text uses can have an old start after its slot.
+            positions = (slots - starts).clamp(min=0)
         x = self.hidden_states(tokens, positions, cache.attend_to_slots(slots, seen))  # (B, 1, C)
         return self.lm_head(x[:, 0], method="logits")
 

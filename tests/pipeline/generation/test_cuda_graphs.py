@@ -21,7 +21,7 @@ from pipeline.generation.generate import Decoder
 from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import VOCAB_SIZE, randomised_model, tiny_model_config
 
-TEXTS = [[5], [3, 1, 88, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8]]
+TEXTS = [[5], [3, 1, 88, 1, 5], [2, 7, 1, 8, 2, 8, 1, 8], [4, 88, 4, 88, 1]]
 
 
 class Operations(TorchDispatchMode):
@@ -54,30 +54,33 @@ def record_operations(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def logits_of_texts(model: GPT2, recorder: Recorder | None, rows: int = 3) -> list[Tensor]:
-    """Return the logits of each token of ``TEXTS``, which grow beyond the context, and of which one ends early."""
+def logits_of_texts(model: GPT2, recorder: Recorder | None, rows: int = 4) -> list[Tensor]:
+    """Return the logits of each token of ``TEXTS``, which grow beyond the context, and of which two end early."""
     decoder = Decoder(model)
     decoder.recorder = recorder
     logits = []
-    for _ in range(2):  # the second batch of texts uses the recordings of the first one
-        decoder.start(rows, 40)
+    for cached_rows in (rows, rows, rows + 1):  # only the last batch of texts needs a new cache and new recordings
+        decoder.start(cached_rows, 40)
         texts = [list(text) for text in TEXTS[:rows]]
         for step in range(25):
             logits.append(decoder.next_token_logits(texts))
             for text in texts:
                 text.append((step * 31 + len(text)) % VOCAB_SIZE)
-            if step == 3 and rows > 1:
-                decoder.keep([0, 2])
-                del texts[1]
+            if rows > 1 and (kept := {0: [0, 2, 1], 3: [1, 0]}.get(step)):
+                decoder.keep(kept)
+                texts = [texts[row] for row in kept]
     return logits
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("reset_positions_at", [None, 88])
 def test_replays_compute_what_the_step_computes(
     monkeypatch: pytest.MonkeyPatch, rows: int, reset_positions_at: int | None
 ) -> None:
-    """Rows have different lengths, one of them ends, windows move, and attention reads 4, 8 and 12 slots."""
+    """Rows have different lengths, two of them end, windows move, and attention reads 4, 8 and 12 slots.
+
+    With three texts, a row of the recording for four rows is unused.
+    """
     monkeypatch.setattr(cuda_graphs, "LEAST_SLOTS", 4)
     model = randomised_model(tiny_model_config(reset_positions_at=reset_positions_at)).eval()
     recordings = 0
@@ -89,7 +92,7 @@ def test_replays_compute_what_the_step_computes(
 
     found, expected = logits_of_texts(model, record, rows), logits_of_texts(model, None, rows)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
-    assert recordings == 3, "each number of slots, or of rows and slots, is recorded once"
+    assert recordings == 6, "each number of slots, or of rows and slots, is recorded once per cache"
 
 
 def test_if_the_capture_fails_generation_continues(caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +108,7 @@ def test_if_the_capture_fails_generation_continues(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reset_positions_at", [None, 88])
 def test_cuda_graphs_compute_what_the_step_computes(
