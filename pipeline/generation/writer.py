@@ -18,6 +18,7 @@ from pipeline.checkpoint.loading import load_text_model
 from pipeline.config.schema import Config, SampleConfig
 from pipeline.distributed.world import World
 from pipeline.generation.generate import Decoder, draw, generate_batch
+from pipeline.model.attention import kernels_for_any_length
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.seeds import derive_seed
@@ -202,7 +203,9 @@ def complete_while_training(
         before_token()
         world.progress.pass_mark()
         window = torch.tensor([[*text, *new][-config.model.context_length :]], device=world.device)
-        new.append(draw(backend(window, method="logits")[0, -1].float().cpu(), sample, generator))
+        with kernels_for_any_length():
+            logits = backend(window, method="logits")[0, -1]
+        new.append(draw(logits.float().cpu(), sample, generator))
     completion = TextStream(tokenizer.token_bytes, sample.stop)
     pieces = [completion.feed(token) for token in takewhile(lambda token: token != END_OF_TEXT, new)]
     return "".join([sample.prompt, *pieces, completion.finish()])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
@@ -123,6 +124,7 @@ def test_stopped() -> None:
 
 
 def test_a_completion_while_training_ends_before_a_stop_text(tmp_path: Path, world: World) -> None:
+    """The kernel of cuDNN, which training uses, would need time for each new length."""
     config = tiny_config(
         tmp_path, model={"vocab_size": GPT2_VOCAB_SIZE}, sample={"prompt": PROMPT, "max_new_tokens": 5}
     )
@@ -134,5 +136,8 @@ def test_a_completion_while_training_ends_before_a_stop_text(tmp_path: Path, wor
         stopped = config.model_copy(update={"sample": config.sample.model_copy(update={"stop": [stop]})})
         assert complete_while_training(backend, stopped, world) == PROMPT + new[: new.index(stop)]
         tokens: list[None] = []
-        complete_while_training(backend, config, world, lambda: tokens.append(None))
-        assert len(tokens) == 5
+        used: list[bool] = []
+        hook = backend.model.register_forward_pre_hook(lambda *_: used.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        with hook, sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
+            complete_while_training(backend, config, world, lambda: tokens.append(None))
+        assert len(tokens) == 5 and used == [False] * 5
