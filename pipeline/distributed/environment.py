@@ -175,8 +175,12 @@ def set_allocator_default() -> None:
 
     Call this function before the first allocation on a GPU. In segments that cannot grow, freed blocks are often too
     small for the next tensor.
+
+    Under WSL 2, this function does nothing, because some drivers cannot allocate such segments there
+    (https://github.com/pytorch/pytorch/issues/192330).
     """
-    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+    is_wsl = "microsoft" in os.uname().release.lower()
+    if not is_wsl and not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
         os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 

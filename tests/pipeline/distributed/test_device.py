@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pipeline.distributed import environment
 from pipeline.distributed.device import (
     LateValue,
     PeakMemory,
@@ -21,6 +23,7 @@ from pipeline.distributed.device import (
     peak_memory_bytes,
     synchronize,
 )
+from pipeline.distributed.environment import set_allocator_default
 
 CPU = torch.device("cpu")
 
@@ -120,11 +123,32 @@ print(torch._C._accelerator_getAllocatorSettings())
     ],
 )
 def test_gpu_memory_expands_unless_the_user_has_set_an_option(variables: dict[str, str], settings: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | variables
+    own = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | variables
     result = subprocess.run(
-        [sys.executable, "-c", SETTINGS_PROGRAM], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", SETTINGS_PROGRAM], capture_output=True, text=True, check=True, env=own
     )
     assert result.stdout.strip() == settings
+
+
+def test_gpu_memory_does_not_expand_under_wsl(monkeypatch: pytest.MonkeyPatch) -> None:
+    wsl = SimpleNamespace(environ={}, uname=lambda: SimpleNamespace(release="5.15.167.4-microsoft-standard-WSL2"))
+    monkeypatch.setattr(environment, "os", wsl)
+    set_allocator_default()
+    assert not wsl.environ
+
+
+@pytest.mark.gpu
+def test_gpu_memory_expands() -> None:
+    program = """
+import torch
+from pipeline.distributed.environment import set_allocator_default
+assert torch.cuda.is_available()  # as in a run, this comes first
+set_allocator_default()
+memory = torch.ones(1, device="cuda")
+assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+"""
+    own = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    subprocess.run([sys.executable, "-c", program], check=True, env=own)
 
 
 @pytest.mark.gpu
