@@ -14,6 +14,7 @@ _MASTER_ADDR, _MASTER_PORT = "MASTER_ADDR", "MASTER_PORT"
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 _GLOO_CONNECTS_LATE = "TORCH_GLOO_LAZY_INIT"
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch still reads the older, second name
+_VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _OPENBLAS_THREADS = "OPENBLAS_NUM_THREADS"
 _OPENMP_WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MASTER_ADDR, _MASTER_PORT)
@@ -113,6 +114,11 @@ def requested_threads() -> int | None:
     text = os.environ.get("OMP_NUM_THREADS", "")
     is_torchrun_default = text == "1" and launch_id() is not None and launched_world_size() > 1
     return int(text) if text.isdecimal() and int(text) > 0 and not is_torchrun_default else None
+
+
+def visible_gpus() -> str | None:
+    """Return the numbers of the GPUs that this process can use (``CUDA_VISIBLE_DEVICES``), or None for all GPUs."""
+    return os.environ.get(_VISIBLE_GPUS)
 
 
 def wants_colours() -> bool:

@@ -16,6 +16,10 @@ from pipeline.errors import Interrupted, LostRankError, MainRankError
 
 #: Errors of the operating system that a user can correct, even if the error does not name a file.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_LESS_MEMORY = (
+    "To use less memory, lower batch.micro_batch_size (in evaluation: --batch-size), or set run.loss_in_blocks or "
+    "model.activation_checkpointing to true. This does not change the loss curve."
+)
 _LONG_WORD = re.compile(r"\S{500,}")
 #: The other ranks wait this long before they print an error. If rank 0 has failed, the launcher ends them in this time.
 _OTHER_RANKS_WAIT_S = 2.0
@@ -93,6 +97,8 @@ def _describe(error: BaseException) -> tuple[int, str]:
         what = f"{error.strerror}: {error.filename2 or error.filename or 'the output or a temporary file'}"
         return UserError.exit_status, _one_line("error: ", what)
     text = "".join(traceback.format_exception(error)).rstrip()
+    if type(error).__name__ == "OutOfMemoryError":  # this module does not import torch
+        text += f"\n{_LESS_MEMORY}"
     if launched_world_size() > 1:
         text = f"[rank {launched_rank()} on {socket.gethostname()}] {text}"
     return 1, text

@@ -23,6 +23,7 @@ from pipeline.distributed.environment import (
     let_gloo_connect_late,
     set_allocator_default,
     set_launcher_variables,
+    visible_gpus,
 )
 from pipeline.distributed.network_interface import choose_gloo_interface
 from pipeline.distributed.progress import Progress
@@ -182,9 +183,11 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     if wanted != "cuda":
         return torch.device(wanted)
     if local_rank >= torch.cuda.device_count():
+        visible = visible_gpus()
+        limit = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}, which must name every rank's GPU"
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-            "start at most that many processes per node"
+            f"local rank {local_rank} has no GPU: this process sees {torch.cuda.device_count()}{limit}; "
+            "start at most one process per GPU"
         )
     return torch.device("cuda", local_rank)
 

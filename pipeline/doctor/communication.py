@@ -90,6 +90,7 @@ def check_ranks() -> Finding:
         _stop(process)
         says = f"on {device} they did not connect within {RANKS_TIMEOUT_S} s"
         cure = "check the firewall; on one machine: export GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo"
+        cure += "; or copies between the GPUs hang: export NCCL_P2P_DISABLE=1" if device == "cuda" else ""
         return Finding("two ranks", "problem", says, cure)
     if process.returncode:
         reason = next((line for line in stderr.splitlines() if "Error" in line), f"status {process.returncode}")

@@ -28,7 +28,8 @@ def test_the_exception_of_one_rank_is_printed_and_passed_on(
     result = train_run("ddp", tmp_path / "run", sections, processes=2, script=STUCK_TRAIN)
     assert result.returncode in (1, LostRankError.exit_status)
     assert "[rank 1 on " in result.stderr
-    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in result.stderr
+    message = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\nTo use less memory, lower batch.micro"
+    assert message in result.stderr
     assert re.search(
         r"^error: lost rank 1 \(.*\), which failed: OutOfMemoryError: CUDA out of memory", result.stderr, re.MULTILINE
     )

@@ -77,9 +77,11 @@ def test_a_missing_device_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_rank_without_a_gpu_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="local rank 2 has no GPU: this machine has 2"), join_world(RunConfig()):
+    message = "local rank 2 has no GPU: this process sees 2 with CUDA_VISIBLE_DEVICES=0,1, which must name .* GPU;"
+    with pytest.raises(ConfigError, match=message), join_world(RunConfig()):
         pass
 
 
