@@ -31,6 +31,7 @@ from tests.support.runs import PYTHON_PATH, REPOSITORY
 
 PAGE_FILE = "page.md"
 MACHINE = "machine"
+MEMORY_OF_A_STEP_GIB = 4  # a step measures products of 8192 x 8192 fp32 numbers, and libraries also need memory
 IDENTITY = ("device_type", "device", "devices", "torch")  # results of machines with other values are not mixed
 
 
@@ -88,9 +89,10 @@ def chosen_stages(stages: Sequence[Stage], names: Sequence[str] | None) -> list[
     ]
 
 
-def workers_for(cores: int) -> int:
+def workers_for(machine: Figures) -> int:
     """Return how many steps run at the same time. Steps that measure time or memory always run alone."""
-    return 2 if cores < 8 else min(8, cores // 2)
+    by_cores, by_memory = machine["cores"] // 2, int(machine["memory_gib"] // MEMORY_OF_A_STEP_GIB)
+    return max(1, min(8, max(2, by_cores), by_memory))
 
 
 def _exit_on_signal(number: int, _: FrameType | None) -> None:
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> str | int:
     check = Check(folder, machine, tuple(arguments.peer_command))
     record.on_change = lambda record: write_text(folder / PAGE_FILE, render(check, record, command))
     record.on_change(record)
-    runner.workers = workers_for(machine["cores"])
+    runner.workers = workers_for(machine)
     stages = check.stages()
     try:
         runner.run(chosen_stages(stages, arguments.only))

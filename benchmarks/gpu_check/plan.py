@@ -91,8 +91,9 @@ class Check:
         return max(ranks for ranks in (2, 4, 8) if ranks <= self.processes)
 
     def stages(self) -> list[Stage]:
-        curves = [self.curve(*case) for case in product(BACKENDS, PRECISIONS, (False,))]
-        compiled = [self.curve(*case) for case in product(BACKENDS, PRECISIONS, (True,))]
+        # The exact comparison, and what runs use by default.
+        first = [*product(BACKENDS, ("fp32",), (False,)), *product(BACKENDS, ("amp_bf16", "bf16"), (True,))]
+        others = [case for case in product(BACKENDS, PRECISIONS, (False, True)) if case not in first]
         resumed = [self.resumed(*case) for case in product(("ddp", "fsdp", "zero1"), (False, True))]
         moved = [self.moved(backend) for backend in ("ddp", "fsdp", "zero2")]
         offload = [self.curve(backend, "fp32", False) for backend in OFFLOAD]
@@ -100,13 +101,12 @@ class Check:
         stages = [
             Stage("a", [self.data()], alone=False),
             Stage("a", [self.reference(), self.doctor(), *self.gpu_tests()], alone=False),
-            Stage("b", [*curves, self.inference(), *moved], alone=False),
-            Stage("c", [self.ceilings("first"), *map(self.speed, ("ddp", "transformers-loop"))], alone=True),
-            Stage("b", [*resumed, *compiled, *offload], alone=False),
-            Stage("c", [self.profile("ddp"), *map(self.speed, ("fsdp", "zero1", "transformers-trainer"))], alone=True),
-            Stage("c", [*map(self.speed, VARIANTS), self.generation()], alone=True),
-            Stage("c", [self.peer(command) for command in self.peer_commands], alone=True),
+            Stage("b", [*self.curves(first), self.inference(), *moved], alone=False),
+            Stage("c", [self.ceilings("first"), self.speed("ddp"), self.generation(), self.speed("fsdp")], alone=True),
             Stage("c", [self.memory(name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")], alone=True),
+            Stage("b", [*resumed, *offload, *self.curves(others)], alone=False),
+            Stage("c", [self.profile("ddp"), *map(self.speed, ("zero1", *PEERS, *VARIANTS))], alone=True),
+            Stage("c", [self.peer(command) for command in self.peer_commands], alone=True),
             Stage("c", [*map(self.speed, ("zero2", "zero3", "zero0")), self.ceilings("last")], alone=True),
             Stage("d", several[: len(BACKENDS)], alone=True),
             Stage("d", self.several_speeds(), alone=True),
@@ -167,6 +167,9 @@ class Check:
                 "evaluation": {"tasks": []},
             },
         )
+
+    def curves(self, cases: Sequence[tuple[str, str, bool]]) -> list[Step]:
+        return [self.curve(*case) for case in cases]
 
     def curve(self, backend: str, precision: str, compiled: bool, processes: int = 1) -> Step:
         """Return a step that trains a run. The loss curve must agree with the reference."""
