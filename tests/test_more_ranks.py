@@ -39,6 +39,9 @@ KINDS: dict[str, dict[str, Any]] = {
 #: FSDP2 with groups of two ranks, of one rank, and of all ranks; ZeRO-3 with secondary shards on groups of two ranks.
 GROUPED = ("fsdp/2", "fsdp/1", "fsdp/4", "zero3/2")
 
+#: The ranks send and sum gradients in bf16.
+BF16_REDUCTION = {"sections": {"backend": {"reduce_dtype": "bf16"}}}
+
 Train = Callable[[int, Iterable[Case]], dict[str, Result]]
 
 
@@ -88,7 +91,7 @@ def four(train: Train, folder: Path, one: dict[str, Result]) -> dict[str, Result
     ]
     more = [Case("zero2, muon", "zero2", **KINDS["muon"]), Case("fsdp/1, muon", "fsdp/1", **KINDS["muon"])]
     continued = [Case(f"{name}, continued", name, start=start) for name in ("fsdp", "fsdp/2", "zero1", "zero3/2")]
-    return train(4, [*scratch, *kinds, *more, *continued])
+    return train(4, [*scratch, *kinds, *more, *continued, *reducing_in_bf16(("ddp", "zero3", "fsdp/2", "fsdp/1"))])
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,11 @@ def two(train: Train, folder: Path, four: dict[str, Result]) -> dict[str, Result
     pairs = (("fsdp/2", "fsdp"), ("fsdp/2", "fsdp/1"), ("fsdp/1", "zero1"), ("zero1", "fsdp"), ("zero3", "zero2"))
     pairs += (("fsdp", "zero3"), ("zero3/2", "zero3/2"))
     continued = [Case(f"{before} -> {name}", name, start=saved(folder, before)) for before, name in pairs]
-    return train(2, [Case("zero3", "zero3"), *continued])
+    return train(2, [Case("zero3", "zero3"), *continued, *reducing_in_bf16(BACKENDS)])
+
+
+def reducing_in_bf16(configs: Iterable[str]) -> list[Case]:
+    return [Case(f"{config} in bf16", config, **BF16_REDUCTION) for config in configs]
 
 
 def saved(folder: Path, config: str) -> str:
@@ -144,6 +151,23 @@ def test_the_references_clip_and_differ(one: dict[str, Result]) -> None:
 @pytest.mark.parametrize("name", [*BACKENDS, *GROUPED])
 def test_four_ranks_have_the_curve_of_one(name: str, one: dict[str, Result], four: dict[str, Result]) -> None:
     assert_agrees(name, four[name], one["adamw"])
+
+
+def test_reductions_in_bf16_keep_the_curve(
+    one: dict[str, Result], two: dict[str, Result], four: dict[str, Result]
+) -> None:
+    """On two ranks, the backends that reduce once per step round the same sums to bf16, so they agree as in fp32."""
+
+    def difference(a: Result, b: Result) -> float:
+        return max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True))
+
+    for results, cases in ((two, 6), (four, 4)):
+        reduced = [result for name, result in results.items() if name.endswith(" in bf16")]
+        assert len(reduced) == cases
+        for result in reduced:
+            assert TOLERANCE < difference(result, one["adamw"]) <= LOSS_TOLERANCE["bf16"]
+    for name, other in (("fsdp", "ddp"), ("zero0", "ddp"), ("zero1", "ddp"), ("zero3", "zero2")):
+        assert difference(two[f"{name} in bf16"], two[f"{other} in bf16"]) <= TOLERANCE, name
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -46,6 +46,7 @@ class Backend(ABC):
         self.parameter_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.state_names = state_names_of(self.parameter_shapes, config)
         self.precision = config.run.precision
+        self.reduces_in_bf16 = config.backend.reduces_in_bf16(world.size)
         self.max_norm = config.optimizer.grad_clip
         self.loss_scaler = LossScaler.for_precision(config.run.precision, world.size)
         self.step_clock = StepClock(world.device, is_active=world.size > 1)
@@ -130,12 +131,13 @@ class Backend(ABC):
         self.state.publish_masters()
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Return the dtypes of the weights, the accumulated gradients and the optimizer state, by name."""
+        """Return the dtypes of the weights, the gradients and the optimizer state, by name."""
         fragment = self.fragments()[0]
         return {
             "master weights": fragment.weight.dtype,
             "compute weights": torch.bfloat16 if self.precision == "bf16" else fragment.weight.dtype,
             "gradient accumulation": self._accumulation_dtype() or fragment.weight.dtype,
+            "gradient reduction": torch.bfloat16 if self.reduces_in_bf16 else torch.float32,
             "optimizer state": next(iter(fragment.state.values())).dtype,
         }
 

@@ -5,6 +5,8 @@ If a run has a single process, the model is not wrapped in DDP. Such a run works
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,11 +26,13 @@ class DdpBackend(TorchBackend):
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
         place_model(model, world.device)
         super().__init__(model, _wrap(model, config, world), config, world)
+        self._accumulates = False  # whether any step has more than one micro-step
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Return DDP's ``no_sync`` if ``enabled`` is False. DDP reads this setting in the forward pass."""
         if enabled or not isinstance(self.compute, DistributedDataParallel):
             return nullcontext()
+        self._accumulates = True
         return self.compute.no_sync()
 
     def _run_backward_pass(self, loss: Tensor) -> None:
@@ -36,8 +40,12 @@ class DdpBackend(TorchBackend):
             super()._run_backward_pass(loss)
 
     def _clear_gradients(self) -> None:
-        """Set the gradients to zero in place, because they are views of DDP's buckets."""
-        self.optimizer.zero_grad(set_to_none=not isinstance(self.compute, DistributedDataParallel))
+        """Release the gradients, or set them to zero if the next step accumulates gradients in DDP's buckets.
+
+        If a step has a single micro-step, DDP copies each new gradient into its bucket. This is faster than an addition
+        to zeros.
+        """
+        self.optimizer.zero_grad(set_to_none=not self._accumulates)
 
 
 def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
@@ -50,9 +58,22 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
             bucket_cap_mb=config.backend.ddp.bucket_cap_mb,
             gradient_as_bucket_view=True,
         )
+        if config.backend.reduces_in_bf16(world.size):
+            compute.register_comm_hook(None, _average_in_bf16)
     if config.run.compiles:
         if compiles_blocks(world):
             compile_blocks(model)
         else:
             compute.compile(dynamic=False)
     return compute
+
+
+def _average_in_bf16(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """Return the mean of a bucket over all ranks. The ranks send and sum bf16 values.
+
+    DDP accepts torch's own ``bf16_compress_hook`` only on GPUs.
+    """
+    gradients = bucket.buffer()
+    sent = gradients.to(torch.bfloat16).div_(dist.get_world_size())
+    work = dist.all_reduce(sent, async_op=True)
+    return work.get_future().then(lambda _: gradients.copy_(sent))

@@ -230,6 +230,7 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": 0.0,
+        "communication_data_type": "bf16" if config.backend.reduces_in_bf16(plan.world_size) else "fp32",
     }
     stage = config.backend.zero_stage
     if stage > 0:
@@ -240,7 +241,6 @@ def engine_config(config: Config, plan: BatchPlan, *, cpu_adam: bool) -> dict[st
     if stage > 0 and config.run.precision == "bf16":
         native["bf16"] = {"enabled": True, "check_grad_overflow": True}
         native["data_types"] = {"grad_accum_dtype": "fp32"}
-        native.setdefault("communication_data_type", "fp32")
     if config.backend.offloads("optimizer") and not cpu_adam:
         native["zero_force_ds_cpu_optimizer"] = False
     return native

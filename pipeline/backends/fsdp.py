@@ -1,7 +1,9 @@
 """Train with FSDP2 (``fully_shard``), which shards weights, gradients and moments over the ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,6 +81,10 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
     if config.run.compiles:
         compile_blocks(model)
     mesh = _create_mesh(world, config.backend.ranks_per_copy(world.size))
+    copies = None
+    if config.backend.reduces_in_bf16(world.size) and mesh.ndim == 2:
+        # With both dimensions, FSDP2 would send fp32 gradients between the copies. Here, a hook sends bf16 gradients.
+        mesh, copies = mesh["shard"], mesh.get_group("replicate")
     policy = _BF16 if config.run.precision == "bf16" else MixedPrecisionPolicy()
     reshard = config.backend.fsdp.reshard_after_forward
     for block in model.h:
@@ -87,12 +93,30 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     root.to_empty(device=world.device)
     model.tie_weights()
-    if world.device.type == "cpu":
-        for module in root.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(AllGather())  # type: ignore[arg-type]
-                module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            _replace_collectives(module, config, world)
+            if copies is not None:
+                module.set_all_reduce_hook(partial(_average_in_bf16, group=copies))
     return root
+
+
+def _replace_collectives(module: FSDPModule, config: Config, world: World) -> None:
+    """Use faster collectives on a CPU, and reduce gradients in bf16 if the config selects it."""
+    reduce_scatter: Callable[..., Any] = dist.reduce_scatter_tensor
+    if world.device.type == "cpu":
+        reduce_scatter = ReduceScatter()
+        module.set_custom_all_gather(AllGather())  # type: ignore[arg-type]
+        module.set_custom_reduce_scatter(reduce_scatter)  # type: ignore[arg-type]
+    if config.backend.reduces_in_bf16(world.size):
+        module.set_custom_reduce_scatter(Bf16ReduceScatter(reduce_scatter))  # type: ignore[arg-type]
+
+
+def _average_in_bf16(gradients: Tensor, group: dist.ProcessGroup) -> None:
+    """Replace the gradients by their mean over the ranks of a group. The ranks send and sum bf16 values."""
+    sent = gradients.to(torch.bfloat16).div_(group.size())
+    dist.all_reduce(sent, group=group)
+    gradients.copy_(sent)
 
 
 def _create_mesh(world: World, shard_group_size: int) -> DeviceMesh:
@@ -103,20 +127,19 @@ def _create_mesh(world: World, shard_group_size: int) -> DeviceMesh:
     return init_device_mesh(world.device.type, (copies, shard_group_size), mesh_dim_names=("replicate", "shard"))
 
 
-class _GlooCollective:
-    """The base class of the collectives for CPUs. They send and receive at the same time.
-
-    They replace Gloo's own collectives, which are slower. Gloo's all-gather copies its result from a buffer. Gloo's
-    reduce-scatter all-reduces the whole input.
-    """
+class _Collective:
+    """The base class of collectives that replace those of FSDP2."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a new tensor for the input or output of the collective."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class AllGather(_GlooCollective):
-    """An all-gather for Gloo. Each rank sends its shard to all other ranks, and receives their shards."""
+class AllGather(_Collective):
+    """An all-gather for Gloo. Each rank sends its shard to all other ranks, and receives their shards.
+
+    Gloo's own all-gather is slower, because it copies its result from a buffer.
+    """
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -126,8 +149,11 @@ class AllGather(_GlooCollective):
         _exchange([input_tensor] * group.size(), output_tensor.chunk(group.size()), group)
 
 
-class ReduceScatter(_GlooCollective):
-    """A reduce-scatter for Gloo. Each rank receives all inputs for its shard, and adds them in the order of ranks."""
+class ReduceScatter(_Collective):
+    """A reduce-scatter for Gloo. Each rank receives all inputs for its shard, and adds them in the order of ranks.
+
+    Gloo's own reduce-scatter is slower, because it all-reduces the whole input.
+    """
 
     def __call__(
         self,
@@ -140,11 +166,38 @@ class ReduceScatter(_GlooCollective):
         """Sum or average the inputs (ranks * n,) of all ranks. Write this rank's shard (n,) into ``output_tensor``."""
         assert not async_op
         assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
-        received = torch.empty_like(input_tensor).view(group.size(), -1)
-        _exchange(input_tensor.chunk(group.size()), received.unbind(), group)
-        torch.sum(received, dim=0, out=output_tensor)
+        sent = input_tensor.chunk(group.size())
+        received = [chunk if rank == group.rank() else torch.empty_like(chunk) for rank, chunk in enumerate(sent)]
+        _exchange(sent, received, group)
+        torch.add(received[0], received[1], out=output_tensor)
+        for tensor in received[2:]:
+            output_tensor.add_(tensor)
         if op == dist.ReduceOp.AVG:
             output_tensor.div_(group.size())
+
+
+class Bf16ReduceScatter(_Collective):
+    """A reduce-scatter of fp32 gradients in which the ranks send and sum bf16 values.
+
+    ``MixedPrecisionPolicy.reduce_dtype`` is not used for this, because FSDP2 would also accumulate gradients in bf16.
+    """
+
+    def __init__(self, reduce_scatter: Callable[..., Any]) -> None:
+        self.reduce_scatter = reduce_scatter
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> None:
+        """Sum or average the inputs (ranks * n,) of all ranks. Write this rank's shard (n,) into ``output_tensor``."""
+        assert not async_op
+        reduced = torch.empty_like(output_tensor, dtype=torch.bfloat16)
+        self.reduce_scatter(reduced, input_tensor.to(torch.bfloat16), group=group, op=op)
+        output_tensor.copy_(reduced)
 
 
 def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> None:

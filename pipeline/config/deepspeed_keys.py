@@ -22,6 +22,7 @@ OWNED_BY_RUN = {
     "amp": "run.precision",
     "torch_autocast": "run.precision",
     "data_types": "run.precision",
+    "communication_data_type": "backend.reduce_dtype",
     "zero_force_ds_cpu_optimizer": "backend.deepspeed.zero_optimization.offload_optimizer",
     "activation_checkpointing": "model.activation_checkpointing",
     "checkpoint": "checkpoint.*",
@@ -39,7 +40,6 @@ PASSED_THROUGH: dict[str, type] = {
     "zero_allow_untested_optimizer": bool,
     "prescale_gradients": bool,
     "gradient_predivide_factor": float,
-    "communication_data_type": str,
     "disable_python_gc": bool,
     "steps_per_print": int,
     "wall_clock_breakdown": bool,
@@ -88,7 +88,6 @@ SAME_NUMBERS = (
 OTHER_NUMBERS: dict[str, Any] = {
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,
-    "communication_data_type": None,
     "zero_optimization.zero_quantized_weights": False,
     "zero_optimization.zero_quantized_nontrainable_weights": False,
     "zero_optimization.zero_quantized_gradients": False,

@@ -455,6 +455,11 @@ class BackendConfig(Section):
     ddp: DdpConfig = DdpConfig()
     fsdp: FsdpConfig = FsdpConfig()
     deepspeed: dict[str, Any] = Field({}, description="For `deepspeed`: a config in DeepSpeed's own JSON format.")
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Dtype in which the ranks send and sum their gradients. `bf16` halves the bytes, for slow "
+        "networks. Each rank still accumulates its gradients in fp32. No effect with one rank.",
+    )
     allow_different_numbers: bool = Field(
         False,
         description="Accept keys of `backend.deepspeed` that change the results, such as quantized communication. "
@@ -473,6 +478,10 @@ class BackendConfig(Section):
     def hpz_group_size(self) -> int:
         """Return the number of consecutive ranks that share secondary weight shards (ZeRO++ hpZ), or 1 without hpZ."""
         return int(self.zero.get(HPZ, 1)) or 1
+
+    def reduces_in_bf16(self, world_size: int) -> bool:
+        """Return whether the ranks send and sum their gradients in bf16."""
+        return self.reduce_dtype == "bf16" and world_size > 1
 
     def ranks_per_copy(self, world_size: int) -> int:
         """Return the number of consecutive ranks that together hold one copy of the optimizer state.

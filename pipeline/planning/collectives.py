@@ -102,7 +102,8 @@ class _Issuer:
         self.forward, self.backward = _passes(config.model, self.sizes, plan.seq_len)
         self.world = Group(plan.world_size)
         self.is_bf16 = config.run.precision == "bf16"
-        self.weight_width = BF16 if self.is_bf16 else FP32  # gradients have four bytes in every precision
+        self.weight_width = BF16 if self.is_bf16 else FP32
+        self.gradient_width = BF16 if self.backend.reduce_dtype == "bf16" else FP32
         self.stage = self.backend.zero_stage if self.backend.name == "deepspeed" else None
 
     def micro_step(self, *, is_first: bool, is_last: bool) -> list[Stage]:
@@ -130,7 +131,7 @@ class _Issuer:
     def after_backward(self) -> Iterator[Collective]:
         if self.stage == 0 or (self.stage == 1 and self.is_bf16):
             for elements in _divide(self.sizes.total, REPLICATED_BUCKET_ELEMENTS):
-                yield Collective("all_reduce", FP32 * elements, self.world)
+                yield Collective("all_reduce", self.gradient_width * elements, self.world)
         if self.stage in (1, 2):
             yield Collective("all_gather", self.weight_width * self.sizes.total, self.world)
 
@@ -145,7 +146,7 @@ class _Issuer:
             return replace(stage, gathers=(Collective("all_gather", size, shard),) if gathers and size else ())
 
         def reduce(stage: Stage) -> Stage:
-            size = FP32 * sum(stage.finished)
+            size = self.gradient_width * sum(stage.finished)
             within = Collective("reduce_scatter", size, shard)
             return replace(stage, reductions=(within, Collective("all_reduce", size // shard.size, copies)))
 
@@ -207,7 +208,7 @@ class _Issuer:
                     bucket = 0
             if stage is stages[-1] and bucket:
                 full.append(bucket)
-            reductions = tuple(Collective(kind, FP32 * elements, self.world) for elements in full)
+            reductions = tuple(Collective(kind, self.gradient_width * elements, self.world) for elements in full)
             result.append(replace(stage, reductions=reductions))
         return result
 

@@ -85,6 +85,10 @@ class _Case:
         """Return the bytes per element of the weights that the model computes with."""
         return BF16 if self.is_bf16 else FP32
 
+    def reduced_copy(self, elements: int) -> int:
+        """Return the bytes of the bf16 copy of ``elements`` gradients that the rank sends, or 0 if it sends fp32."""
+        return BF16 * elements if self.backend.reduces_in_bf16(self.world_size) else 0
+
     @property
     def compute(self) -> Compute:
         """Return the kind of compute weights in FSDP2 and ZeRO-1 to ZeRO-3. DDP and ZeRO-0 differ in ``bf16``."""
@@ -181,13 +185,15 @@ def _ddp(case: _Case) -> Layout:
     """Return the layout of DDP: gradients are views of the buckets, which stay allocated between steps."""
     whole = FP32 * case.sizes.total
     stays = case.accumulates or case.world_size > 1
-    return _replicated(case, gradients=_always(whole) if stays else case.growing(whole), buffers=_always(0))
+    gradients = _always(whole) if stays else case.growing(whole)
+    return _replicated(case, gradients, buffers=case.reduced_copy)  # all copies exist if the network is slow
 
 
 def _zero0(case: _Case) -> Layout:
     """Return the layout of ZeRO-0: after all gradients are finished, they are copied into flat buckets."""
     total = case.sizes.total
-    bucket = FP32 * min(total, REPLICATED_BUCKET_ELEMENTS) if case.world_size > 1 else 0
+    elements = min(total, REPLICATED_BUCKET_ELEMENTS)
+    bucket = FP32 * elements + case.reduced_copy(elements) if case.world_size > 1 else 0
     return _replicated(
         case,
         gradients=_always(FP32 * total) if case.accumulates else case.growing(FP32 * total),
@@ -224,8 +230,9 @@ def _fsdp(case: _Case) -> Layout:
         if finished == 0:
             return root + blocks
         if finished == sizes.total:
-            return root + 2 * FP32 * sizes.root
-        return root + (blocks + 2 * FP32 * sizes.block if finished <= in_blocks else 0)
+            return root + 2 * FP32 * sizes.root + case.reduced_copy(sizes.root)
+        in_block = 2 * FP32 * sizes.block + case.reduced_copy(sizes.block)
+        return root + (blocks + in_block if finished <= in_blocks else 0)
 
     return Layout(case.compute, FP32 * shard, 0, case.state_bytes(shard_of), gradients, buffers)
 
@@ -259,7 +266,8 @@ def _reduce_buckets(case: _Case) -> int:
     if not zero.get("contiguous_gradients", True):
         return 0
     count = 2 if zero.get("overlap_comm", False) else 1
-    return count * case.width * int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
+    elements = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
+    return count * case.width * elements + case.reduced_copy(min(elements, case.sizes.total))
 
 
 def _zero1(case: _Case) -> Layout:
@@ -335,7 +343,8 @@ def _zero3(case: _Case) -> Layout:
 
     shard = sum(map(shard_of, case.sizes.shapes.values()))
     live = min(case.sizes.total, int(zero.get("stage3_max_live_parameters", MAX_LIVE_ELEMENTS)))
-    bucket = FP32 * int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
+    elements = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS))
+    bucket = FP32 * elements + case.reduced_copy(min(elements, case.sizes.total))
     secondary = case.width * shard * case.world_size // group if group > 1 else 0
     parameters, state = case.width * shard + secondary, case.state_bytes(shard_of)
     offloads_state, offloads_parameters = case.backend.offloads("optimizer"), case.backend.offloads("param")

@@ -29,6 +29,7 @@ _OF_NUMBERS = (
     "schedule.",
     "checkpoint.init_from",
     "guard.",
+    "backend.reduce_dtype",
     "evaluation.max_batches",
 )
 _NOT_OF_NUMBERS = ("model.activation_checkpointing", "data.verify")

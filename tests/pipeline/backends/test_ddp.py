@@ -94,10 +94,11 @@ def test_micro_steps_add_up(ddp: DdpBackend) -> None:
 
 
 def test_gradients_stay_in_their_buckets(ddp: DdpBackend) -> None:
-    """If cleared gradients were released, the next micro-step would allocate new ones beside the buckets."""
+    """With micro-steps, released gradients would be allocated again beside the buckets."""
     addresses = []
     for seed in range(3):
-        ddp.accumulate(*micro_batch(seed), 1 / 16, is_last=True)
+        ddp.accumulate(*micro_batch(seed), 1 / 32, is_last=False)
+        ddp.accumulate(*micro_batch(seed), 1 / 32, is_last=True)
         ddp.step(1e-3)
         assert all(gradient.count_nonzero() == 0 for gradient in gradients(ddp).values())
         addresses.append([p.grad.data_ptr() for p in ddp.parameters.values() if p.grad is not None])

@@ -136,13 +136,23 @@ class TestEngineConfig:
         assert native_config(config)["gradient_clipping"] == clipping
 
     @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-    def test_bf16_accumulates_and_reduces_in_fp32(self, stage: int) -> None:
+    def test_bf16_accumulates_in_fp32(self, stage: int) -> None:
         native = native_config(backend_config(f"zero{stage}", run={"precision": "bf16"}))
         assert ("bf16" in native) == (stage > 0)
         if stage > 0:
             assert native["bf16"]["enabled"]
             assert native["data_types"] == {"grad_accum_dtype": "fp32"}
-            assert native["communication_data_type"] == "fp32"
+
+    @pytest.mark.parametrize(
+        ("dtype", "ranks", "sent"), [("fp32", 2, "fp32"), ("bf16", 2, "bf16"), ("bf16", 1, "fp32")]
+    )
+    def test_dtype_of_reductions(self, dtype: str, ranks: int, sent: str) -> None:
+        """In bf16, DeepSpeed would reduce in bf16 by default. One rank sends nothing, so nothing is rounded."""
+        for precision in ("fp32", "bf16"):
+            backend = {**backend_section("zero1"), "reduce_dtype": dtype}
+            config = tiny_config(backend=backend, run={"precision": precision})
+            native = engine_config(config, plan_batch(config, ranks), cpu_adam=True)
+            assert native["communication_data_type"] == sent
 
     def test_torch_keeps_its_linear_unless_asked(self) -> None:
         asked = {"stage": 3, "memory_efficient_linear": True}
@@ -151,13 +161,11 @@ class TestEngineConfig:
             assert native_config(config)["zero_optimization"] == {"stage": 3, "memory_efficient_linear": expected}
             assert config.backend.deepspeed["zero_optimization"] == section, "the run config is not changed"
 
-    def test_a_key_that_changes_the_numbers_wins_and_labels_the_backend(self, world: World) -> None:
-        section = {**backend_section("zero1", communication_data_type="bf16"), "allow_different_numbers": True}
-        config = tiny_config(backend=section, run={"precision": "bf16"})
-        assert native_config(config)["communication_data_type"] == "bf16"
+    def test_a_key_that_changes_the_numbers_labels_the_backend(self, world: World) -> None:
+        section = {**backend_section("zero1", prescale_gradients=True), "allow_different_numbers": True}
         config = tiny_config(backend=section)
         backend = create_backend(allocate_model(config.model, "meta"), config, world, plan_batch(config, 1))
-        assert backend.describe().endswith("AdamW, different numbers: communication_data_type")
+        assert backend.describe().endswith("AdamW, different numbers: prescale_gradients")
 
     def test_native_keys_pass_through(self) -> None:
         config = tiny_config(backend=backend_section("zero1", steps_per_print=7, wall_clock_breakdown=True))

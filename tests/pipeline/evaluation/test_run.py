@@ -78,12 +78,12 @@ class TestOnACheckpoint:
 
     @pytest.mark.parametrize("changed_until", [0, 6, 8])  # not at all, until an earlier start, after the checkpoint too
     def test_results_name_the_keys_that_changed_the_numbers(self, changed_until: int, run_folder: Path) -> None:
-        keys = ["communication_data_type"]
+        keys = ["prescale_gradients"]
         rows = [{"step": step, **({"different_numbers": keys} if step <= changed_until else {})} for step in (6, 8)]
         write_lines(run_folder / "metrics.jsonl", rows)
         found, [file] = run_tasks(run_folder, ["validation"], Settings(), ALONE)
         assert json.loads(file.read_text()).get("different_numbers") == (keys if changed_until else None)
-        label = ["different", "numbers", "communication_data_type"]
+        label = ["different", "numbers", "prescale_gradients"]
         assert (label in [line.split() for line in format_table(found).splitlines()]) == bool(changed_until)
         table = evaluation_table(read_runs([run_folder])).rows
         assert table.get("validation different_numbers") == (keys if changed_until else None)

@@ -79,6 +79,18 @@ def test_zero_1_and_2_all_reduce_buckets_and_gather_weights(backend: str) -> Non
     assert step.after == [Collective("all_gather", 4 * ALL, Group(RANKS))]
 
 
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
+def test_reductions_in_bf16_send_half_the_bytes(backend: str, precision: str) -> None:
+    """All-reduces send twice as many bytes as reduce-scatters. Gathers of weights do not change."""
+    fp32, bf16 = (
+        collectives_of(backend, f"run.precision={precision}", f"backend.reduce_dtype={dtype}").sent_bytes
+        for dtype in ("fp32", "bf16")
+    )
+    sends = 1 if backend in ("fsdp", "zero3") else 2
+    assert fp32 - bf16 == pytest.approx(sends * 2 * ALL * (RANKS - 1) / RANKS)
+
+
 def test_zero_1_in_bf16_reduces_after_the_backward_pass() -> None:
     step = collectives_of("zero1", "run.precision=bf16")
     assert not reductions_of(step.last)
