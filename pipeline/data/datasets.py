@@ -1,13 +1,14 @@
 """Open and check the datasets of a run."""
 
 import logging
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.errors import DataError
-from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT
+from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT
 from data_tools.shards.reader import TokenStream, open_split
 from data_tools.shards.verification import require_unchanged
 from data_tools.storage.files import sha256_of_json
@@ -102,15 +103,18 @@ def data_sha256(datasets: Sequence[TokenDataset]) -> str:
 def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
     """Raise DataError if the hash of a shard differs from the hash in the manifest.
 
-    Every rank must call this function, because each rank checks some of the shards.
+    Every rank must call this function, because the ranks share the work. If hosts have their own copies of the data,
+    the ranks with the same copy share the work.
     """
     started, problem = time.perf_counter(), None
     shards = [(Path(dataset.path), shard) for dataset in datasets for shard in dataset.train.manifest.shards]
+    copies = world.gather([_identify(Path(dataset.path, MANIFEST_NAME)) for dataset in datasets])
+    sharing = [rank for rank, copy in enumerate(copies) if copy == copies[world.rank]]
     try:
-        for folder, shard in shards[world.rank :: world.size]:
+        for folder, shard in shards[sharing.index(world.rank) :: len(sharing)]:
             require_unchanged(folder, shard)
     except DataError as error:
-        problem = str(error)
+        problem = str(error) if world.is_main else f"rank {world.rank} on {socket.gethostname()}: {error}"
     problems = [text for text in world.gather(problem) if text]
 
     def report() -> None:
@@ -119,3 +123,9 @@ def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
         log.info("data      %d shards verified in %.1f s", len(shards), time.perf_counter() - started)
 
     world.call_on_main(report)
+
+
+def _identify(path: Path) -> tuple[int, int, int]:
+    """Return values that all hosts see if they share the file. Copies of a file have other values."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns

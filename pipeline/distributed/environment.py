@@ -131,9 +131,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", PROJECT)
 
 
+def gloo_interface() -> str | None:
+    """Return the network interface that is set for Gloo, or None."""
+    return os.environ.get(_GLOO_INTERFACE)
+
+
 def set_gloo_interface(name: str) -> bool:
     """Set the network interface for Gloo, and return True. If the user has already set one, return False."""
-    if _GLOO_INTERFACE in os.environ:
+    if gloo_interface() is not None:
         return False
     os.environ[_GLOO_INTERFACE] = name
     return True

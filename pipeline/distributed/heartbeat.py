@@ -18,11 +18,13 @@ from pipeline.distributed.flight_recorder import report_collectives
 from pipeline.distributed.lost_ranks import INTERVAL_S, LOST_STORE, find_lost, publish_failure
 from pipeline.distributed.progress import NAMED_RANKS, MainThread, Place, describe_places, find_stuck
 from pipeline.distributed.rank_records import RankRecords, Verdict
+from pipeline.distributed.rendezvous import connecting
 from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
-from pipeline.errors import Interrupted, LostRankError
+from pipeline.errors import Interrupted, LostRankError, MainRankError
 
 _OVERDUE = "overdue"
+_KNOWN_TO_ALL_RANKS = (Interrupted, LostRankError, MainRankError)
 _CURE = "; run the same command again (training continues from the last checkpoint)"
 
 
@@ -185,7 +187,8 @@ def heartbeat(world: World, timeout_s: float, flight_records: Path | None = None
     """
     watch = Heartbeat(world, timeout_s, flight_records)
     with watch.explaining_sigterm():
-        world.barrier()
+        with connecting(world.rank):  # Gloo may connect only in this first collective
+            world.barrier()
         watch.start()
         try:
             with failures_reported(world), _timeouts_recorded(world, flight_records):
@@ -222,6 +225,9 @@ def failures_reported(world: World) -> Iterator[None]:
         yield
     except (UserError, KeyboardInterrupt) as error:
         if world.size > 1:
+            # The errors of rank 0 are usually known to all ranks.
+            if world.rank and isinstance(error, UserError) and not isinstance(error, _KNOWN_TO_ALL_RANKS):
+                publish_failure(world, str(error))
             report(error)
         raise
     except Exception as error:

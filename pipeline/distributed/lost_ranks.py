@@ -86,8 +86,8 @@ def publish_failure(world: World, reason: str) -> None:
         records = RankRecords(world)
         if not records.read_verdict():
             records.write_verdict(Verdict(f"lost {records.describe([world.rank])}, which failed: {reason}"))
-            # The other ranks read the verdict before this process ends, maybe with the store.
-            time.sleep(2 * INTERVAL_S)
+            if world.rank == 0:  # the store may end with this process, so the other ranks must read the verdict before
+                time.sleep(2 * INTERVAL_S)
 
     _within_store_timeout(publish, None)
 

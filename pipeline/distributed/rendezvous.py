@@ -9,17 +9,19 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import DistNetworkError
 
-from pipeline.distributed.environment import launcher_holds_store, master_address, unset_command
-from pipeline.distributed.failure import prints_for_node
-from pipeline.errors import ConfigError
+from pipeline.distributed.environment import gloo_interface, launcher_holds_store, master_address, unset_command
+from pipeline.distributed.failure import prints_for_node, report
+from pipeline.distributed.progress import PATIENCE_S
+from pipeline.errors import ConfigError, LostRankError
 
 _ANNOUNCE_AFTER_S = 8.0
+_CONNECTING_IS_SLOW_S = 30.0  # NCCL needs several seconds with many ranks
 _SHORTEST_POLL_S = 0.02
 #: The store gets at most this many requests per second from all waiting ranks together.
 _REQUESTS_PER_S = 4000
@@ -40,10 +42,11 @@ def open_store(rank: int, size: int, timeout: timedelta) -> Store:
     """
     if size == 1:
         return HashStore()
-    missing = [0] if rank else list(range(1, size))
+    missing: list[int] | None = None  # None until this rank has connected
     poll_s = max(_SHORTEST_POLL_S, size / _REQUESTS_PER_S)
-    with _announced(lambda: _describe_wait(rank, size, missing)):
+    with _announced(lambda: _describe_wait(rank, size, missing), _ANNOUNCE_AFTER_S):
         store = connect(rank, size, timeout)
+        missing = [0] if rank else list(range(1, size))
         deadline = time.monotonic() + timeout.total_seconds()
         if rank == 0:
             start_id = _publish_start_id(store, missing, poll_s, deadline)
@@ -75,29 +78,58 @@ def free_port() -> int:
         return port
 
 
-@contextmanager
-def _announced(describe: Callable[[], str]) -> Iterator[None]:
-    """If the block takes longer than ``_ANNOUNCE_AFTER_S`` seconds, print what the block waits for."""
+def connecting(rank: int) -> AbstractContextManager[None]:
+    """Return a context manager for the first connections between all ranks, which a firewall can block.
 
-    def announce() -> None:
+    If its block takes long, print what to check. If it takes longer than ``PATIENCE_S`` seconds, end the process.
+    """
+    return _announced(lambda: _describe_connecting(rank), _CONNECTING_IS_SLOW_S, PATIENCE_S)
+
+
+@contextmanager
+def _announced(describe: Callable[[], str], after_s: float, give_up_s: float | None = None) -> Iterator[None]:
+    """If the block takes longer than ``after_s`` seconds, print what the block waits for.
+
+    Args:
+        give_up_s: after this number of further seconds, end the process.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        if done.wait(after_s):
+            return
         if prints_for_node():
             print(describe(), file=sys.stderr, flush=True)
+        if not done.wait(give_up_s):
+            os._exit(report(LostRankError(f"gave up after {give_up_s:.0f} s: {describe()}")))
 
-    timer = threading.Timer(_ANNOUNCE_AFTER_S, announce)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        done.set()
 
 
-def _describe_wait(rank: int, size: int, missing: Sequence[int]) -> str:
+def _describe_wait(rank: int, size: int, missing: Sequence[int] | None) -> str:
     host, port = master_address()
+    address = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    if missing is None:
+        problem = f"cannot connect to {address}: check the address, and that no firewall blocks the port"
+    else:
+        problem = f"still waits at {address} for {list_ranks(missing)} of {size} (WORLD_SIZE)"
     return (
-        f"rank {rank} on {socket.gethostname()} still waits at {host}:{port} (MASTER_ADDR, MASTER_PORT) for "
-        f"{list_ranks(missing)} of {size} (WORLD_SIZE); if these variables are left over from another launcher: "
+        f"rank {rank} on {socket.gethostname()} {problem}; if these variables are left over from another launcher: "
         f"{unset_command()}"
+    )
+
+
+def _describe_connecting(rank: int) -> str:
+    interface = gloo_interface()
+    return (
+        f"rank {rank} on {socket.gethostname()} still connects to the other ranks"
+        + (f" through {interface}" if interface else "")
+        + "; the nodes must accept connections from each other on all ports: check the firewalls, and the variables "
+        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME if you have set them"
     )
 
 

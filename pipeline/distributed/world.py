@@ -27,7 +27,7 @@ from pipeline.distributed.environment import (
 )
 from pipeline.distributed.network_interface import choose_gloo_interface
 from pipeline.distributed.progress import Progress
-from pipeline.distributed.rendezvous import open_store
+from pipeline.distributed.rendezvous import connecting, open_store
 from pipeline.errors import ConfigError, MainRankError
 
 Result = TypeVar("Result")
@@ -198,14 +198,15 @@ def _start_process_group(world: World) -> Store | None:
     store = open_store(world.rank, world.size, COLLECTIVE_TIMEOUT)
     if world.size > _RANKS_THAT_ALL_CONNECT:
         let_gloo_connect_late()
-    if world.size > 1:
-        choose_gloo_interface(PrefixStore("interface", store), world.rank, world.size)
-    dist.init_process_group(
-        backend,
-        store=PrefixStore("process_group", store),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=device_id,
-    )
+    with connecting(world.rank):
+        if world.size > 1:
+            choose_gloo_interface(PrefixStore("interface", store), world.rank, world.size)
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("process_group", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device_id,
+        )
     return store if world.size > 1 else None

@@ -32,6 +32,7 @@ from pipeline.run_folder.sinks import check_sinks
 from pipeline.training.compilation import choose_compilation
 from pipeline.training.initial_weights import find_initial_weights, write_initial_weights
 from pipeline.training.loss_in_blocks import choose_loss_in_blocks
+from pipeline.training.rank_agreement import check_agreement
 from pipeline.training.remote_start import fetch_remote_start
 from pipeline.training.resuming import (
     choose_start,
@@ -39,7 +40,6 @@ from pipeline.training.resuming import (
     why_complete,
 )
 from pipeline.training.run_record import send_missing_rows
-from pipeline.training.shared_folders import check_shared_folders
 from pipeline.training.summary import log_results, log_settings
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 from pipeline.training.trainer import Trainer
@@ -94,7 +94,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
     sha256 = data_sha256(datasets)
     run_folder = Path(config.run.out_dir)
     world.call_on_main(lambda: resources.enter_context(open_run_folder(run_folder)))
-    check_shared_folders(run_folder, sha256, world)
+    check_agreement(config, sha256, world)
     fetch_remote_start(config, world)
     start = world.call_on_main(lambda: choose_start(config, sha256, hash_file))
     if start and (reason := world.call_on_main(lambda: why_complete(start, config))):

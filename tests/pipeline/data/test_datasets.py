@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_tools.errors import DataError
 from data_tools.shards.manifest import load_manifest
@@ -115,6 +117,18 @@ def test_all_shards_of_all_data_sets_are_verified(folders: list[Path], world: Wo
     shard.write_bytes(content)
     with pytest.raises(DataError, match=r"train_only/train_00000\.npy: its SHA-256"):
         verify_datasets(datasets, world)
+
+
+def test_hosts_with_their_own_copies_verify_all_shards(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 of two ranks would verify only the last of three shards if both hosts shared the data."""
+    monkeypatch.setattr(World, "call_on_main", lambda world, function: function())
+    shard = folders[0] / "train_00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    datasets = opened(DataConfig(path=str(folders[0])))
+    for is_shared in (True, False):
+        monkeypatch.setattr(World, "gather", lambda world, item, shared=is_shared: [item if shared else None, item])
+        with pytest.raises(DataError, match="^rank 1 on .*train_00000") if not is_shared else nullcontext():
+            verify_datasets(datasets, World(1, 2, 0, torch.device("cpu")))
 
 
 class TestConfig:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore, Store
 
+from data_tools.errors import DataError
 from pipeline.distributed import heartbeat, lost_ranks
 from pipeline.distributed.heartbeat import Heartbeat
 from pipeline.distributed.lost_ranks import find_lost
 from pipeline.distributed.world import World
-from pipeline.errors import LostRankError
+from pipeline.errors import LostRankError, MainRankError
 
 
 class SharedStore(HashStore):
@@ -157,6 +158,17 @@ def test_a_silent_rank_ends_the_others(
     assert len(lines) == 2 and all(
         line.startswith("error: lost rank 2 (") and "silent for 3 s" in line for line in lines
     )
+
+
+def test_the_error_of_one_rank_is_the_reason_on_the_other_ranks(worlds: list[World], ranks: list[Heartbeat]) -> None:
+    """An error that rank 0 has passed on is not a new reason."""
+    for error in (MainRankError("a mistake", 2), DataError("/data has no manifest.json")):
+        assert ranks[0].take_turn(0, 1.0) is None
+        with pytest.raises(type(error)), heartbeat.failures_reported(worlds[2]):
+            raise error
+    verdict = ranks[0].take_turn(1, 1.0)
+    assert verdict and verdict.reason.startswith("lost rank 2 (")
+    assert verdict.reason.endswith("), which failed: /data has no manifest.json")
 
 
 def test_a_world_of_one_sends_none() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from queue import Queue
 
 import pytest
 from torch._C._distributed_c10d import HashStore, Store
 
 from pipeline.distributed import rendezvous
-from pipeline.distributed.rendezvous import open_store
-from pipeline.errors import ConfigError
+from pipeline.distributed.rendezvous import connecting, open_store
+from pipeline.errors import ConfigError, LostRankError
 
 
 @pytest.fixture
@@ -76,6 +78,25 @@ def test_missing_ranks_are_announced(
     line = capfd.readouterr().err
     assert "still waits at node0:29500 (MASTER_ADDR, MASTER_PORT) for ranks 1, 2 of 3 (WORLD_SIZE)" in line
     assert "unset RANK WORLD_SIZE" in line
+    monkeypatch.setattr(rendezvous, "connect", lambda *_: time.sleep(1) or shared)  # a firewall
+    with pytest.raises(TimeoutError):
+        open_store(1, 3, timedelta(seconds=0.1))
+    assert "rank 1 on" in (line := capfd.readouterr().err) and "cannot connect to node0:29500" in line
+
+
+def test_blocked_connections_between_ranks_are_announced_and_end(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, seconds in {"_CONNECTING_IS_SLOW_S": 0.1, "PATIENCE_S": 0.2}.items():
+        monkeypatch.setattr(rendezvous, name, seconds)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    statuses: Queue[int] = Queue()
+    monkeypatch.setattr(os, "_exit", statuses.put)
+    with connecting(1):
+        assert statuses.get(timeout=60) == LostRankError.exit_status
+    announced, ended = capfd.readouterr().err.splitlines()
+    assert "still connects to the other ranks through eth7; " in announced and "firewalls" in announced
+    assert ended == f"error: gave up after 0 s: {announced}"
 
 
 def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
