@@ -99,25 +99,24 @@ def _start_overrides(arguments: argparse.Namespace) -> list[str]:
         ConfigError: the options do not fit together.
         CheckpointError: the run has no checkpoint of the step ``--at-step``.
     """
-    given = arguments.init_from or arguments.resume
-    if arguments.branch and (arguments.init_from is None or arguments.resume is not None):
+    init_from, resume = arguments.init_from, arguments.resume
+    if arguments.branch and (init_from is None or resume is not None):
         raise ConfigError("--branch: name the run to branch off from with --init-from RUN, without --resume")
     if arguments.at_step is not None:
-        if given in (None, "auto", "none"):
-            raise ConfigError("--at-step: name the run that has this checkpoint with --init-from RUN or --resume RUN")
-        if is_remote(given):
-            given = checkpoint_url(given, arguments.at_step)
+        if init_from is not None:
+            init_from = _checkpoint_of(init_from, arguments.at_step)
         else:
-            given = str(checkpoint_of_step(Path(given), arguments.at_step))
+            resume = _checkpoint_of(resume, arguments.at_step)
     if arguments.branch:
-        return [f"checkpoint.resume={json.dumps(given)}", "checkpoint.init_from=null"]
-    overrides = []
-    if arguments.init_from is not None:
-        overrides.append(f"checkpoint.init_from={json.dumps(given)}")
-        given = arguments.resume
-    if given is not None:
-        overrides.append(f"checkpoint.resume={json.dumps(given)}")
-    return overrides
+        return [f"checkpoint.resume={json.dumps(init_from)}", "checkpoint.init_from=null"]
+    starts = {"init_from": init_from, "resume": resume}
+    return [f"checkpoint.{key}={json.dumps(start)}" for key, start in starts.items() if start is not None]
+
+
+def _checkpoint_of(run: str | None, step: int) -> str:
+    if run is None or run in ("auto", "none"):
+        raise ConfigError("--at-step: name the run that has this checkpoint with --init-from RUN or --resume RUN")
+    return checkpoint_url(run, step) if is_remote(run) else str(checkpoint_of_step(Path(run), step))
 
 
 if __name__ == "__main__":

@@ -39,18 +39,20 @@ def report(error: BaseException) -> int:
     ``LostRankError``.
     """
     status, text = _describe(error)
-    if not getattr(error, "is_reported", False):
-        error.is_reported = True  # type: ignore[attr-defined]
-        if launched_rank() and isinstance(error, (Interrupted, MainRankError)):
+    if getattr(error, "is_reported", False):
+        return status
+    error.is_reported = True  # type: ignore[attr-defined]
+    if isinstance(error, LostRankError):
+        if not prints_for_node():
             return status
-        if isinstance(error, LostRankError) and not prints_for_node():
+    elif launched_rank() and isinstance(error, UserError):
+        if isinstance(error, (Interrupted, MainRankError)):
             return status
-        if launched_rank() and isinstance(error, UserError) and not isinstance(error, (DataError, LostRankError)):
+        if not isinstance(error, DataError):
             _wait_for_end()
-        if launched_rank() and isinstance(error, UserError) and not isinstance(error, LostRankError):
-            text = f"[rank {launched_rank()} on {socket.gethostname()}] {text}"
-        with suppress(BrokenPipeError):
-            print(printable(text), file=sys.stderr, flush=True)
+        text = f"[rank {launched_rank()} on {socket.gethostname()}] {text}"
+    with suppress(BrokenPipeError):
+        print(printable(text), file=sys.stderr, flush=True)
     return status
 
 
