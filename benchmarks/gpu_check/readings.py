@@ -11,8 +11,8 @@ from pathlib import Path
 from benchmarks.gpu_check.bounds import loss_bound
 from benchmarks.gpu_check.steps import LOG_FILE, Figures
 from benchmarks.gpu_check.trace import CLASSES, busy_share, longest, overlap_share, read_events, shares_of_time
-from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
-from pipeline.training.step_profile import PROFILE_FOLDER, TRACE_FILE
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, PROFILE_FOLDER
+from pipeline.training.step_profile import TRACE_FILE
 from tests.support.runs import read_curve
 
 

@@ -145,25 +145,24 @@ def _refuse(mistakes: list[str]) -> None:
 
 def _find_mistakes(merged: dict[str, Any], origins: dict[str, str]) -> Iterator[str]:
     """Yield a line for each mistake. Unknown keys come first, because they can cause other mistakes."""
-    unknown: list[tuple[int | str, ...]] = []
-    try:
-        Config.model_validate(merged)
-    except ValidationError as error:
-        unknown = [mistake["loc"] for mistake in error.errors() if mistake["type"] == "extra_forbidden"]
-        yield from (_explain(mistake, origins) for mistake in error.errors() if mistake["type"] == "extra_forbidden")
+    unknown = [mistake for mistake in _errors_of(Config, merged) if mistake["type"] == "extra_forbidden"]
     known = deepcopy(merged)
-    for location in unknown:
-        _remove(known, location)
+    for mistake in unknown:
+        _remove(known, mistake["loc"])
+    for mistake in (*unknown, *_errors_of(Config, known)):
+        yield _explain(mistake, origins)
+    backend = known.get("backend", {})
+    if not _errors_of(BackendConfig, backend):
+        for key, text in find_mistakes(BackendConfig.model_validate(backend)):
+            yield f"{key}: {text} ({_find_origin(key, origins)})"
+
+
+def _errors_of(section: type[BaseModel], content: Any) -> list[ErrorDetails]:
     try:
-        backend = Config.model_validate(known).backend
+        section.model_validate(content)
     except ValidationError as error:
-        yield from (_explain(mistake, origins) for mistake in error.errors())
-        try:
-            backend = BackendConfig.model_validate(known.get("backend", {}))
-        except ValidationError:
-            return
-    for key, mistake in find_mistakes(backend):
-        yield f"{key}: {mistake} ({_find_origin(key, origins)})"
+        return error.errors()
+    return []
 
 
 def _remove(content: Any, location: tuple[int | str, ...]) -> None:

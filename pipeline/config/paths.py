@@ -9,8 +9,7 @@ from pipeline.config.schema import Config, RunConfig
 
 def with_working_dir(config: Config) -> Config:
     """Return a copy of a config. If ``run.working_dir`` is null, set it to the current folder."""
-    run = config.run.model_copy(update={"working_dir": config.run.working_dir or str(Path.cwd())})
-    return config.model_copy(update={"run": run})
+    return config.with_run(working_dir=config.run.working_dir or str(Path.cwd()))
 
 
 def find_path(path: str, run: RunConfig) -> str:

@@ -702,6 +702,10 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     sample: SampleConfig = SampleConfig()
 
+    def with_run(self, **values: Any) -> Config:
+        """Return a copy with other values in the section ``run``. The values are not validated."""
+        return self.model_copy(update={"run": self.run.model_copy(update=values)})
+
     @property
     def seq_len(self) -> int:
         """Return the number of tokens per sample."""

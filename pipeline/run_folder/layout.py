@@ -8,6 +8,7 @@ LOG_FILE = "train.log"
 TABLE_FILE = "metrics.csv"  # the rows of metrics.jsonl as a table
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
+PROFILE_FOLDER = "profile"
 REPORT_FOLDER = "report"
 REPORT_PAGE = f"{REPORT_FOLDER}/report.html"
 EVALUATION_FOLDER = "evaluation"  # one JSON file per task

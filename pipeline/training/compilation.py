@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 SHORTEST_COMPILED_CPU_RUN_S = 600.0
 
 _TIMED_TOKENS = 2048  # enough that the time grows with the tokens, few enough to need little memory
-_TIMED_REPEATS = 3  # after one pass that warms up
+_TIMED_PASSES = 4  # the first one warms up
 
 
 def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
@@ -42,7 +42,7 @@ def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Pat
     if wanted and not all(world.gather(compiler_works(world.device))):
         wanted, reason = False, "no compiler on every rank"
     log.info("compile   %s%s", "on" if wanted else "off", f" ({reason})" if reason else "")
-    return config.model_copy(update={"run": config.run.model_copy(update={"compile": wanted})})
+    return config.with_run(compile=wanted)
 
 
 def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -> tuple[bool, str]:
@@ -52,36 +52,33 @@ def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -
     if isinstance(before, bool):
         return before, f"auto: as before {start}"
     micro_steps = plan.accumulation * config.schedule.max_steps
-    for tokens, repeats in ((plan.seq_len, 0), (_TIMED_TOKENS, _TIMED_REPEATS)):
-        run_s = micro_steps * max(world.gather(measure_micro_step(config, plan, tokens, repeats)))
+    for tokens, passes in ((plan.seq_len, 1), (_TIMED_TOKENS, _TIMED_PASSES)):
+        run_s = micro_steps * max(world.gather(measure_micro_step(config, plan, tokens, passes)))
         if run_s <= SHORTEST_COMPILED_CPU_RUN_S:  # the single pass is too long, never too short
             break
     pays_off = run_s > SHORTEST_COMPILED_CPU_RUN_S
     return pays_off, f"auto: the run takes {'' if pays_off else 'at most '}{run_s:,.0f} s uncompiled"
 
 
-def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, repeats: int) -> float:
+def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, passes: int) -> float:
     """Return the seconds of the forward and backward pass of one micro-batch on a CPU without compilation.
 
     The time of a few sequences is measured, and scaled to the micro-batch. The global random generator does not change.
 
     Args:
         tokens: about how many tokens the measured sequences contain.
-        repeats: how often to repeat the passes after the first measurement, which is slower. The result is the
-            shortest time of the repeats. With 0 repeats, the result is the first measurement.
+        passes: how often to measure. The shortest time counts, because the first pass is slower.
     """
     sequences = min(plan.micro_batch_size, max(1, tokens // plan.seq_len))
     compute = replicated_compute(_timed_model(config), config.run.precision, torch.device("cpu"))
     samples = torch.zeros(sequences, plan.seq_len, dtype=torch.int64)
     shortest = float("inf")
     with torch.random.fork_rng(devices=[]):
-        for repeat in range(1 + repeats):
+        for _ in range(passes):
             started = time.perf_counter()
             compute(samples, samples, method="loss").backward()  # type: ignore[no-untyped-call]
-            elapsed = time.perf_counter() - started
+            shortest = min(shortest, time.perf_counter() - started)
             compute.zero_grad(set_to_none=True)
-            if repeat or not repeats:  # the first one warms up
-                shortest = min(shortest, elapsed)
     return shortest * plan.micro_batch_size / sequences
 
 

@@ -21,7 +21,7 @@ from pipeline.run_folder.metrics import SAMPLE_KEY
 log = logging.getLogger(__name__)
 
 
-def measure_model(
+def evaluate_model(
     backend: Backend,
     datasets: Sequence[TokenDataset],
     tasks: Mapping[str, Prepared],
@@ -29,7 +29,7 @@ def measure_model(
     world: World,
     before_batch: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Measure what the config section ``evaluation`` selects: the validation loss, tasks and a completion.
+    """Compute what the config section ``evaluation`` selects: the validation loss, tasks and a completion.
 
     Every rank must call this.
 

@@ -29,8 +29,7 @@ def choose_loss_in_blocks(config: Config, world: World, plan: BatchPlan, start: 
     """
     if config.run.loss_in_blocks != "auto":
         return config
-    choice = _choose(config, world, plan, start)
-    return config.model_copy(update={"run": config.run.model_copy(update={"loss_in_blocks": choice})})
+    return config.with_run(loss_in_blocks=_choose(config, world, plan, start))
 
 
 def _choose(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Literal["kept", False]:

@@ -10,9 +10,11 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from pipeline.run_folder.layout import PROFILE_FOLDER
+
 log = logging.getLogger(__name__)
 
-PROFILE_FOLDER, TRACE_FILE, TABLE_FILE = "profile", "trace.json", "top_kernels.txt"
+TRACE_FILE, TABLE_FILE = "trace.json", "top_kernels.txt"
 #: Steps before the profile, for compilation, first allocations and the profiler's warm-up.
 SETTLING_STEPS = 5
 _ROWS, _LOGGED_ROWS, _LONGEST_NAME = 40, 8, 90

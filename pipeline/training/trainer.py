@@ -31,9 +31,9 @@ from pipeline.run_folder.metrics import MEAN_LOSS_KEY
 from pipeline.seeds import derive_seed
 from pipeline.training.due_evaluation import with_recorded_evaluation
 from pipeline.training.early_stop import early_stop_reason
+from pipeline.training.evaluation import evaluate_model
 from pipeline.training.group_norms import GroupNorms
 from pipeline.training.interruption import StopRequest
-from pipeline.training.measurement import measure_model
 from pipeline.training.provenance import describe_process
 from pipeline.training.rank_comparison import RankComparison
 from pipeline.training.resuming import load_checkpoint
@@ -84,15 +84,14 @@ class Trainer:
         self.run_folder = Path(config.run.out_dir)
         self.guard = StepGuard(config.guard, state.guard)
         self.stop_request = StopRequest(world)
-        options = config.checkpoint
         self.mirror = _create_mirror(config, world)
         self.saver = BackgroundSaver(
             self.run_folder,
             dump_config(config),
             backend,
             world,
-            keep_last=options.keep_last,
-            asynchronous=options.asynchronous,
+            keep_last=config.checkpoint.keep_last,
+            asynchronous=config.checkpoint.asynchronous,
             mirror=self.mirror,
         )
         self.heartbeat_file = heartbeat_file or HeartbeatFile(None)
@@ -116,30 +115,17 @@ class Trainer:
         try:
             with failures_reported(self.world), self.stop_request.listening(), self.profile.recording():
                 received = self._train()
-                self._reach_rare("the save of the last checkpoint")
-                self.heartbeat_file.enter("saving", self.state.step)
-                for outcome in self.saver.wait():
-                    self.record.write_saves([outcome])
-                    if outcome.problem:
-                        raise CheckpointError(outcome.problem)
+                self._finish_save()
                 if not received:
                     self._finish_uploads()
             ended = "interrupted" if received else "finished"
         finally:
-            self._reach_rare("the end of the run")
-            self.guard.log_steps_without_targets()
-            self.prefetcher.close()
-            self.record.write_saves(self.saver.wait())  # finish and verify an unfinished save, also after an error
-            self._write_uploads()
-            self.record.close(self.state.step, ended, self.results)
-            self.heartbeat_file.enter(ended, self.state.step)
+            self._close(ended)
         if received:
             self._finish_uploads()  # the launcher may kill this process during the wait
-            place = (
-                f"after step {self.state.step} of {self.config.schedule.max_steps}, the checkpoint is saved"
-                if self.state.step
-                else "before the first step, nothing to save"
-            )
+            step, max_steps = self.state.step, self.config.schedule.max_steps
+            saved = f"after step {step} of {max_steps}, the checkpoint is saved"
+            place = saved if step else "before the first step, nothing to save"
             raise Interrupted(
                 f"{received.name} received: stopped {place}; run the same command again to continue", received
             )
@@ -189,9 +175,9 @@ class Trainer:
         saves = received is not None or self._is_due(config.checkpoint.every_steps) or self._is_milestone()
         evaluates = self._is_due(config.evaluation.every_steps)
         logs = saves or self.state.step == 1 or self._is_due(config.logging.every_steps)
-        spikes = self._judge_finished_steps(judge_all=logs or evaluates)
-        if any(self._roll_back(spike) for spike in spikes):
-            return None  # the next step saves
+        for spike in self._judge_finished_steps(judge_all=logs or evaluates):
+            if self._roll_back(spike):
+                return None  # the next step saves
         if self._layer_norms:
             self.record.write({"step": trained.step, **self._layer_norms})
         if logs:
@@ -204,6 +190,23 @@ class Trainer:
         if saves or received or (evaluates and self._saves_after_evaluation()):
             self.save()
         return received
+
+    def _finish_save(self) -> None:
+        self._reach_rare("the save of the last checkpoint")
+        self.heartbeat_file.enter("saving", self.state.step)
+        for outcome in self.saver.wait():
+            self.record.write_saves([outcome])
+            if outcome.problem:
+                raise CheckpointError(outcome.problem)
+
+    def _close(self, ended: str) -> None:
+        self._reach_rare("the end of the run")
+        self.guard.log_steps_without_targets()
+        self.prefetcher.close()
+        self.record.write_saves(self.saver.wait())  # finish and verify an unfinished save, also after an error
+        self._write_uploads()
+        self.record.close(self.state.step, ended, self.results)
+        self.heartbeat_file.enter(ended, self.state.step)
 
     def _is_complete(self) -> bool:
         return self.state.step >= self.config.schedule.max_steps or self._early_stop_reason() is not None
@@ -406,7 +409,7 @@ class Trainer:
         return statistics.fmean(losses) if losses else None
 
     def evaluate(self) -> None:
-        """Evaluate the model with ``measure_model``, and log the results.
+        """Evaluate the model with ``evaluate_model``, and log the results.
 
         If a signal stops the evaluation, its results are dropped, and the next start of the run repeats it.
 
@@ -418,7 +421,7 @@ class Trainer:
             self._check_ceiling()
             before_batch = self.stop_request.stop_evaluation
             try:
-                rows = measure_model(
+                rows = evaluate_model(
                     self.backend, self.loader.datasets, self.tasks, self.config, self.world, before_batch
                 )
             except EvaluationStopped:

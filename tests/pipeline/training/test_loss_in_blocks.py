@@ -31,10 +31,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return tiny_config(tmp_path, run={"compile": True})
 
 
-def with_run(config: Config, **values: Any) -> Config:
-    return config.model_copy(update={"run": config.run.model_copy(update=values)})
-
-
 def choose(config: Config, world: World, start: Path | None = None) -> Config:
     return choose_loss_in_blocks(config, world, plan_batch(config, 1), start)
 
@@ -60,11 +56,11 @@ def test_choice(
     seconds: tuple[float, float],
     choice: Any,
 ) -> None:
-    config = with_run(config, loss_in_blocks=wanted, compile=compiled)
+    config = config.with_run(loss_in_blocks=wanted, compile=compiled)
     monkeypatch.setattr(loss_in_blocks, "measure_kept_blocks", lambda *_: seconds)
     chosen = choose(config, World(0, 1, 0, torch.device(device)))
     assert chosen.run.loss_in_blocks == choice
-    assert with_run(chosen, loss_in_blocks=wanted) == config, "nothing else changes"
+    assert chosen.with_run(loss_in_blocks=wanted) == config, "nothing else changes"
 
 
 def test_few_logits_are_not_measured(monkeypatch: pytest.MonkeyPatch, config: Config, world: World) -> None:
@@ -104,9 +100,9 @@ def test_a_run_that_continues_keeps_its_choice(
     choice: Any,
 ) -> None:
     """Memory that the user no longer wants to save, and another device, lead to a new choice."""
-    stored = dump_config(with_run(config, loss_in_blocks=before, compile=False))
+    stored = dump_config(config.with_run(loss_in_blocks=before, compile=False))
     state = TrainingState(1, 4, 48, 1, 1.0, 0, config.run.seed, None)
-    backend = DdpBackend(build_model(config.model, 1), with_run(config, compile=False), world)
+    backend = DdpBackend(build_model(config.model, 1), config.with_run(compile=False), world)
     start = save_checkpoint(Path(config.run.out_dir), state, stored, backend, world, 9)
     monkeypatch.setattr(loss_in_blocks, "measure_kept_blocks", lambda *_: seconds)
     assert choose(config, World(0, 1, 0, torch.device(device)), start).run.loss_in_blocks == choice
@@ -114,7 +110,7 @@ def test_a_run_that_continues_keeps_its_choice(
 
 @pytest.mark.parametrize(("value", "way"), [("auto", False), ("kept", "kept"), (True, True)])
 def test_a_backend_computes_the_loss_as_the_config_says(config: Config, world: World, value: Any, way: Any) -> None:
-    config = with_run(config, loss_in_blocks=value, compile=False)
+    config = config.with_run(loss_in_blocks=value, compile=False)
     model = allocate_model(config.model, "meta")
     create_backend(model, config, world, plan_batch(config, 1))
     assert model.lm_head.loss_in_blocks == way

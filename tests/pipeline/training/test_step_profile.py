@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch._C._autograd import DeviceType
 
-from pipeline.training.step_profile import PROFILE_FOLDER, SETTLING_STEPS, TABLE_FILE, TRACE_FILE, StepProfile
+from pipeline.run_folder.layout import PROFILE_FOLDER
+from pipeline.training.step_profile import SETTLING_STEPS, TABLE_FILE, TRACE_FILE, StepProfile
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted, TrainingError
 from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.metrics import SAMPLE_KEY, read_metrics
-from pipeline.training import measurement
+from pipeline.training import evaluation
 from pipeline.training.resuming import load_start, why_complete
 from pipeline.training.schedule import lr_at
 from pipeline.training.summary import log_masks
@@ -285,7 +285,7 @@ class TestKeptCheckpoints:
 
     def test_the_best_one_is_saved_and_kept(self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
         losses = iter([5.0, 4.0, 3.0, 3.5, 3.4, 3.3])  # after steps 0, 2, 4, 6, 8, 10
-        monkeypatch.setattr(measurement, "validate", lambda *_: {"val_loss": next(losses)})
+        monkeypatch.setattr(evaluation, "validate", lambda *_: {"val_loss": next(losses)})
         trainer = make_trainer(
             checkpoint={"every_steps": 5, "keep_last": 1, "keep_best": True}, evaluation={"every_steps": 2}
         )
@@ -300,7 +300,7 @@ class TestEarlyStop:
         self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         losses = iter([5.0, 4.0, 3.0])
-        monkeypatch.setattr(measurement, "validate", lambda *_: {"val_loss": next(losses)})
+        monkeypatch.setattr(evaluation, "validate", lambda *_: {"val_loss": next(losses)})
         sections = {"schedule": {"stop_at_val_loss": 3.1}, "evaluation": {"every_steps": 2}}
         trainer = make_trainer(**sections)
         with caplog.at_level(logging.INFO):
@@ -347,7 +347,7 @@ def test_unusable_weights_do_not_end_an_evaluation(
     def complete(*_: Any) -> str:
         raise TrainingError("the model's logits are not finite")
 
-    monkeypatch.setattr("pipeline.training.measurement.complete_while_training", complete)
+    monkeypatch.setattr("pipeline.training.evaluation.complete_while_training", complete)
     trainer = make_trainer()
     samples = trainer.config.evaluation.model_copy(update={"sample": True})
     trainer.config = trainer.config.model_copy(update={"evaluation": samples})
@@ -437,12 +437,12 @@ class TestStop:
                 before_token()
             return "text"
 
-        monkeypatch.setattr("pipeline.training.measurement.complete_while_training", complete)
+        monkeypatch.setattr("pipeline.training.evaluation.complete_while_training", complete)
         trainer.evaluate()
         assert tokens == 3 and trainer.state.evaluation_is_due
         assert not trainer.stop_request.received and not read_metrics(trainer.run_folder)
         monkeypatch.undo()
-        monkeypatch.setattr("pipeline.training.measurement.complete_while_training", lambda *_: "text")
+        monkeypatch.setattr("pipeline.training.evaluation.complete_while_training", lambda *_: "text")
         trainer.evaluate()
         assert not trainer.state.evaluation_is_due and rows_with(trainer, SAMPLE_KEY) == {0: "text"}
 
