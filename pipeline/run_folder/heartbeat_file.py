@@ -61,39 +61,30 @@ class HeartbeatFile:
             state: ``starting``, ``training``, ``evaluating``, ``saving``, ``finished``, ``interrupted`` or ``failed``.
             step: the number of finished steps.
         """
-        has_changed = state != self._state or not self._next_write
-        self._state = state
-        if has_changed:
-            self._write(step)
-        else:
-            self.beat(step)
+        if state != self._state:
+            self._next_write = 0.0
+        self._state, self._step = state, step
+        self.beat()
 
-    def beat(self, step: int | None = None) -> None:
-        """Write the file again if the last write was at least ``INTERVAL_S`` seconds ago.
-
-        ``step`` is the number of finished steps. None keeps the number that is in the file.
-        """
-        if step is not None:
-            self._step = step
+    def beat(self) -> None:
+        """Write the file again if the last write was at least ``INTERVAL_S`` seconds ago."""
         if self._path and self._now() >= self._next_write:
-            self._write(self._step)
+            self._next_write = self._now() + INTERVAL_S
+            self._write(self._path)
 
-    def _write(self, step: int) -> None:
-        self._step, self._next_write = step, self._now() + INTERVAL_S
-        if self._path is None:
-            return
+    def _write(self, path: Path) -> None:
         content = {
             "state": self._state,
-            "step": step,
+            "step": self._step,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
         try:
-            self._replace(self._path, (json.dumps(content) + "\n").encode("ascii"))
+            self._replace(path, (json.dumps(content) + "\n").encode("ascii"))
         except OSError as error:
             if not self._has_failed:
-                log.warning("cannot write %s (%s); training continues", self._path, error.strerror)
+                log.warning("cannot write %s (%s); training continues", path, error.strerror)
             self._has_failed = True
 
     @staticmethod

@@ -54,6 +54,7 @@ class Trainer:
     Args:
         state: the progress of the run. The weights and the optimizer state in the backend must belong to this progress.
         tasks: the prepared tasks of ``evaluation.tasks``, without ``validation``.
+        origin: the path and the step of the stored weights from which a new run starts. None for random weights.
         heartbeat_file: writes ``heartbeat.json``. If None, the trainer does not write this file.
     """
 
