@@ -1,5 +1,7 @@
 """Create output folders. Remove them again if a command fails before it has written a file."""
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -8,8 +10,16 @@ from data_tools.storage.atomic import fsync_folder
 
 
 def create_folder(path: Path) -> list[Path]:
-    """Create a folder and its missing parents durably. Return the created folders, the innermost first."""
+    """Create a folder and its missing parents durably. Return the created folders, the innermost first.
+
+    Raises:
+        OSError: the folder cannot be created, for example because a parent is a link to a disk that is not mounted.
+    """
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in created:
+        if folder.is_symlink():  # mkdir would say that the file exists
+            reason = f"{folder} is a link to {os.readlink(folder)}, which does not exist"
+            raise FileNotFoundError(errno.ENOENT, reason, str(folder))
     path.mkdir(parents=True, exist_ok=True)
     for folder in created:
         fsync_folder(folder.parent)

@@ -25,7 +25,6 @@ from pydantic import (
 )
 
 from data_tools.options import BadRows, Deduplication, ShardFormat, SourceKind
-from data_tools.storage.files import is_remote
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -544,7 +543,7 @@ class CheckpointConfig(Section):
     @field_validator("remote")
     @classmethod
     def _check_url(cls, url: str | None) -> str | None:
-        if url is not None and not is_remote(url):
+        if url is not None and not url.partition("://")[2].strip("/"):
             raise ValueError(
                 f"{url} is not a URL; expected one such as s3://bucket/run, or file:///folder/run for a folder"
             )

@@ -29,13 +29,15 @@ def share_cores(world: World) -> str:
     A rank on a CPU is bound to its cores, because a thread loses its cache when it moves to another core. A rank on a
     GPU is not bound, because the threads of NCCL need other cores.
 
-    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads, and is not bound. If a launcher has
-    already chosen cores for each rank, the ranks keep these cores. Every rank must call this.
+    If the user has set ``OMP_NUM_THREADS``, each rank uses this number of threads, but at most one per core, and is not
+    bound. If a launcher has already chosen cores for each rank, the ranks keep these cores. Every rank must call this.
     """
-    if threads := requested_threads():
-        torch.set_num_threads(threads)
-        return f"{threads} per process"
     cores = _usable_cores()
+    if requested := requested_threads():
+        threads = min(requested, len(cores))  # OpenMP crashes if it cannot start all threads
+        torch.set_num_threads(threads)
+        set_openmp_threads(threads)
+        return f"{threads} per process{f' (OMP_NUM_THREADS is {requested:,})' if requested > threads else ''}"
     cores_of_ranks = _cores_of_local_ranks(world, cores)
     ranks = len(cores_of_ranks)
     are_shared = ranks > 1 and all(other == cores for other in cores_of_ranks)

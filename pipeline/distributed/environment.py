@@ -85,7 +85,8 @@ def _find_contradiction(variables: dict[str, str]) -> str | None:
         return f"the environment variable {_RANK} is {rank}, but {total}"
     missing = [name for name in (_RANK, _MASTER_ADDR, _MASTER_PORT) if name not in variables]
     if size > 1 and missing:
-        return f"the environment variable {_WORLD_SIZE} is {size}, but {' and '.join(missing)} are not set"
+        names = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
+        return f"the environment variable {_WORLD_SIZE} is {size}, but {names} not set"
     return None
 
 

@@ -47,7 +47,8 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Return a context manager. Inside its block, signals that ask the run to stop are only recorded.
 
-        A second Ctrl-C ends the process.
+        A second Ctrl-C ends the process. Programs that the block starts, such as the C++ compiler of torch.compile, do
+        not receive these signals.
 
         If the block raises a ``RuntimeError``, signals are still recorded after the block. A lost rank may have caused
         the error. The launcher then sends SIGTERM, but this process must still print which rank is lost.
@@ -59,6 +60,8 @@ class StopRequest:
             del before[signal.SIGHUP]
         for number in before:
             signal.signal(number, lambda *_: None)
+        # Terminals, torchrun and Slurm also signal the child processes, which inherit this mask from the main thread.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, before)
         stays = False
         try:
             yield
@@ -70,6 +73,7 @@ class StopRequest:
                 if launcher_name() and (self.received or self._is_agreed):
                     # The launcher's SIGTERM may come late, and must not hide the last line.
                     before[signal.SIGTERM] = signal.SIG_IGN
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 for number, handler in before.items():
                     signal.signal(number, handler)
                 thread.stop()

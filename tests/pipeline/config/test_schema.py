@@ -106,9 +106,10 @@ class TestRefusals:
             ({"model": {"n_embd": 100, "n_head": 3}}, r"n_embd \(100\) must be a multiple of n_head \(3\)"),
             ({"schedule": {"warmup_steps": 6, "max_steps": 5}}, r"warmup_steps \(6\) must not exceed max_steps \(5\)"),
             ({"data": {"seq_len": 2048}}, r"data.seq_len \(2048\) must not exceed model.context_length \(1024\)"),
+            ({"checkpoint": {"remote": "s3://"}}, "s3:// is not a URL; expected one such as s3://bucket/run"),
         ],
     )
-    def test_numbers_that_contradict_each_other(self, content: dict[str, Any], message: str) -> None:
+    def test_values_that_cannot_work(self, content: dict[str, Any], message: str) -> None:
         with pytest.raises(ValidationError, match=message):
             Config.model_validate(content)
 

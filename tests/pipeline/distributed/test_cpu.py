@@ -62,6 +62,21 @@ def test_the_ranks_of_a_host_split_its_cores(
     assert bound == ([cores_of_rank] if cores_of_rank else [])
 
 
+@pytest.mark.parametrize(
+    ("requested", "line"), [("2", "2 per process"), ("100000", "3 per process (OMP_NUM_THREADS is 100,000)")]
+)
+def test_the_user_chooses_the_number_of_threads(
+    world: World, monkeypatch: pytest.MonkeyPatch, bound: list[list[int]], requested: str, line: str
+) -> None:
+    """OpenMP crashes if it cannot start all threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", requested)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(cpu, "_usable_cores", lambda: [0, 1, 2])
+    assert share_cores(world) == line
+    assert os.environ["OMP_NUM_THREADS"] == line[0]
+    assert not bound
+
+
 @pytest.mark.parametrize(("rank", "threads"), [(0, 2), (1, 3), (2, 3), (3, 2), (5, 3)])
 def test_ranks_with_gpus_get_threads_for_offloaded_state_and_are_not_bound(
     monkeypatch: pytest.MonkeyPatch, bound: list[list[int]], rank: int, threads: int
@@ -109,12 +124,6 @@ def test_an_openmp_that_is_loaded_later_gets_the_same_threads(tmp_path: Path, ho
     assert (
         subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip() == threads
     )
-
-
-def test_the_users_threads_are_kept(monkeypatch: pytest.MonkeyPatch, bound: list[list[int]]) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert share_cores(World(0, 1, 0, torch.device("cpu"))) == "5 per process"
-    assert bound == []
 
 
 @pytest.mark.parametrize(

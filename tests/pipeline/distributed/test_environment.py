@@ -83,6 +83,7 @@ def test_plain_python_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None
     ("variables", "problem"),
     [
         ({"WORLD_SIZE": "8"}, "WORLD_SIZE is 8, but RANK and MASTER_ADDR and MASTER_PORT are not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "eight"}, "WORLD_SIZE is 'eight', not a whole number"),
         ({"WORLD_SIZE": "0"}, "RANK is 0, but WORLD_SIZE is 0|WORLD_SIZE is 0"),
         ({"RANK": "3"}, "RANK is 3, but WORLD_SIZE is not set"),

@@ -191,8 +191,11 @@ def test_the_checkpoints_of_another_run_are_refused(tmp_path: Path, inside: str)
 
 def test_a_folder_that_cannot_be_created_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+    (tmp_path / "link").symlink_to("unmounted")
+    is_broken = f"{tmp_path / 'link'} is a link to unmounted, which does not exist)"
+    for name, reason in (("file", ""), ("file/run", ""), ("link", is_broken), ("link/run", is_broken)):
+        place = tmp_path / name
         with pytest.raises(ConfigError) as caught, open_run_folder(place):
             pass
-        assert str(caught.value).startswith(f"run.out_dir: cannot make {place} (")
+        assert str(caught.value).startswith(f"run.out_dir: cannot make {place} ({reason}")
         assert "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,11 @@ def send(number: signal.Signals) -> None:
     """Send a real signal to this process, and return after the thread has probably read it."""
     os.kill(os.getpid(), number)
     time.sleep(0.05)
+
+
+def outlives(number: signal.Signals) -> bool:
+    """Return whether a child process outlives a signal, such as one that a terminal sends to all its processes."""
+    return subprocess.run(["sh", "-c", f"kill -{number.value} $$"], check=False).returncode == 0
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +49,9 @@ def test_a_signal_is_recorded_and_agreed_on(world: World, number: signal.Signals
         send(number)
         assert request.agreed() is number
         assert request.agreed() is number
+        assert outlives(number), "Ctrl-C would end the C++ compiler of torch.compile"
     assert request.agreed() is number, "still recorded after listening"
+    assert not outlives(number)
 
 
 def test_without_a_signal_there_is_no_request(world: World) -> None:
