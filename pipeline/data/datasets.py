@@ -64,15 +64,17 @@ def _open_dataset(component: MixtureComponent, config: Config) -> TokenDataset:
 def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
     """Raise ConfigError if a dataset and a model differ in vocabulary size or end-of-text token."""
     tokenizer = stream.manifest.tokenizer
+    cure = "name shards of the model's tokenizer, or train a new model with"
     if tokenizer.vocab_size != model.vocab_size:
         raise ConfigError(
             f"model.vocab_size ({model.vocab_size}) is not the vocabulary size of {path} "
-            f"({tokenizer.name}: {tokenizer.vocab_size}); set it to {tokenizer.vocab_size}"
+            f"({tokenizer.name}: {tokenizer.vocab_size}); {cure} model.vocab_size={tokenizer.vocab_size}"
         )
     if model.reset_positions_at not in (None, tokenizer.end_of_text):
         raise ConfigError(
             f"model.reset_positions_at ({model.reset_positions_at}) is not the end-of-text token of {path} "
-            f"({tokenizer.name}: {tokenizer.end_of_text}); set it to {tokenizer.end_of_text}, or to null"
+            f"({tokenizer.name}: {tokenizer.end_of_text}); {cure} model.reset_positions_at={tokenizer.end_of_text}, or "
+            "null"
         )
 
 

@@ -79,7 +79,8 @@ def describe_other_tokenizer(folder: Path) -> str | None:
         return None
     return (
         f"tokenizer: {path} is not GPT-2's ({len(differing)} of {len(ours)} tokens have another id, or none); train "
-        "and evaluate on shards of that tokenizer only, because text is always encoded with GPT-2's here"
+        "and evaluate on shards of that tokenizer only, because text is always encoded with GPT-2's here; after an "
+        "export, copy the files of that tokenizer into the new folder"
     )
 
 

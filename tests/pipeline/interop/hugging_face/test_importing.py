@@ -141,7 +141,8 @@ def test_rows_of_another_tokenizer_are_kept(exported: Path, tmp_path: Path) -> N
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     model = read_folder(folder)
     assert model.config.vocab_size == 50265
-    assert [note for note in model.notes if "vocab.json is not GPT-2's (2 of 50257 tokens have another id" in note]
+    [note] = [note for note in model.notes if "vocab.json is not GPT-2's (2 of 50257 tokens have another id" in note]
+    assert "copy the files of that tokenizer into the new folder" in note
     (folder / "vocab.json").unlink()
     assert read_folder(folder).config.vocab_size == 50257, "tokenizer.json is GPT-2's"
     (folder / "tokenizer.json").write_text('{"model": []}')
