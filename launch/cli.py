@@ -173,6 +173,7 @@ bandwidth = _option_type(
 )
 non_negative_float = _option_type(float, lambda value: 0 <= value < math.inf, "a number from 0")
 probability = _option_type(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+valid_text = _option_type(_valid_text, lambda _: True, "valid text")
 non_empty_text = _option_type(_valid_text, bool, "at least one character of valid text")
 
 

@@ -20,6 +20,7 @@ from launch.cli import (
     quick_imports,
     run_command,
     start_logging,
+    valid_text,
 )
 from data_tools.errors import UserError
 from pipeline.config.schema import RunConfig, SampleConfig
@@ -88,9 +89,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--prompt",
         action="append",
-        type=non_empty_text,
+        type=valid_text,
         metavar="TEXT",
-        help="the text to continue; may be given several times (default: the prompt of the run's section sample)",
+        help="the text to continue, or an empty text for a new text; may be given several times (default: the prompt "
+        "of the run's section sample)",
     )
     parser.add_argument(
         "--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a completion, Ctrl-D ends the program"

@@ -65,7 +65,7 @@ class Writer:
 
     def stream(self, prompt: str, sample: SampleConfig, seed: int) -> Iterator[str]:
         """Yield the completion of a prompt in pieces of text, each as soon as it is generated."""
-        return self.stream_tokens(self.tokenizer.encode(prompt).tolist(), sample, seed)
+        return self.stream_tokens(self._encode(prompt), sample, seed)
 
     def stream_tokens(
         self, prompt: list[int], sample: SampleConfig, seed: int, ends: AbstractSet[int] = ENDS
@@ -79,7 +79,7 @@ class Writer:
 
     def complete(self, prompts: Sequence[str], sample: SampleConfig, seed: int) -> list[str]:
         """Return the completions of several prompts, computed in one batch."""
-        return self.complete_tokens([self.tokenizer.encode(prompt).tolist() for prompt in prompts], sample, seed)
+        return self.complete_tokens([self._encode(prompt) for prompt in prompts], sample, seed)
 
     def complete_tokens(self, prompts: list[list[int]], sample: SampleConfig, seed: int) -> list[str]:
         """Return the completions of several prompts of token ids, computed in one batch."""
@@ -87,6 +87,10 @@ class Writer:
         for row, piece in self._generate(prompts, sample, seed, ENDS):
             completions[row] += piece
         return completions
+
+    def _encode(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt. An empty prompt becomes the token that begins each document."""
+        return self.tokenizer.encode(prompt).tolist() or [END_OF_TEXT]
 
     def _generate(
         self, prompts: list[list[int]], sample: SampleConfig, seed: int, ends: AbstractSet[int]

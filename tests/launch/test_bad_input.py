@@ -459,9 +459,6 @@ COMMAND_LINE_CASES = [
         "batch_of_text", "evaluate.py --checkpoint trained --batch-size x", "--batch-size", "a whole number from 1"
     ),
     command("score_on_absent_device", "evaluate.py --checkpoint trained --device cuda", "--device", "available: cpu"),
-    Case(
-        "empty_prompt", ("generate.py", "--checkpoint", "trained", "--prompt", ""), "--prompt", "at least one character"
-    ),
     command("cold", "generate.py --checkpoint trained --temperature=-1", "--temperature", "must be a number from 0"),
     command(
         "nan_temperature", "generate.py --checkpoint trained --temperature nan", "--temperature", "a number from 0"

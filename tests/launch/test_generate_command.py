@@ -19,6 +19,7 @@ import torch
 import launch.generate
 from launch.cli import run_command
 from data_tools.tokenizer import load_tokenizer
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
 from pipeline.generation import writer as generation_writer
 from pipeline.model.packed_linear import InferenceLinear, can_pack
@@ -72,6 +73,12 @@ def test_several_prompts_are_completed_as_each_alone(command: Command) -> None:
     )
     together = command(*GREEDY, "--prompt", prompts[0], "--prompt", prompts[1])
     assert together == f"== 1/2\n{alone[0]}== 2/2\n{alone[1]}"
+
+
+def test_an_empty_prompt_begins_a_new_text(command: Command, run_folder: Path) -> None:
+    writer = generation_writer.load_writer(run_folder, torch.device("cpu"))
+    [text] = writer.complete_tokens([[END_OF_TEXT]], writer.sample.model_copy(update={"temperature": 0.0}), 0)
+    assert text and command("--temperature", "0", "--prompt", "") == f"{text}\n"
 
 
 def test_a_completion_ends_before_a_stop_text(command: Command) -> None:
