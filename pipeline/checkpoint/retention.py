@@ -64,7 +64,7 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
             abandoned = _unused_abandoned_path(folder)
             folder.rename(abandoned)
             fsync_folder(folder.parent)
-            log.warning("set aside as %s: the run continues from step %d", abandoned, max(step, 0))
+            log.warning("set aside as %s: the run continues from step %d", abandoned, step)
 
 
 def _unused_abandoned_path(folder: Path) -> Path:

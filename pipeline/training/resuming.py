@@ -22,6 +22,7 @@ from pipeline.config.schema import MODEL_SIZES, Config, ScheduleConfig
 from pipeline.distributed.environment import launch_id, launcher_restarts
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
 from pipeline.training.due_evaluation import with_recorded_evaluation
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.initial_weights import compare_sizes
@@ -45,8 +46,8 @@ def choose_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_
     abandoned.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, the run folder contains another run, or the data, seed or
-            model has changed.
+        CheckpointError: the checkpoint cannot be used, all checkpoints are damaged, the run folder contains another
+            run, or the data, seed or model has changed.
         ConfigError: the checkpoint belongs to another run, and a run that starts from it is already complete.
     """
     run_folder = Path(config.run.out_dir)
@@ -54,7 +55,11 @@ def choose_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_
         remove_leftovers(run_folder)
         start = _find_start(run_folder, config.checkpoint.resume, hash_file)
         if start is None:
-            set_aside_after(run_folder, -1)  # all checkpoints are damaged, otherwise the run would resume from one
+            if list_checkpoints(run_folder):  # a start from scratch would delete the metrics of the run
+                raise CheckpointError(
+                    f"{run_folder}: all its checkpoints are damaged, see the lines above; to start again from scratch, "
+                    f"use another run.out_dir, or delete {run_folder / CHECKPOINTS_FOLDER}"
+                )
             return None
         state, stored_config = read_state(start)
         _check_same_origin(config, start, stored_config)

@@ -111,14 +111,12 @@ class TestAuto:
         assert start(run_folder) == newest
         assert names(run_folder) == ["step_00000002", "step_00000004"]
 
-    def test_all_damaged_is_a_start_from_scratch(self, save: Save, run_folder: Path) -> None:
-        """They are set aside, so that a later start does not take them for this run's newest."""
+    def test_all_damaged_is_refused(self, save: Save, run_folder: Path) -> None:
+        """A start from scratch would delete the metrics of the run."""
         for step in (2, 4):
             damage(save(step))
-        assert start(run_folder) is None
-        assert names(run_folder) == ["step_00000002.abandoned", "step_00000004.abandoned"]
-        newest = save(1)
-        assert start(run_folder) == newest
+        assert_refused(f"all its checkpoints are damaged.*or delete {run_folder}/checkpoints", run_folder)
+        assert names(run_folder) == ["step_00000002", "step_00000004"]
 
     def test_a_finished_run_is_left_alone(self, save: Save, run_folder: Path) -> None:
         last = save(MAX_STEPS)
