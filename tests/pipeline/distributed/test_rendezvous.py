@@ -78,7 +78,12 @@ def test_missing_ranks_are_announced(
     line = capfd.readouterr().err
     assert "still waits at node0:29500 (MASTER_ADDR, MASTER_PORT) for ranks 1, 2 of 3 (WORLD_SIZE)" in line
     assert "unset RANK WORLD_SIZE" in line
-    monkeypatch.setattr(rendezvous, "connect", lambda *_: time.sleep(1) or shared)  # a firewall
+
+    def connect_late(*_: object) -> Store:
+        time.sleep(1)
+        return shared
+
+    monkeypatch.setattr(rendezvous, "connect", connect_late)
     with pytest.raises(TimeoutError):
         open_store(1, 3, timedelta(seconds=0.1))
     assert "rank 1 on" in (line := capfd.readouterr().err) and "cannot connect to node0:29500" in line
