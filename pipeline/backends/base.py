@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,18 +101,21 @@ class Backend(ABC):
         def draw(name: str, start: int, target: Tensor) -> None:
             draw_elements(name, self.parameter_shapes[name], self.model.config, seed, start, target)
 
-        self.write_weights(draw)
+        self.write_weights(draw, threads=torch.get_num_threads())  # torch draws random numbers with one thread
 
     @torch.no_grad()
-    def write_weights(self, write: WriteElements) -> None:
+    def write_weights(self, write: WriteElements, threads: int = 1) -> None:
         """Set all weights. Every rank must call this before the first step.
 
         The method calls ``write(name, start, elements)`` for each range of a parameter that this rank holds. ``write``
         must fill the tensor ``elements``.
+
+        Args:
+            threads: the number of threads that call ``write``.
         """
-        for held in self.state.ranges():
-            if held.length:
-                write(held.name, held.start, held.of(held.master))
+        targets = [(held.name, held.start, held.of(held.master)) for held in self.state.ranges() if held.length]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda target: write(*target), targets))
         self.state.publish_masters()
 
     def fragments(self) -> list[Fragment]:

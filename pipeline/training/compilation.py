@@ -11,7 +11,8 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.distributed.device import compiler_works
 from pipeline.distributed.world import World
-from pipeline.model.gpt2 import GPT2, allocate_model, build_model
+from pipeline.model.gpt2 import GPT2, allocate_model
+from pipeline.model.initialisation import INIT_STD
 from pipeline.model.precision import replicated_compute
 
 log = logging.getLogger(__name__)
@@ -85,10 +86,14 @@ def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, passes: int
 def _timed_model(config: Config) -> GPT2:
     """Return a model of the same depth as the run's model, in which all blocks share the weights of the first block.
 
+    All weights have the same value, because the values do not affect the time, and random ones take time to draw.
+
     It does the same amount of computation, and fits into the memory of a rank that holds only a shard of the real
     model.
     """
-    model = build_model(config.model.model_copy(update={"n_layer": 1}), config.run.seed)
+    model = allocate_model(config.model.model_copy(update={"n_layer": 1}), "cpu")
+    for weight in model.parameters():
+        weight.detach().fill_(INIT_STD)
     (first,) = model.h
     model.h.extend(allocate_model(config.model, "meta").h[1:])
     for block in model.h[1:]:
