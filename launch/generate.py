@@ -76,6 +76,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.interactive and arguments.prompt:
         parser.error("--prompt: with --interactive prompts come from the terminal; give only one of the two")
+    if arguments.chat and "" in (arguments.prompt or []):
+        parser.error("--prompt: a message of a chat must be at least one character")
     if arguments.system and arguments.chat != "messages":
         parser.error("--system: only a chat has a message of the system; add --chat, or leave it out")
     return arguments

@@ -8,6 +8,9 @@ from data_tools.storage.files import is_remote
 
 _HEAD_BYTES = 512
 _SHORTEST_UTF16 = 4  # bytes
+# Among letters that are not ASCII, about one in seven characters of two bytes is a space, a comma or a full stop.
+_LARGEST_BYTES_PER_ZERO = 20
+_FEWEST_BYTES = 200
 # The specification of git-lfs says that a pointer is smaller than this.
 LARGEST_POINTER_BYTES = 1024
 _LONGEST_ARROW_SCHEMA = 1 << 24  # bytes; other files that begin like Arrow usually have a larger number here
@@ -60,9 +63,10 @@ def describe_decoded(content: bytes) -> str | None:
     """Return why a file is not text, for an error message, or None if nothing is wrong.
 
     Call this for a file that can be decoded as UTF-8. The function recognizes tar archives, files that
-    contain only NUL bytes, and ASCII text in UTF-16. ``content`` is the beginning of the file.
+    contain only NUL bytes, and text in UTF-16. ``content`` is the beginning of the file.
     """
-    kind = _recognize(content[:_HEAD_BYTES])
+    head = content[:_HEAD_BYTES]
+    kind = "utf-16" if _holds_utf16(head) else _recognize(head)
     return _KINDS[kind][1] if kind in _DECODED_KINDS else None
 
 
@@ -93,6 +97,15 @@ def _is_utf16_without_mark(head: bytes) -> bool:
         return False
     halves = head[::2], head[1::2]
     return any(not zeros.strip(b"\0") and text.isascii() and 0 not in text for zeros, text in (halves, halves[::-1]))
+
+
+def _holds_utf16(head: bytes) -> bool:
+    """Return whether text looks like UTF-16 because of zeros at even positions only, or at odd positions only.
+
+    In UTF-16, each space and each ASCII character has a zero byte, also among other letters.
+    """
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    return min(even, odd) == 0 and max(even, odd) * _LARGEST_BYTES_PER_ZERO >= len(head) >= _FEWEST_BYTES
 
 
 def begins_as(path: Path | str, kind: str) -> bool:

@@ -134,6 +134,7 @@ def test_an_error_is_one_line(command: Command) -> None:
     for arguments, expected in (
         (("--stop", ""), "--stop: must be at least one character"),
         (("--prompt", "a", "--interactive"), "--prompt: with --interactive prompts come from the terminal"),
+        (("--prompt", "", "--chat"), "--prompt: a message of a chat must be at least one character"),
         (("--top-p", "0"), "--top-p: must be above 0 and at most 1"),
         (("--precision", "fp8"), "--precision: invalid choice: 'fp8'"),
         (("--chat", "poem"), "--chat: invalid choice: 'poem'"),

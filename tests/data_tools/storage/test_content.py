@@ -91,14 +91,24 @@ def test_nothing_is_said_of_other_content(tmp_path: Path) -> None:
     require_fetched(tmp_path / "file")
 
 
-@pytest.mark.parametrize("content", [tar_bytes(), "text".encode("utf-16-le"), "text".encode("utf-16-be"), bytes(600)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        tar_bytes(),
+        "text".encode("utf-16-le"),
+        "text".encode("utf-16-be"),
+        ("A “quoted” word. " * 9).encode("utf-16-le"),
+        ("Все счастливые семьи похожи друг на друга. " * 9).encode("utf-16-be"),
+        bytes(600),
+    ],
+)
 def test_bytes_that_are_valid_utf8_but_not_text(content: bytes) -> None:
     content.decode("utf-8")
     assert describe_decoded(content)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "\0", "a\0", "ab", "ustar", "<html>", "a\0b", "PAR1", "%PDF-", TEXT.decode()]
+    "text", ["", "a", "\0", "a\0", "ab", "ustar", "<html>", "a\0b", "PAR1", "%PDF-", TEXT.decode(), "name\0file\0" * 50]
 )
 def test_short_and_odd_texts_are_texts(text: str) -> None:
     assert describe_decoded(text.encode()) is None
