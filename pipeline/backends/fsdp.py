@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -98,6 +100,9 @@ def _wrap(model: GPT2, config: Config, world: World) -> nn.Module:
             _replace_collectives(module, config, world)
             if copies is not None:
                 module.set_all_reduce_hook(partial(_average_in_bf16, group=copies))
+    if world.device.type == "cpu":  # on a GPU, the host runs ahead and starts the next gather early
+        for module, following in pairwise([root, *model.h]):
+            module.set_modules_to_forward_prefetch([following])
     return root
 
 
@@ -143,10 +148,12 @@ class AllGather(_Collective):
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> None:
-        """Gather the inputs (n,) of all ranks into the output (ranks * n,), in the order of the ranks."""
-        assert not async_op, "FSDP2 asks for async_op only where streams do not order the work"
-        _exchange([input_tensor] * group.size(), output_tensor.chunk(group.size()), group)
+    ) -> dist.Work:
+        """Gather the inputs (n,) of all ranks into the output (ranks * n,), in the order of the ranks.
+
+        The result is asynchronous for every ``async_op``. FSDP2 waits for it before it reads the output.
+        """
+        return _exchange([input_tensor] * group.size(), output_tensor.chunk(group.size()), group)
 
 
 class ReduceScatter(_Collective):
@@ -168,7 +175,7 @@ class ReduceScatter(_Collective):
         assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
         sent = input_tensor.chunk(group.size())
         received = [chunk if rank == group.rank() else torch.empty_like(chunk) for rank, chunk in enumerate(sent)]
-        _exchange(sent, received, group)
+        _exchange(sent, received, group).wait()
         torch.add(received[0], received[1], out=output_tensor)
         for tensor in received[2:]:
             output_tensor.add_(tensor)
@@ -200,7 +207,19 @@ class Bf16ReduceScatter(_Collective):
         output_tensor.copy_(reduced)
 
 
-def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+class _Transfers(dist.Work):
+    """Several transfers. To wait for them means to wait for each of them."""
+
+    def __init__(self, transfers: Sequence[dist.Work]) -> None:
+        super().__init__()
+        self.transfers = transfers
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Wait until all transfers are done."""
+        return all([transfer.wait() for transfer in self.transfers])
+
+
+def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.ProcessGroup) -> dist.Work:
     """Send one tensor to each rank, and receive one from each rank, all at the same time.
 
     Gloo's all-to-all is not used, because it often sends and receives one after the other.
@@ -210,10 +229,8 @@ def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.Pr
         received[own].copy_(sent[own])
     others = [rank for rank in range(group.size()) if rank != own]
     if not others:
-        return
+        return _Transfers([])
     record = dist.barrier(group=group, async_op=True)  # torch's flight recorder does not record transfers of gloo
     receive = [dist.P2POp(dist.irecv, received[rank], group=group, group_peer=rank) for rank in others]
     send = [dist.P2POp(dist.isend, sent[rank], group=group, group_peer=rank) for rank in others]
-    for transfer in dist.batch_isend_irecv(receive + send):
-        transfer.wait()
-    record.wait()
+    return _Transfers([*dist.batch_isend_irecv(receive + send), record])

@@ -39,11 +39,11 @@ for length in (1, 7, 4096):
         expected = torch.empty(size * length, dtype=dtype)
         dist.all_gather_into_tensor(expected, shard)
         gathered = AllGather().allocate((size * length,), dtype=dtype, device=shard.device)
-        AllGather()(gathered, shard, group)
+        AllGather()(gathered, shard, group).wait()
         assert torch.equal(gathered, expected)
         in_place = torch.zeros_like(expected)
         own = in_place.narrow(0, rank * length, length).copy_(shard)
-        AllGather()(in_place, own, group)
+        AllGather()(in_place, own, group).wait()
         assert torch.equal(in_place, expected)
 
     whole = torch.randn(size * length, generator=random)
@@ -112,12 +112,12 @@ from pipeline.model.gpt2 import allocate_model
 from tests.pipeline.backends.conftest import backend_section, micro_batch
 from tests.pipeline.conftest import tiny_config
 
-gathered, gather = [], AllGather.__call__
+events, gather = [], AllGather.__call__
 
 
 def count(self, *inputs, **options):
-    gathered.append(self)
-    gather(self, *inputs, **options)
+    events.append("gather")
+    return gather(self, *inputs, **options)
 
 
 AllGather.__call__ = count
@@ -126,23 +126,28 @@ with join_world(tiny_config().run) as world:
         config = tiny_config(backend=backend_section("fsdp", reshard_after_forward=reshards))
         backend = FsdpBackend(allocate_model(config.model, "meta"), config, world)
         backend.draw_weights(1)
+        for block in backend.model.h:
+            block.register_forward_pre_hook(lambda *_: events.append("block"))
         for _ in range(2):
-            gathered.clear()
+            events.clear()
             for seed in range(3):
                 backend.accumulate(*micro_batch(seed), 1 / 48, is_last=seed == 2)
             backend.step(1e-3)
-        print(f"gathers: {reshards} {len(gathered)}", flush=True)
+        print(f"gathers: {reshards} {events.count('gather')}, {events.index('block')} early", flush=True)
 """
 
 
 def test_weights_that_stay_gathered_are_gathered_once_per_step(tmp_path: Path) -> None:
-    """The root is always gathered once. A block that is resharded is gathered twice per micro-step, otherwise once."""
+    """The root is always gathered once. A block that is resharded is gathered twice per micro-step, otherwise once.
+
+    The gathers of both blocks start before the first block computes.
+    """
     program = tmp_path / "gathers.py"
     program.write_text(GATHERS, encoding="utf-8")
     result = run_ranks(2, program, [])
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count(f"gathers: True {1 + 3 * 2 * 2}") == 2
-    assert result.stdout.count(f"gathers: False {1 + 2}") == 2
+    assert result.stdout.count(f"gathers: True {1 + 3 * 2 * 2}, 3 early") == 2
+    assert result.stdout.count(f"gathers: False {1 + 2}, 3 early") == 2
 
 
 def make_fsdp(world: World, **sections: Any) -> FsdpBackend:
