@@ -51,8 +51,8 @@ class HuggingFaceSource:
             raise DataError(f"--source hf takes one --input, a dataset's name or folder, not {len(inputs)}")
         if os.path.isfile(inputs[0]):
             raise DataError(
-                f"--source hf takes a dataset's name or folder, and {inputs[0]} is a file; --source jsonl, parquet or "
-                "text reads files"
+                f"--source hf takes a dataset's name or folder, and {inputs[0]} is a file; give its folder, or read it "
+                "with --source jsonl, parquet or text"
             )
         if inputs[0] in _ENDINGS and not os.path.isdir(inputs[0]):
             raise DataError(f"--source hf: {inputs[0]} is neither a folder here nor a dataset on the hub")

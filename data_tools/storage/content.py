@@ -33,7 +33,7 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
     "parquet": ((b"PAR1",), "is a Parquet file; --source parquet reads it"),
     "arrow": (
         (b"ARROW1", b"\xff\xff\xff\xff"),  # a file, and the continuation marker of a stream
-        "is an Arrow file; give the folder that save_to_disk wrote to --source hf",
+        "is an Arrow file; give its folder to --source hf",
     ),
     "npy": ((b"\x93NUMPY",), "is an array of numpy"),
     "html": (

@@ -648,7 +648,7 @@ def test_an_unknown_kind_names_those_that_exist() -> None:
         ("parquet", ["."], {}, "--input . holds no file that ends in .parquet"),
         ("text", ["a.txt", "*.txt"], {}, "--input names a.txt twice"),
         ("text", ["/dev/null"], {}, "--input /dev/null is a pipe or a device; write the documents to a file first"),
-        ("hf", ["a.txt"], {}, "--source hf takes a dataset's name or folder, and a.txt is a file; --source jsonl"),
+        ("hf", ["a.txt"], {}, "--source hf takes a dataset's name or folder, and a.txt is a file; give its folder"),
     ],
 )
 def test_a_wrong_request_is_refused(

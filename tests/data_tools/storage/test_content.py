@@ -68,7 +68,7 @@ def npy_bytes() -> bytes:
         (b"<!DOCTYPE html><html>", "HTML page"),
         (b"\xef\xbb\xbf\n <HTML><body>", "HTML page"),
         (tar_bytes(), "tar archive; extract the files in it"),
-        (arrow_stream_bytes(), "Arrow file; give the folder that save_to_disk wrote to --source hf"),
+        (arrow_stream_bytes(), "Arrow file; give its folder to --source hf"),
         ("text".encode("utf-16"), "text in UTF-16; save it as UTF-8"),
         ("text".encode("utf-16-le"), "text in UTF-16; save it as UTF-8"),
         ("text".encode("utf-16-be"), "text in UTF-16; save it as UTF-8"),
