@@ -117,7 +117,7 @@ def print_agreement(files: dict[str, Path], limit: int, scratch: Path) -> None:
                 chosen([(one.log_likelihood, one.is_greedy) for one in group]) == chosen(others)
                 for group, others in zip(scores, theirs.scores, strict=True)
             )
-            accuracies = (ours.measure(scorer)["acc"], theirs.figures["acc"])
+            accuracies = (ours.measure(scorer)[0]["acc"], theirs.figures["acc"])
             print_row(weights, task, len(pairs), f"{largest:.1e}", f"{same} of {len(scores)}", *accuracies)
 
 

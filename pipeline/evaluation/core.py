@@ -36,15 +36,8 @@ class PreparedCore:
     facts: Figures
     tasks: list[BundleTask]
 
-    def measure(self, scorer: Scorer) -> Figures:
-        """Return the CORE score and the results of each task, as JSON values.
-
-        Every rank must call this method.
-        """
-        return self.measure_examples(scorer)[0]
-
-    def measure_examples(self, scorer: Scorer) -> tuple[Figures, list[Figures]]:
-        """Return the result of ``measure``, and the model's answer to each example as JSON values.
+    def measure(self, scorer: Scorer) -> tuple[Figures, list[Figures]]:
+        """Return the CORE score with the results of each task, and the model's answer to each example.
 
         Every rank must call this method.
         """

@@ -33,15 +33,8 @@ class PreparedTask:
     figures: Callable[[Scores], Figures]
     describe: Callable[[Scores], list[Figures]]  # the scores of each example, for ``--save-examples``
 
-    def measure(self, scorer: Scorer) -> dict[str, Any]:
-        """Score the examples. Return the results, such as ``acc``, together with ``facts`` in one dict.
-
-        Every rank must call this method.
-        """
-        return self.measure_examples(scorer)[0]
-
-    def measure_examples(self, scorer: Scorer) -> tuple[dict[str, Any], list[Figures]]:
-        """Return the result of ``measure``, and the scores of each example as JSON values.
+    def measure(self, scorer: Scorer) -> tuple[Figures, list[Figures]]:
+        """Score the examples. Return the results, such as ``acc``, together with ``facts``, and each example's scores.
 
         Every rank must call this method.
         """

@@ -3,8 +3,8 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_tools.errors import DataError, one_line_write_errors
 from data_tools.shards.manifest import VAL_SPLIT, load_manifest
@@ -27,7 +27,6 @@ from pipeline.evaluation.results import INTERVAL, VALIDATION, Results
 from pipeline.evaluation.scoring import Scorer, compute_for_scoring
 from pipeline.evaluation.tasks import Prepared, check_tasks, prepare_task
 from pipeline.evaluation.validation import mixture_loss, score_split
-from pipeline.model.precision import ComputeModel
 from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, TASK_PREFIX, perplexity
 from pipeline.run_folder.sinks.service import one_line
@@ -85,29 +84,26 @@ def run_tasks(
         _check_examples_file(examples_file, tasks)
     folder = None if out is None and is_remote(str(checkpoint)) else _choose_folder(out, loaded.run_folder)
     check_tasks(tasks, settings, paths or {}, config.evaluation.data)
-    paths = _find_files(tasks, paths or {}, config)
-    precision = precision or config.run.precision
-    batch_size = batch_size or config.batch.micro_batch_size
     # Prepare all tasks first, so that errors in the data appear before hours of scoring.
-    prepared = {
-        task: prepare_task(task, paths.get(task), settings, config.model, world) for task in tasks if task != VALIDATION
-    }
-    splits = _open_validation(loaded, paths.get(VALIDATION)) if VALIDATION in tasks else {}
+    prepared = _prepare(loaded, tasks, settings, paths or {}, world)
+    precision = precision or config.run.precision
     compute = compute_for_scoring(loaded.model, precision, world.device)
-    scorer = Scorer(compute, config.model, world, batch_size * config.seq_len)
+    scorer = Scorer(compute, config.model, world, (batch_size or config.batch.micro_batch_size) * config.seq_len)
+    suffix = "" if weights == "training" else f"_{weights}"
     results: Results = {}
     examples: list[Figures] = []
-    for task in tasks:
+    for task, of_task in prepared.items():
         world.progress.reach(f"task {task}")
-        if task == VALIDATION:
-            name, result = task, _measure_validation(compute, config, splits, batch_size, world)
-        else:
-            figures, of_task = prepared[task].measure_examples(scorer)
-            name, result = prepared[task].name, {"precision": precision, **figures}
-            examples += of_task
-        if weights != "training":
-            name, result = f"{name}_{weights}", {"weights": weights, **result}
-        results[name] = {"task": task, "checkpoint": str(loaded.checkpoint), "step": loaded.step, **result}
+        figures, scores = of_task.measure(scorer)
+        facts = {
+            "task": task,
+            "checkpoint": str(loaded.checkpoint),
+            "step": loaded.step,
+            **({"weights": weights} if suffix else {}),
+            **({"precision": precision} if task != VALIDATION else {}),
+        }
+        results[of_task.name + suffix] = {**facts, **figures}
+        examples += scores
     world.progress.reach("writing the results", is_patient=True, repeats=False)
     if not world.is_main:
         return results, []
@@ -123,13 +119,24 @@ def run_tasks(
     return results, written
 
 
-def _find_files(tasks: Sequence[str], paths: Mapping[str, str], config: Config) -> dict[str, str]:
-    of_run = {task: path for task, path in config.evaluation.data.items() if task in tasks and task not in paths}
-    return {**paths, **{task: find_path(path, config.run) for task, path in of_run.items()}}
+def _prepare(
+    loaded: LoadedModel, tasks: Sequence[str], settings: Settings, given: Mapping[str, str], world: World
+) -> dict[str, "Prepared | _PreparedValidation"]:
+    """Open the data of each task: the path in ``given``, or else the path in the run's ``evaluation.data``."""
+    config, paths = loaded.config, dict(given)
+    for task, path in config.evaluation.data.items():
+        if task in tasks and task not in given:
+            paths[task] = find_path(path, config.run)
+    return {
+        task: _PreparedValidation(config, _open_validation(loaded, paths.get(task)))
+        if task == VALIDATION
+        else prepare_task(task, paths.get(task), settings, config.model, world)
+        for task in tasks
+    }
 
 
 def _open_validation(loaded: LoadedModel, given: str | None) -> dict[str, ValidationData]:
-    """Open the validation split at ``path``, or of the run's data if ``path`` is None.
+    """Open the validation split at the path ``given``, or of the run's data if ``given`` is None.
 
     If the run's data is a mixture and ``given`` is None, return one split per component, by the component's name.
     Components without scored targets are left out. In all other cases, return one split with the name "".
@@ -178,19 +185,24 @@ def _has_scored_targets(stream: TokenStream, seq_len: int) -> bool:
     return bool(scored_targets(stream, seq_len).any()) if stream.has_mask else stream.tokens > 1
 
 
-def _measure_validation(
-    compute: ComputeModel, config: Config, splits: Mapping[str, ValidationData], batch_size: int, world: World
-) -> dict[str, Any]:
-    results = {}
-    for name, (path, stream) in splits.items():
-        result = score_split(compute, stream, config.seq_len, batch_size, world)
-        results[name] = {"data": path, "data_sha256": stream.manifest.content_sha256(), **result}
-    if "" in results:
-        return results[""]
-    losses = {name: result["loss"] for name, result in results.items()}
-    loss = mixture_loss(losses, {component.name: component.weight for component in config.data.components})
-    by_name = {f"{name}_loss": value for name, value in losses.items()}
-    return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **by_name, "parts": results}
+@dataclass(frozen=True)
+class _PreparedValidation:
+    config: Config
+    splits: dict[str, ValidationData]  # from ``_open_validation``
+    name: str = VALIDATION
+
+    def measure(self, scorer: Scorer) -> tuple[Figures, list[Figures]]:
+        """Score the splits. Return the results, and no examples."""
+        seq_len, results = self.config.seq_len, {}
+        for name, (path, stream) in self.splits.items():
+            result = score_split(scorer.compute, stream, seq_len, scorer.batch_tokens // seq_len, scorer.world)
+            results[name] = {"data": path, "data_sha256": stream.manifest.content_sha256(), **result}
+        if "" in results:
+            return results[""], []
+        losses = {name: result["loss"] for name, result in results.items()}
+        loss = mixture_loss(losses, {component.name: component.weight for component in self.config.data.components})
+        by_name = {f"{name}_loss": value for name, value in losses.items()}
+        return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **by_name, "parts": results}, []
 
 
 def _check_examples_file(path: Path, tasks: Sequence[str]) -> None:
@@ -276,7 +288,7 @@ def measure_tasks(
     scorer = Scorer(backend, config.model, world, config.batch.micro_batch_size * config.seq_len, before_batch)
     row: dict[str, float] = {}
     for name, task in tasks.items():
-        result = task.measure(scorer)
+        result, _ = task.measure(scorer)
         words = [task.name]
         for key, value in result.items():
             if isinstance(value, float):

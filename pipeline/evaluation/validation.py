@@ -122,7 +122,7 @@ def _mean_loss(
 
 @torch.no_grad()
 def score_split(
-    compute: ComputeModel, stream: TokenStream, seq_len: int, batch_size: int, world: World
+    compute: Backend | ComputeModel, stream: TokenStream, seq_len: int, batch_size: int, world: World
 ) -> dict[str, Any]:
     """Score a whole split. Return the loss, perplexity, bits per byte, top-1 and top-5 accuracy, and loss per position.
 

@@ -83,7 +83,7 @@ def test_tasks_of_the_harness_run_on_a_checkpoint(
 
     (written,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(written.read_text())
-    ours = prepare_task("mine", str(rows), Settings(), scorer.model, ALONE).measure(scorer)
+    ours, _ = prepare_task("mine", str(rows), Settings(), scorer.model, ALONE).measure(scorer)
     for key in ("acc", "acc_norm"):
         assert results["results"]["local_choices"][f"{key},none"] == ours[key]
     assert results["results"]["local_completions"]["exact_match,none"] == 0

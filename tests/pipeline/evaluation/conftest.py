@@ -108,7 +108,7 @@ def plain_score(model: GPT2, request: Request) -> tuple[float, bool]:
 
 
 def measure(scorer: Scorer, name: str, path: Path, **settings: Any) -> dict[str, Any]:
-    return prepare_task(name, str(path), Settings(**settings), scorer.model, ALONE).measure(scorer)
+    return prepare_task(name, str(path), Settings(**settings), scorer.model, ALONE).measure(scorer)[0]
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,7 @@ def is_right(model: GPT2, rows: list[dict[str, Any]], number: int, kind: str, sh
 
 
 def test_core_is_that_of_a_slow_loop(bundle: Path, scorer: Scorer, text_model: GPT2) -> None:
-    result = prepare_core(str(bundle), Settings(), CORE).measure(scorer)
+    result, _ = prepare_core(str(bundle), Settings(), CORE).measure(scorer)
     centered = []
     for label, (kind, shots, baseline, delimiter) in TASKS.items():
         rows = in_order(bundle, label)
@@ -142,7 +142,7 @@ def test_core_is_that_of_a_slow_loop(bundle: Path, scorer: Scorer, text_model: G
 
 def test_core_is_a_task_like_others(bundle: Path, scorer: Scorer) -> None:
     prepared = prepare_task(CORE, str(bundle), Settings(limit=4, limits={}), scorer.model, ALONE)
-    result, examples = prepared.measure_examples(scorer)
+    result, examples = prepared.measure(scorer)
     assert prepared.name == "core_first4" and result["examples"] == len(examples) == 12
     for label in TASKS:
         of_task = [example for example in examples if example["core_task"] == label]

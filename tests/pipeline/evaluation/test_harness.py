@@ -54,7 +54,7 @@ def test_scores_and_figures(
     with replaced_hub(SPLITS[task]):
         prepared = prepare_task(task, None, Settings(shots=shots), scorer.model, ALONE)
     theirs = evaluate_with_harness(text_model, task, SPLITS[task], shots=shots)
-    ours = prepared.measure(scorer)
+    ours, _ = prepared.measure(scorer)
     for key in ("acc", "acc_norm", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
         if key in ours or key in theirs.figures:
             assert ours[key] == pytest.approx(theirs.figures[key], rel=1e-5), key

@@ -154,7 +154,7 @@ def test_the_protocol_names_the_task_only_if_its_prompts_are_the_tasks(
 
 def test_the_scores_of_examples_give_the_figures(scorer: Scorer, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "piqa.jsonl", PIQA)
-    result, examples = prepare_task("piqa", str(path), Settings(), scorer.model, ALONE).measure_examples(scorer)
+    result, examples = prepare_task("piqa", str(path), Settings(), scorer.model, ALONE).measure(scorer)
     assert [example["example"] for example in examples] == list(range(1, len(PIQA) + 1))
     assert [example["gold"] for example in examples] == [row["label"] for row in PIQA]
     for key, choice in (("acc", "choice"), ("acc_norm", "choice_norm")):
@@ -162,7 +162,7 @@ def test_the_scores_of_examples_give_the_figures(scorer: Scorer, tmp_path: Path)
     assert all(example["choice"] == int(np.argmax(example["log_likelihoods"])) for example in examples)
 
     path = write_lines(tmp_path / "lambada.jsonl", LAMBADA)
-    result, examples = prepare_task("lambada", str(path), Settings(), scorer.model, ALONE).measure_examples(scorer)
+    result, examples = prepare_task("lambada", str(path), Settings(), scorer.model, ALONE).measure(scorer)
     mean = np.mean([example["log_likelihoods"] for example in examples])
     assert result["perplexity"] == pytest.approx(math.exp(-mean))
 

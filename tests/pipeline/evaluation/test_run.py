@@ -203,7 +203,7 @@ class TestOnACheckpoint:
         self, data: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A task that comes first can take hours."""
-        monkeypatch.setattr(PreparedTask, "measure_examples", lambda *_: pytest.fail("was scored"))
+        monkeypatch.setattr(PreparedTask, "measure", lambda *_: pytest.fail("was scored"))
         config = tiny_config(tmp_path / "run", model={"vocab_size": 50257}, data={"path": str(data)})
         backend = DdpBackend(randomised_model(config.model), config, world)
         state = TrainingState(7, 28, 336, 7, 1.0, 0, 1337)

@@ -105,6 +105,6 @@ def test_empty_texts_alone_are_an_error_before_scoring(scorer: Scorer, tmp_path:
 
 def test_the_scores_of_texts_give_the_figures(scorer: Scorer, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [{"text": "One two"}, {"text": "Three " * CONTEXT}])
-    result, examples = prepare_task("own", str(path), Settings(), scorer.model, ALONE).measure_examples(scorer)
+    result, examples = prepare_task("own", str(path), Settings(), scorer.model, ALONE).measure(scorer)
     loss = -sum(example["log_likelihoods"][0] for example in examples)
     assert result["token_perplexity"] == pytest.approx(math.exp(loss / sum(example["tokens"] for example in examples)))
