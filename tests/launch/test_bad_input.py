@@ -1,7 +1,6 @@
 """Each mistake of a user ends with one line that names the culprit and what is right, and with no traceback.
 
-A command takes seconds to start. All commands of the table therefore run once, two at a time, before the tests. Each
-names its own output folder.
+All commands of the table run once, two at a time, before the tests. Each names its own output folder.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from typing import Any
 import pytest
 
 from data_tools.errors import UserError
-from tests.support.runs import REPOSITORY, child_environment
+from tests.support.runs import REPOSITORY, run_ranks
 
 #: A correct run of one step. Every broken config below is this one with one mistake on top.
 GOOD: dict[str, dict[str, Any]] = {
@@ -501,7 +499,8 @@ def results(request: pytest.FixtureRequest, work_folder: Path) -> dict[str, subp
     """Run every selected command. Returns the results by the names of the cases."""
     specs = [getattr(item, "callspec", None) for item in request.session.items]
     selected = [spec.params["case"] for spec in specs if spec and isinstance(spec.params.get("case"), Case)]
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
         done = pool.map(lambda case: run_when_free(work_folder, *case.arguments), selected)
         return {case.name: result for case, result in zip(selected, done, strict=True)}
 
@@ -569,14 +568,4 @@ def run_when_free(folder: Path, *arguments: str) -> subprocess.CompletedProcess[
 
 
 def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user does, on one core and without a GPU."""
-    environment = {**child_environment(), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "launch" / script), *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_ranks(1, REPOSITORY / "launch" / script, arguments, timeout_s=120, folder=folder)

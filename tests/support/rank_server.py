@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pipeline.distributed.rendezvous import free_port
 
@@ -31,7 +31,7 @@ class RankServer:
     """Runs scripts on CPU ranks. Threads may share it. The server ends with the client's process.
 
     Args:
-        folder: the working directory of the ranks, from which they import the project.
+        folder: the working directory, from which the ranks import the project.
         environment: the environment of the server. Variables that torch reads at import cannot be changed later.
     """
 
@@ -57,11 +57,13 @@ class RankServer:
         environment: dict[str, str],
         outputs: Path,
         timeout_s: float,
+        folder: Path | None = None,
     ) -> int:
         """Run a script to its end on one or several ranks.
 
         Args:
             outputs: a folder for the files ``stdout`` and ``stderr``, which the ranks share.
+            folder: the working directory of the ranks. None means that of the server.
 
         Returns:
             The exit status, or the first status other than 0 if there are several ranks.
@@ -79,13 +81,18 @@ class RankServer:
                 if processes > 1
                 else {}
             )
-            pid, status = self._fork([str(script), *arguments], {**environment, **launched}, outputs)
+            request = {
+                "argv": [str(script), *arguments],
+                "variables": {**environment, **launched},
+                "outputs": str(outputs),
+                "folder": str(folder or "."),
+            }
+            pid, status = self._fork(request)
             pids.append(pid)
             statuses.append(status)
         return _first_failure(pids, statuses, timeout_s)
 
-    def _fork(self, argv: list[str], variables: dict[str, str], outputs: Path) -> tuple[int, Future[int]]:
-        request = {"argv": argv, "variables": variables, "outputs": str(outputs)}
+    def _fork(self, request: dict[str, Any]) -> tuple[int, Future[int]]:
         status: Future[int] = Future()
         with self._lock:
             assert self._server.stdin
@@ -156,6 +163,7 @@ def serve() -> None:
             os.close(answers)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+            os.chdir(request["folder"])
             _become_rank(request["argv"], request["variables"], Path(request["outputs"]))
         numbers[pid] = request["number"]
         _answer(answers, {"pid": pid})

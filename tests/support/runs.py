@@ -160,14 +160,14 @@ def ranks_command(processes: int, script: Path, arguments: Sequence[str], launch
 
 
 def run_ranks(
-    processes: int, script: Path, arguments: Sequence[str], timeout_s: float = 600
+    processes: int, script: Path, arguments: Sequence[str], timeout_s: float = 600, folder: Path = REPOSITORY
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end on forked ranks with one thread per process."""
+    """Run a script to its end in ``folder``, on forked ranks with one thread per process."""
     environment = child_environment()
-    with tempfile.TemporaryDirectory() as outputs:
-        folder = Path(outputs)
-        status = _rank_server().run(processes, script, arguments, environment, folder, timeout_s)
-        stdout, stderr = ((folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+    with tempfile.TemporaryDirectory() as temporary:
+        outputs = Path(temporary)
+        status = _rank_server().run(processes, script, arguments, environment, outputs, timeout_s, folder)
+        stdout, stderr = ((outputs / name).read_text(errors="replace") for name in ("stdout", "stderr"))
         return subprocess.CompletedProcess([str(script), *arguments], status, stdout, stderr)
 
 
