@@ -23,7 +23,14 @@ from typing import Any, NoReturn
 from pipeline.distributed.rendezvous import free_port
 
 #: Modules that take long to import. They must not start threads, because the server forks.
-PRELOADED = ("pipeline.training.run", "torch.distributed.fsdp", "deepspeed")
+PRELOADED = (
+    "pipeline.training.run",
+    "pipeline.backends.ddp",
+    "pipeline.backends.fsdp",
+    "pipeline.backends.deepspeed_zero",
+    "torch._inductor.compile_fx",  # DeepSpeed imports most of it, and FSDP and DDP on several ranks some of it
+    "torch.utils.tensorboard",
+)
 GRACE_S = 30.0  # between SIGTERM and SIGKILL for the remaining ranks, as in torchrun
 
 
