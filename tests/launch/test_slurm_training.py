@@ -46,7 +46,8 @@ def test_two_nodes_train_and_save_at_the_signal_of_slurm(
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         path.chmod(0o755)
-    sections = merged(TINY_BYTE_RUN, {"data": {"path": str(byte_corpus)}, "schedule": {"max_steps": STEPS}})
+    changes = {"run": {"compile": False}, "data": {"path": str(byte_corpus)}, "schedule": {"max_steps": STEPS}}
+    sections = merged(TINY_BYTE_RUN, changes)
     config = [str(CONFIGS / f"{backend}.json"), "--set", *overrides(sections), f"run.out_dir={tmp_path / 'run'}"]
     slurm = {
         "SLURM_SUBMIT_DIR": str(REPOSITORY),
