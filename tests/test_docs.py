@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.loading import valid_keys
-from tests.support.rank_server import RankServer
-from tests.support.runs import REPOSITORY, Sections, child_environment, overrides, run_ranks
+from tests.support.runs import REPOSITORY, Sections, overrides, run_ranks
 
 
 def read_page(name: str) -> str:
@@ -92,32 +90,24 @@ def runnable_commands(page: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankServer]:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the contents of a checkout and the quickstart's data; commands write into it."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("launch", "ds_configs", "docs", "README.md"):
         (folder / name).symlink_to(REPOSITORY / name)
-    prepared = folder, RankServer(folder, child_environment())
-    run(
-        prepared, "python launch/tokenize_corpus.py --source python-stdlib --val-fraction 0.02 --out data/python-stdlib"
-    )
-    return prepared
+    run(folder, "python launch/tokenize_corpus.py --source python-stdlib --val-fraction 0.02 --out data/python-stdlib")
+    return folder
 
 
-def run(checkout: tuple[Path, RankServer], line: str) -> None:
-    folder, server = checkout
+def run(checkout: Path, line: str) -> None:
     command = parse(line)
     arguments = [*command.arguments, *SHRUNK.get(Path(command.script).stem, [])]
-    with tempfile.TemporaryDirectory() as outputs:
-        status = server.run(
-            command.processes, folder / command.script, arguments, child_environment(), Path(outputs), timeout_s=120
-        )
-        output = "".join(path.read_text(errors="replace") for path in sorted(Path(outputs).iterdir()))
-    assert status == 0, f"{line}\n{output}"
+    result = run_ranks(command.processes, checkout / command.script, arguments, timeout_s=120, folder=checkout)
+    assert result.returncode == 0, f"{line}\n{result.stderr}\n{result.stdout}"
 
 
 @pytest.fixture(scope="module")
-def after_readme(checkout: tuple[Path, RankServer]) -> tuple[Path, RankServer]:
+def after_readme(checkout: Path) -> Path:
     """Run the README's commands, which follow ``make quickstart`` (tested on its own), and return the same folder."""
     run(checkout, "python launch/train.py --config ds_configs/ddp.json ds_configs/quickstart.json")
     for line in runnable_commands("README.md"):
@@ -125,18 +115,16 @@ def after_readme(checkout: tuple[Path, RankServer]) -> tuple[Path, RankServer]:
     return checkout
 
 
-def test_the_readme_runs(after_readme: tuple[Path, RankServer]) -> None:
-    folder, _ = after_readme
-    assert {"quickstart", "z1", "ddp"} <= {path.name for path in (folder / "runs").iterdir()}
-    assert (folder / "report" / "report.html").is_file()
+def test_the_readme_runs(after_readme: Path) -> None:
+    assert {"quickstart", "z1", "ddp"} <= {path.name for path in (after_readme / "runs").iterdir()}
+    assert (after_readme / "report" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if runnable_commands(page) and page != "README.md"])
-def test_runnable_commands_run(page: str, after_readme: tuple[Path, RankServer]) -> None:
-    folder, _ = after_readme
+def test_runnable_commands_run(page: str, after_readme: Path) -> None:
     for line in runnable_commands(page):
         run(after_readme, line)
-    assert not (folder / "runs" / "gpt2").exists(), "each run of the docs names its own folder"
+    assert not (after_readme / "runs" / "gpt2").exists(), "each run of the docs names its own folder"
 
 
 def test_the_marks_are_found() -> None:
