@@ -6,9 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +15,6 @@ import torch
 from safetensors import safe_open
 
 import launch.checkpoint
-from launch.cli import run_command
 from pipeline.backends import create_backend
 from pipeline.checkpoint import conversion
 from pipeline.checkpoint.conversion import convert_checkpoint
@@ -40,44 +37,26 @@ from pipeline.run_folder.lock import lock_run_folder
 from pipeline.run_folder.metrics import read_metrics
 from tests.pipeline.checkpoint.conftest import stored_tensors
 from tests.support.checkpoints import save_checkpoint
-from tests.support.runs import REPOSITORY, TINY_RUN, TRAIN, child_environment, merged, run_ranks, train_run
+from tests.support.commands import Done, command_runner
+from tests.support.runs import TINY_RUN, TRAIN, merged, run_ranks, train_run
 
-LAUNCH = REPOSITORY / "launch"
 ONE_RANK = ["manifest.json", "rank_00000_moments.safetensors", "rank_00000_weights.safetensors", "state.json"]
 LAST = "checkpoints/step_00000003"
 
 PARTS = ("weights", "moments")
 
-Done = subprocess.CompletedProcess[str]
+Command = Callable[..., Done]
 
 
-def command(*arguments: object) -> Done:
-    """Run ``launch/checkpoint.py`` in a process."""
-    return subprocess.run(
-        [sys.executable, str(LAUNCH / "checkpoint.py"), *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> Done:
-    """Run the command in this process, which saves the seconds that a new one takes to start."""
-    monkeypatch.setattr(sys, "argv", ["checkpoint.py", *map(str, arguments)])
-    monkeypatch.setattr(launch.checkpoint, "start_logging", lambda: None)  # would outlive the call
-    with pytest.raises(SystemExit) as ended:
-        run_command(launch.checkpoint.main)
-    status = ended.value.code
-    assert isinstance(status, int)
-    return Done(arguments, status, *capsys.readouterr())
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return command_runner(launch.checkpoint, monkeypatch, capsys)
 
 
 def succeeded(done: Done) -> str:
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not done.stderr
-    return done.stdout
+    status, output, errors = done
+    assert status == 0 and not errors, output + errors
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +102,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 class TestInspect:
-    def test_a_checkpoint(self, trained: Path) -> None:
+    def test_a_checkpoint(self, trained: Path, command: Command) -> None:
         before = hashes(trained)
         lines = succeeded(command("inspect", trained / LAST)).splitlines()
         rows = {line[2:13].strip(): line[13:] for line in lines[1:]}
@@ -141,14 +120,12 @@ class TestInspect:
         assert rows["files"] == "all there, of the right sizes"
         assert hashes(trained) == before
 
-    def test_a_run(self, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_run(self, run_folder: Path, command: Command) -> None:
         add_leftovers(run_folder)
         os.truncate(run_folder / "checkpoints/step_00000001/rank_00001_weights.safetensors", 9)
         (run_folder / "checkpoints/step_00000002/manifest.json").write_text("{")
         before = hashes(run_folder)
-        head, _, first, second, leftover, abandoned = succeeded(
-            in_process(monkeypatch, capsys, "inspect", run_folder)
-        ).splitlines()
+        head, _, first, second, leftover, abandoned = succeeded(command("inspect", run_folder)).splitlines()
         assert head.startswith(f"{run_folder}: checkpoints 2, ")
         assert first.split()[0] == "step_00000001" and " 2  fsdp " in first
         assert "rank_00001_weights.safetensors: 9 bytes, expected" in first
@@ -170,9 +147,9 @@ class TestInspect:
         ):
             assert line in text
 
-    def test_as_json(self, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        one = in_process(monkeypatch, capsys, "inspect", "--json", trained / LAST)
-        run = in_process(monkeypatch, capsys, "inspect", trained, "--json")
+    def test_as_json(self, trained: Path, command: Command) -> None:
+        one = command("inspect", "--json", trained / LAST)
+        run = command("inspect", trained, "--json")
         report = json.loads(succeeded(one))
         assert json.loads(succeeded(run))["checkpoints"][-1] == report
         contents = report["contents"]
@@ -184,32 +161,28 @@ class TestInspect:
 
 
 class TestVerify:
-    def test_good_and_damaged(
-        self, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_good_and_damaged(self, run_folder: Path, command: Command) -> None:
         second = run_folder / "checkpoints/step_00000002"
         flip_a_bit(second / "rank_00001_moments.safetensors")
-        one = in_process(monkeypatch, capsys, "verify", run_folder / LAST)
-        run = command("verify", run_folder)
-        assert succeeded(one).splitlines()[0] == f"ok       {run_folder / LAST}"
-        assert one.stdout.splitlines()[1].endswith(" MB/s")
-        assert run.returncode == 2
-        lines = run.stdout.splitlines()
+        one = command("verify", run_folder / LAST)
+        status, output, errors = command("verify", run_folder)
+        first, summary = succeeded(one).splitlines()
+        assert first == f"ok       {run_folder / LAST}" and summary.endswith(" MB/s")
+        assert status == 2
+        lines = output.splitlines()
         assert lines[0] == f"ok       {run_folder}/checkpoints/step_00000001"
         assert lines[1].startswith(f"damaged  {second}/rank_00001_moments.safetensors: contents changed")
         assert lines[2].startswith("ok")
         assert lines[3].startswith("read ")
-        assert run.stderr.startswith(f"error: {run_folder}: damaged checkpoints: 1 of 3; ")
-        assert len(run.stderr.splitlines()) == 1
+        (line,) = errors.splitlines()
+        assert line.startswith(f"error: {run_folder}: damaged checkpoints: 1 of 3; ")
 
 
 class TestPrune:
-    def test_the_newest_good_one_is_kept(
-        self, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_newest_good_one_is_kept(self, run_folder: Path, command: Command) -> None:
         add_leftovers(run_folder)
         before, size_before = hashes(run_folder), size_of(run_folder)
-        dry = succeeded(in_process(monkeypatch, capsys, "prune", run_folder, "--dry-run"))
+        dry = succeeded(command("prune", run_folder, "--dry-run"))
         assert hashes(run_folder) == before
         real = succeeded(command("prune", run_folder))
         assert names(run_folder) == ["step_00000002"]
@@ -266,7 +239,7 @@ def size_of(folder: Path) -> int:
 
 
 class TestConvert:
-    def test_one_rank_holds_what_two_held_and_trains_on(self, trained: Path, tmp_path: Path) -> None:
+    def test_one_rank_holds_what_two_held_and_trains_on(self, trained: Path, tmp_path: Path, command: Command) -> None:
         out = tmp_path / "out"
         assert "step_00000003 in " in succeeded(command("convert", trained, "--out", out))
         folder = out / LAST
@@ -323,13 +296,13 @@ class TestConvert:
 
 class TestAverage:
     def test_the_new_run_is_evaluated_exported_and_trained_further(
-        self, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, trained: Path, tmp_path: Path, command: Command
     ) -> None:
         """Two ranks under FSDP have written the checkpoints."""
         out = tmp_path / "out"
         arguments = ("average", trained, "--steps", "1", "2", "3", "--out", out)
-        assert f"saved {out / LAST} in " in succeeded(in_process(monkeypatch, capsys, *arguments))
-        inspected = succeeded(in_process(monkeypatch, capsys, "inspect", out / LAST))
+        assert f"saved {out / LAST} in " in succeeded(command(*arguments))
+        inspected = succeeded(command("inspect", out / LAST))
         assert "  weights    mean of steps 1, 2, 3\n" in inspected
         export_checkpoint(out, tmp_path / "exported", "float32")
         assert (tmp_path / "exported" / "model.safetensors").is_file()
@@ -355,9 +328,7 @@ def alone() -> Iterator[World]:
             yield world
 
 
-def test_a_mistake_is_one_line(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_one_line(run_folder: Path, tmp_path: Path, command: Command) -> None:
     nowhere, used = tmp_path / "nowhere", tmp_path / "used"
     shutil.copytree(run_folder, used)
     flip_a_bit(run_folder / LAST / "state.json")
@@ -388,16 +359,13 @@ def test_a_mistake_is_one_line(
         ),
     ]
     for arguments, expected in mistakes:
-        done = in_process(monkeypatch, capsys, *arguments)
-        assert done.returncode == 2, done
-        assert len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith("error: ") and expected in done.stderr, done.stderr
+        status, _, errors = command(*arguments)
+        assert status == 2 and len(errors.splitlines()) == 1, errors
+        assert errors.startswith("error: ") and expected in errors, errors
     assert not (tmp_path / "a").exists()
 
 
-def test_each_sub_command_has_help_with_an_example(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_sub_command_has_help_with_an_example(command: Command) -> None:
     for name in ("inspect", "verify", "prune", "convert", "average"):
-        done = in_process(monkeypatch, capsys, name, "--help")
+        done = command(name, "--help")
         assert f"example:\n  gpt2-pipeline checkpoint {name} " in succeeded(done)
