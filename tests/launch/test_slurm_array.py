@@ -15,7 +15,7 @@ from tests.support.runs import REPOSITORY, child_environment
 SCRIPT = REPOSITORY / "launch" / "slurm" / "tokenize.sbatch"
 
 
-def run_element(element: int, of: int, source: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_element(element: int, of: int, source: Path, out: Path) -> subprocess.CompletedProcess[str]:
     slurm = {
         "SLURM_SUBMIT_DIR": str(REPOSITORY),
         "SLURM_ARRAY_TASK_ID": str(element),
@@ -23,7 +23,7 @@ def run_element(element: int, of: int, source: Path, out: Path, *options: str) -
         "SLURM_CPUS_PER_TASK": "1",
         "PYTHON": sys.executable,
     }
-    arguments = ["--source", "jsonl", "--input", str(source), "--out", str(out), *options]
+    arguments = ["--source", "jsonl", "--input", str(source), "--out", str(out)]
     return subprocess.run(
         ["bash", SCRIPT, *arguments],
         env={**os.environ, **child_environment(), **slurm},
@@ -35,13 +35,10 @@ def run_element(element: int, of: int, source: Path, out: Path, *options: str) -
 
 
 def write_documents(path: Path) -> Path:
-    """Write documents for three chunks of at most 4 MB; every fifth document repeats an earlier one."""
+    """Write documents for three chunks of at most 4 MB."""
     chance = random.Random(5)
     words = ["alpha", "beta", "gamma", "délta", "\n", "print(x)", "0123"]
-    texts: list[str] = []
-    for number in range(900):
-        again = number % 5 == 4
-        texts.append(chance.choice(texts) if again else " ".join(chance.choices(words, k=2000)))
+    texts = [" ".join(chance.choices(words, k=2000)) for _ in range(900)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
@@ -63,17 +60,3 @@ def test_elements_in_any_order_write_what_one_command_writes(tmp_path: Path) -> 
     assert contents(tmp_path / "array") == contents(tmp_path / "whole")
     again = run_element(0, 3, source, tmp_path / "array")
     assert "already complete" in again.stdout
-
-
-def test_with_deduplication_the_array_is_submitted_twice(tmp_path: Path) -> None:
-    source = write_documents(tmp_path / "a.jsonl")
-    request = TokenizeRequest(
-        source="jsonl", inputs=(str(source),), out=tmp_path / "whole", workers=1, deduplicate="exact"
-    )
-    whole = tokenize_corpus(request)
-    assert whole.report is not None and whole.report["repeated_documents"] == 180
-    for _ in range(2):
-        for element in (1, 0):
-            result = run_element(element, 2, source, tmp_path / "array", "--deduplicate", "exact")
-            assert result.returncode == 0, result.stderr
-    assert contents(tmp_path / "array") == contents(tmp_path / "whole")
