@@ -145,7 +145,7 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
     """
     files: dict[str, int] = {}
     for text in inputs:
-        with one_line_read_errors(text):
+        with one_line_source_errors(text):
             found = _find_remote(text, suffixes) if is_remote(text) else _find_local(text, suffixes)
         if not found:
             problem = f"holds no file that ends in {', '.join(suffixes)}" if suffixes else "holds no file"
@@ -171,7 +171,7 @@ def find_other_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> list[s
     everything: set[str] = set()
     for text in inputs if suffixes else ():
         list_files = _list_remote if is_remote(text) else _list_local
-        with one_line_read_errors(text):
+        with one_line_source_errors(text):
             found.update(list_files(text, suffixes))
             everything.update(list_files(text, ()))
     return sorted(everything - found)
@@ -272,7 +272,7 @@ def open_file(path: str) -> Iterator[BinaryIO]:
 
     Read errors in the ``with`` block become a DataError.
     """
-    with one_line_read_errors(path):
+    with one_line_source_errors(path):
         if is_remote(path):
             with open_url(path) as remote:
                 # File objects of fsspec read lines slowly and cannot limit the length of a line.
@@ -315,8 +315,8 @@ def _ends_in_zero(file: BinaryIO) -> bool:
 
 
 @contextmanager
-def one_line_read_errors(path: str | Path) -> Iterator[None]:
-    """Return a context manager that converts read errors to a DataError."""
+def one_line_source_errors(path: str | Path) -> Iterator[None]:
+    """Return a context manager that converts errors of local, compressed and remote files to a DataError."""
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_tools.sources.files import Slice, describe_files, group_files, one_line_read_errors, walk_files
+from data_tools.sources.files import Slice, describe_files, group_files, one_line_source_errors, walk_files
 from data_tools.sources.rows import OnBadRow, stop_at_bad_row
 
 # Skip installed packages, caches, and tests, which some distributions lack. pydoc_data is read separately.
@@ -25,7 +25,7 @@ class StandardLibrarySource:
 
     def __init__(self) -> None:
         self._root = Path(sysconfig.get_path("stdlib"))
-        with one_line_read_errors(self._root):
+        with one_line_source_errors(self._root):
             paths = sorted(walk_files(self._root, (".py",), _SKIPPED_FOLDERS))
             self._files = [(path.relative_to(self._root).as_posix(), path.stat().st_size) for path in paths]
 
@@ -49,5 +49,5 @@ class StandardLibrarySource:
             yield from (topics[name] for name in sorted(topics))
             return
         for path, _ in self._files[piece.start : piece.stop]:
-            with one_line_read_errors(path), suppress(UnicodeDecodeError):
+            with one_line_source_errors(path), suppress(UnicodeDecodeError):
                 yield (self._root / path).read_bytes().decode("utf-8")
