@@ -115,7 +115,7 @@ def adopt_in_place(
 
 def _load_adopted(folder: Path, split_of: Mapping[str, str]) -> Manifest:
     manifest = load_manifest(folder)
-    named = {name for shard in manifest.shards for name in (shard.file, shard.mask_file) if name}
+    named = {name for shard in manifest.shards for name in shard.files}
     suffixes = {Path(name).suffix for name in named}
     present = {path.name for path in folder.iterdir() if path.suffix in suffixes and not path.name.startswith(".")}
     again = f"delete {folder / MANIFEST_NAME} and repeat the command"

@@ -126,7 +126,7 @@ def _speed_table(plans: Sequence[Plan]) -> Iterator[str]:
         days = "-" if plan.days is None else f"{plan.days:,.2f}"
         yield (
             f"{plan.backend:15}{plan.micro_batch_size:12}{speed.sent_bytes / GIB:12.2f} GiB{speed.compute_s:10.3f} s"
-            f"{speed.exposed_communication_s:10.3f} s{speed.tokens_per_s:14,.0f}{days:>10}"
+            f"{speed.waits.total_s:10.3f} s{speed.tokens_per_s:14,.0f}{days:>10}"
         )
 
 

@@ -41,17 +41,12 @@ class Speed:
     tokens_per_s: float
 
     @property
-    def exposed_communication_s(self) -> float:
-        """Return how many seconds per step a rank waits for communication and does not compute."""
-        return self.waits.total_s
-
-    @property
     def efficiency(self) -> float:
         """Return the fraction of a step's time in which a rank computes."""
         return self.compute_s / (self.compute_s + self.waits.total_s)
 
     def to_json(self) -> dict[str, Any]:
-        derived = {"exposed_communication_s": self.exposed_communication_s, "efficiency": self.efficiency}
+        derived = {"exposed_communication_s": self.waits.total_s, "efficiency": self.efficiency}
         return {**vars(self), "waits": vars(self.waits), **derived}
 
 
