@@ -53,6 +53,8 @@ def test_ranks_with_different_working_folders_are_refused(byte_corpus: Path, tmp
         "import os\n"
         "from launch.cli import run_command\n"
         "from launch.train import main\n"
+        "from pipeline.training import rank_agreement\n"
+        "rank_agreement._VISIBLE_WITHIN_S = 0.0\n"
         f"os.chdir(os.path.join({str(tmp_path)!r}, 'node' + os.environ['RANK']))\n"
         "run_command(main)\n"
     )
