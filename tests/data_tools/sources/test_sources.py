@@ -465,6 +465,7 @@ def test_files_of_a_dataset_that_are_skipped_are_counted(
     assert "metadata" not in caplog.text + capfd.readouterr().err, "the library's warning about README.md is silent"
 
 
+@pytest.mark.usefixtures("hub_offline")
 def test_dataset_faults_are_named(tmp_path: Path) -> None:
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "train.jsonl").write_bytes(b'{"body": "a"}\n')
