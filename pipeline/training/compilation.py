@@ -1,6 +1,7 @@
 """Decide whether a run compiles the model with torch.compile (``run.compile``)."""
 
 import logging
+import signal
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2, allocate_model
 from pipeline.model.initialisation import INIT_STD
 from pipeline.model.precision import replicated_compute
+from pipeline.training.interruption import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +42,23 @@ def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Pat
     wanted, reason = config.run.compile, ""
     if wanted == "auto":
         wanted, reason = _decide(config, world, plan, start)
-    if wanted and not all(world.gather(compiler_works(world.device))):
+    if wanted and not all(world.gather(_probe_compiler(world.device))):
         wanted, reason = False, "no compiler on every rank"
     log.info("compile   %s%s", "on" if wanted else "off", f" ({reason})" if reason else "")
     return config.with_run(compile=wanted)
+
+
+def _probe_compiler(device: torch.device) -> bool:
+    """Return whether ``torch.compile`` works.
+
+    The probe starts Inductor's threads. They inherit the signal mask, and so do the compilers that they start later:
+    a Ctrl-C must not end these compilers. See ``StopRequest.listening``.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return compiler_works(device)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -> tuple[bool, str]:
