@@ -18,6 +18,8 @@ _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _OPENBLAS_THREADS = "OPENBLAS_NUM_THREADS"
 _OPENMP_WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _LAUNCHER_VARIABLES = (_RANK, _WORLD_SIZE, _LOCAL_RANK, "LOCAL_WORLD_SIZE", _MASTER_ADDR, _MASTER_PORT)
+#: Variables with the number of processes that a program has started without connecting them.
+_UNCONNECTED = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
 
 #: How often a waiting OpenMP thread spins before it sleeps. See docs/performance.md.
 DEFAULT_SPINS = 10_000
@@ -65,7 +67,14 @@ def unset_command() -> str:
 
 
 def check_launcher() -> None:
-    """Raise ConfigError if a launcher's environment variables are wrong or contradict each other."""
+    """Raise ConfigError if a launcher's variables contradict each other, or if srun or mpirun takes its place."""
+    for program, variable in _UNCONNECTED.items():
+        if _WORLD_SIZE not in os.environ and (processes := _number(variable, 1)) > 1:
+            raise ConfigError(
+                f"{program} has started {processes} processes ({variable}), but does not connect them: let {program} "
+                "start one torchrun per node, as launch/slurm/train_torchrun.sbatch does; for separate runs in "
+                f"separate folders: export {_WORLD_SIZE}=1"
+            )
     if problem := _find_contradiction(launcher_variables()):
         raise ConfigError(
             f"{problem}; if the variable is left over from another launcher: {unset_command()}; "

@@ -102,3 +102,20 @@ def test_variables_that_contradict_each_other_are_named_with_a_cure(
     assert launched_rank() >= 0
     with pytest.raises(ConfigError, match=f"({problem}).*: unset "):
         check_launcher()
+
+
+@pytest.mark.parametrize(
+    ("variable", "program"),
+    [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpiexec")],
+)
+def test_processes_that_nothing_connects_are_refused_unless_they_are_separate_runs(
+    monkeypatch: pytest.MonkeyPatch, variable: str, program: str
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(variable, "1")
+    check_launcher()
+    monkeypatch.setenv(variable, "8")
+    with pytest.raises(ConfigError, match=f"{program} has started 8 processes .* export WORLD_SIZE=1"):
+        check_launcher()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_launcher()
