@@ -1,6 +1,7 @@
 """Memory-map mask files and token shards of three formats. Tokens are read from disk only when they are used."""
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from data_tools.errors import DataError
 from data_tools.shards.llmc import LLMC_SUFFIX, llmc_tokens
 from data_tools.shards.manifest import MANIFEST_NAME, TOKENIZE_AGAIN, ShardRecord
 from data_tools.storage.content import describe_content, require_fetched
+
+# In CPython 3.11 and 3.12, two threads that parse Python at the same time can disturb each other (gh-106905).
+_HEADER_LOCK = threading.Lock()
 
 MASK_DTYPE = np.dtype("u1")
 _TOKEN_DTYPE = np.dtype("<u2")
@@ -104,7 +108,8 @@ def npy_tokens(content: pa.Buffer, dtype: np.dtype[Any] = _TOKEN_DTYPE) -> Mappe
     try:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, found_dtype = read_header(file)
+        with _HEADER_LOCK:
+            shape, _, found_dtype = read_header(file)
     except Exception as error:  # numpy parses the header as Python, which can fail in many ways
         raise ValueError(f"its header is damaged ({(str(error).splitlines() or ['it ends early'])[0]})") from error
     if found_dtype != dtype or len(shape) != 1:

@@ -72,8 +72,7 @@ def check_launcher() -> None:
         if _WORLD_SIZE not in os.environ and (processes := _number(variable, 1)) > 1:
             raise ConfigError(
                 f"{program} has started {processes} processes ({variable}), but does not connect them: let {program} "
-                "start one torchrun per node, as launch/slurm/train_torchrun.sbatch does; for separate runs in "
-                f"separate folders: export {_WORLD_SIZE}=1"
+                f"start one torchrun per node; for separate runs in separate folders: export {_WORLD_SIZE}=1"
             )
     if problem := _find_contradiction(launcher_variables()):
         raise ConfigError(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch.distributed import DistError
 
-from data_tools.errors import UserError
+from data_tools.errors import DataError, UserError
 from pipeline.distributed.failure import report, summarize
 from pipeline.distributed.flight_recorder import report_collectives
 from pipeline.distributed.lost_ranks import INTERVAL_S, LOST_STORE, find_lost, publish_failure
@@ -21,10 +21,9 @@ from pipeline.distributed.rank_records import RankRecords, Verdict
 from pipeline.distributed.rendezvous import connecting
 from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
-from pipeline.errors import Interrupted, LostRankError, MainRankError
+from pipeline.errors import Interrupted, LostRankError
 
 _OVERDUE = "overdue"
-_KNOWN_TO_ALL_RANKS = (Interrupted, LostRankError, MainRankError)
 _CURE = "; run the same command again (training continues from the last checkpoint)"
 
 
@@ -225,8 +224,8 @@ def failures_reported(world: World) -> Iterator[None]:
         yield
     except (UserError, KeyboardInterrupt) as error:
         if world.size > 1:
-            # The errors of rank 0 are usually known to all ranks.
-            if world.rank and isinstance(error, UserError) and not isinstance(error, _KNOWN_TO_ALL_RANKS):
+            # All ranks raise the other errors. They still finish a save, which a verdict would end.
+            if world.rank and isinstance(error, DataError):
                 publish_failure(world, str(error))
             report(error)
         raise

@@ -124,8 +124,8 @@ CASES: dict[str, Case] = {
     ),
     "Arrow as text": Case(
         [f"{TEXT} saved/one/data-00000-of-00001.arrow"],
-        r"give the folder that save_to_disk wrote to (--source hf)",
-        [rf"{T} \1 --input saved --dataset-split one"],
+        r"give its folder to (--source hf)",
+        [rf"{T} \1 --input saved/one"],
     ),
     "another split of a dataset": Case(
         [f"{T} --source hf --input saved"],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ import pytest
 
 from data_tools.errors import DataError
 from data_tools.shards.manifest import Manifest, ShardRecord
+from data_tools.shards.mapping import npy_tokens
 from data_tools.shards.reader import open_split
 from data_tools.shards.verification import require_unchanged, verify
 from data_tools.storage.atomic import write_json_durably
@@ -197,3 +202,32 @@ def test_thousands_of_shards_need_no_file_descriptors(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(sum(int(tokens.sum()) for tokens in shards)), "0"]
+
+
+@pytest.fixture
+def often_collected() -> Iterator[None]:
+    """Other threads run during the garbage collections, which happen at almost every allocation."""
+    thresholds = gc.get_threshold()
+
+    def give_way(*_: object) -> None:
+        time.sleep(1e-5)
+
+    gc.callbacks.append(give_way)
+    gc.set_threshold(1)
+    yield
+    gc.set_threshold(*thresholds)
+    gc.callbacks.remove(give_way)
+
+
+@pytest.mark.usefixtures("often_collected")
+def test_threads_can_map_arrays_at_the_same_time() -> None:
+    """The threads have stacks of different depths, because CPython confused only those."""
+    file = io.BytesIO()
+    np.save(file, np.arange(9, dtype=np.uint16))
+    content = pa.py_buffer(file.getvalue())
+
+    def count(depth: int) -> int:
+        return count(depth - 1) if depth else sum(npy_tokens(content).size for _ in range(100))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(count, range(8))) == [900] * 8

@@ -15,7 +15,7 @@ from pipeline.distributed import heartbeat, lost_ranks
 from pipeline.distributed.heartbeat import Heartbeat
 from pipeline.distributed.lost_ranks import find_lost
 from pipeline.distributed.world import World
-from pipeline.errors import LostRankError, MainRankError
+from pipeline.errors import LostRankError, MainRankError, TrainingError
 
 
 class SharedStore(HashStore):
@@ -161,8 +161,8 @@ def test_a_silent_rank_ends_the_others(
 
 
 def test_the_error_of_one_rank_is_the_reason_on_the_other_ranks(worlds: list[World], ranks: list[Heartbeat]) -> None:
-    """An error that rank 0 has passed on is not a new reason."""
-    for error in (MainRankError("a mistake", 2), DataError("/data has no manifest.json")):
+    """An error of all ranks is no reason, because rank 0 ends by itself after it has finished a save."""
+    for error in (MainRankError("a mistake", 2), TrainingError("a spike"), DataError("/data has no manifest.json")):
         assert ranks[0].take_turn(0, 1.0) is None
         with pytest.raises(type(error)), heartbeat.failures_reported(worlds[2]):
             raise error
