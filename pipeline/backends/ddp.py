@@ -26,7 +26,7 @@ class DdpBackend(TorchBackend):
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
         place_model(model, world.device)
         super().__init__(model, _wrap(model, config, world), config, world)
-        self._accumulates = False  # whether any step has more than one micro-step
+        self._accumulates = False  # whether a step has had more than one micro-step
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
         """Return DDP's ``no_sync`` if ``enabled`` is False. DDP reads this setting in the forward pass."""
@@ -40,7 +40,7 @@ class DdpBackend(TorchBackend):
             super()._run_backward_pass(loss)
 
     def _clear_gradients(self) -> None:
-        """Release the gradients, or set them to zero if the next step accumulates gradients in DDP's buckets.
+        """Release the gradients. If steps have several micro-steps, set them to zero, because DDP adds to its buckets.
 
         If a step has a single micro-step, DDP copies each new gradient into its bucket. This is faster than an addition
         to zeros.

@@ -67,6 +67,7 @@ def check_agreement(config: Config, data_sha256: str, world: World) -> None:
 
 
 def describe_start(config: Config, data_sha256: str, world: World) -> Start:
+    """Return how this rank was started. Paths in the config that may differ between hosts are left out."""
     compared = dump_config(config)
     for section, keys in _MAY_DIFFER.items():
         for key in keys:
