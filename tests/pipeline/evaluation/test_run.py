@@ -24,7 +24,7 @@ from pipeline.config.schema import Config, SampleConfig
 from pipeline.data.datasets import open_datasets
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.evaluation import run, scoring
+from pipeline.evaluation import output, scoring, validation_task
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.protocols import PreparedTask
 from pipeline.evaluation.results import find_results, format_table
@@ -108,7 +108,7 @@ class TestOnACheckpoint:
     def test_the_results_of_a_run_that_cannot_be_written_are_only_shown(
         self, run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(run, "is_writable", lambda path: False)
+        monkeypatch.setattr(output, "is_writable", lambda path: False)
         shown: list[Any] = []
         with caplog.at_level(logging.WARNING):
             found, files = run_tasks(run_folder, ["validation"], Settings(), ALONE, show=shown.append)
@@ -119,7 +119,7 @@ class TestOnACheckpoint:
     def test_a_folder_that_cannot_be_written_is_refused_first(
         self, run_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(run, "score_split", None)  # nothing is measured
+        monkeypatch.setattr(validation_task, "score_split", None)  # nothing is measured
         out = run_folder / "config.json" / "results"
         (run_folder / "config.json").touch()
         with pytest.raises(DataError, match=f"--out: cannot write {out}; name a place"):
