@@ -30,7 +30,7 @@ from data_tools.storage.content import (
     require_no_pointer,
 )
 from data_tools.storage.files import is_remote
-from data_tools.storage.remote import find_file_system, open_url
+from data_tools.storage.remote import find_file_system, open_url, wait_for_answer
 
 READ_BYTES = 1 << 20
 # Suffix -> kind of content in ``describe_content``.
@@ -215,10 +215,11 @@ def _find_remote(text: str, suffixes: tuple[str, ...]) -> FileSizes:
 def _list_remote(text: str, suffixes: tuple[str, ...]) -> list[str]:
     file_system, root = find_file_system(text)
     file_system.invalidate_cache()
+    is_file = wait_for_answer(text, lambda: file_system.isfile(root))
     if glob.has_magic(root):
         matches = (path for path in file_system.glob(root) if file_system.isfile(path))
         paths = sorted(path for path in matches if _is_visible(path, root))
-    elif file_system.isfile(root):
+    elif is_file:
         paths = [root]
     else:
         names = (path for path in file_system.find(root) if _is_visible(path, root))

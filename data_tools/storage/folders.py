@@ -15,7 +15,7 @@ from pathlib import Path
 from data_tools.errors import DataError, one_line_write_errors
 from data_tools.storage.atomic import atomic_file, fsync_file, fsync_folder
 from data_tools.storage.files import is_remote
-from data_tools.storage.remote import find_folder
+from data_tools.storage.remote import find_folder, wait_for_answer
 
 _SCRATCH_PREFIX = ".scratch-"
 _READ_BYTES = 32 << 20  # per request, when a whole file at a URL is read
@@ -133,7 +133,7 @@ class RemoteFolder:
         with self._one_line_errors():
             self._files.invalidate_cache()
             try:
-                found = self._files.find("", detail=True)
+                found = wait_for_answer(self._url, lambda: self._files.find("", detail=True))
             except FileNotFoundError:
                 return {}
             return {name: int(info["size"]) for name, info in found.items()}
@@ -141,7 +141,7 @@ class RemoteFolder:
     def size(self, name: str) -> int | None:
         with self._one_line_errors():
             try:
-                return int(self._files.size(name))
+                return int(wait_for_answer(self._url, lambda: self._files.size(name)))
             except FileNotFoundError:
                 return None
 

@@ -3,8 +3,22 @@
 The functions import fsspec, because this takes a tenth of a second and local files do not need it.
 """
 
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
+
+from data_tools.errors import DataError
+
+Result = TypeVar("Result")
+
+#: A request for the names or sizes of files is announced after this time, and ends after ``_LONGEST_WAIT_S`` seconds.
+_ANNOUNCE_AFTER_S = 10.0
+_LONGEST_WAIT_S = 120.0
+
+log = logging.getLogger(__name__)
 
 
 def find_file_system(url: str, **options: Any) -> tuple[Any, str]:
@@ -29,3 +43,29 @@ def open_url(url: str) -> AbstractContextManager[Any]:
 
     opened: AbstractContextManager[Any] = fsspec.open(url, "rb")
     return opened
+
+
+def wait_for_answer(url: str, request: Callable[[], Result]) -> Result:
+    """Return the result of a short request to the server of a URL, and say if the server is slow to answer.
+
+    The clients repeat a request for minutes if a server accepts connections and never answers.
+
+    Raises:
+        DataError: the request has taken longer than ``_LONGEST_WAIT_S``. Its thread continues until the process ends.
+    """
+    future: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(request())
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            future.set_exception(error)
+
+    threading.Thread(target=call, name="remote request", daemon=True).start()
+    if wait([future], _ANNOUNCE_AFTER_S).not_done:
+        log.warning("still waiting for an answer from the server of %s, at most %.0f s", url, _LONGEST_WAIT_S)
+    if wait([future], _LONGEST_WAIT_S - _ANNOUNCE_AFTER_S).not_done:
+        raise DataError(
+            f"{url}: no answer from the server in {_LONGEST_WAIT_S:.0f} s; check its address and the network"
+        )
+    return future.result()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import fsspec
 import pytest
 
 from data_tools.errors import DataError
+from data_tools.sources.files import find_files
+from data_tools.storage import remote
 from data_tools.storage.folders import Folder, LocalFolder, RemoteFolder, open_folder, scratch_of
 from tests.data_tools.conftest import states
 
@@ -157,3 +160,16 @@ def test_errors_of_a_storage_client_are_one_line_with_the_url(monkeypatch: pytes
     monkeypatch.setattr(folder._files, "pipe_file", miss)
     with pytest.raises(DataError, match="cannot write memory://bucket/out/a: The specified bucket does not exist"):
         folder.write("a", b"")
+
+
+@pytest.mark.parametrize("request_of", [lambda url: open_folder(url).names(), lambda url: find_files([url], ())])
+def test_a_server_that_never_answers_is_announced_and_given_up(
+    request_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(remote, "_ANNOUNCE_AFTER_S", 0.1)
+    monkeypatch.setattr(remote, "_LONGEST_WAIT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and is silent
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/run"
+        with pytest.raises(DataError, match=f"{url}: no answer from the server in"):
+            request_of(url)
+    assert f"still waiting for an answer from the server of {url}" in caplog.text
