@@ -124,7 +124,7 @@ def find_mistakes(backend: BackendConfig) -> Iterator[tuple[str, str]]:
         for key in changes_of_numbers(backend):
             yield f"backend.deepspeed.{key}", f"changes the numbers, which are the same under every backend; {cure}"
     if native and backend.name != "deepspeed":
-        cure = 'set backend.name to "deepspeed" or drop backend.deepspeed'
+        cure = 'set backend.name to "deepspeed" or drop backend.deepspeed (--set backend.deepspeed={})'
         yield "backend.deepspeed", f"set, but backend.name is {backend.name}; {cure}"
 
 

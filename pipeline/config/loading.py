@@ -43,7 +43,8 @@ def load_config(
     """Merge config files and overrides into one run config, and validate it.
 
     Args:
-        files: JSON files, or names of shipped configs such as ``zero1``. Later files override earlier files.
+        files: JSON files, or names of shipped configs such as ``zero1``. Later files override earlier files, key by
+            key. ``{}`` empties a key such as ``backend.deepspeed``.
         overrides: texts of the form ``section.key=value``. A value that is not valid JSON is used as a string.
         deepspeed: a file with DeepSpeed's own JSON config, which overrides ``backend.deepspeed`` in ``files``.
 
@@ -174,9 +175,10 @@ def _remove(content: Any, location: tuple[int | str, ...]) -> None:
 
 
 def _merge(merged: dict[str, Any], content: dict[str, Any], origins: dict[str, str], origin: str, at: str = "") -> None:
+    """Merge a layer into the layers before it. An empty object empties a key, but it leaves a section as it is."""
     for key, value in content.items():
         origins[f"{at}{key}"] = origin
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (value or not at):
             if not isinstance(merged.get(key), dict):
                 merged[key] = {}
             _merge(merged[key], value, origins, origin, f"{at}{key}.")

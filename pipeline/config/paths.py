@@ -12,6 +12,18 @@ def with_working_dir(config: Config) -> Config:
     return config.with_run(working_dir=config.run.working_dir or str(Path.cwd()))
 
 
+def is_same_place(given: str, stored: str, working_dir: str | None) -> bool:
+    """Return whether a path or URL of a command and one in a stored config name the same place.
+
+    Args:
+        working_dir: ``run.working_dir`` of the stored config. The stored path may be relative to it, or to the current
+            folder, because the project may have moved.
+    """
+    if is_remote(given) or is_remote(stored):
+        return given.rstrip("/") == stored.rstrip("/")
+    return Path(given).resolve() in (Path(stored).resolve(), Path(working_dir or "", stored).resolve())
+
+
 def find_path(path: str, run: RunConfig) -> str:
     """Return the path of a file or folder that a config names. A URL is returned unchanged.
 

@@ -104,8 +104,14 @@ def launcher_restarts() -> int:
 
 
 def launch_id() -> str | None:
-    """Return torchrun's id of this launch, which stays the same after a restart. Without torchrun, return None."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+    """Return an id of this launch, which stays the same after a restart. Without torchrun, return None.
+
+    Different launches may have the same ``--rdzv-id``. So the id also contains the name of torchrun's folder for logs,
+    which is new in each launch and on each host.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    log_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent  # FOLDER/attempt_0/0/FILE
+    return None if run_id is None else f"{run_id}/{log_folder.name}"
 
 
 def launcher_name() -> str | None:

@@ -18,6 +18,7 @@ from pipeline.checkpoint.state import TrainingState, config_section, read_state,
 from pipeline.checkpoint.verification import locate_checkpoint, newest_good_checkpoint
 from pipeline.config.changes import changed_settings
 from pipeline.config.loading import dump_config
+from pipeline.config.paths import is_same_place
 from pipeline.config.schema import MODEL_SIZES, Config, ScheduleConfig
 from pipeline.distributed.environment import launch_id, launcher_restarts
 from pipeline.distributed.world import World
@@ -109,7 +110,7 @@ def _find_downloaded_start(run_folder: Path, url: str, hash_file: HashFile) -> P
 def _find_named_start(run_folder: Path, named: Path, hash_file: HashFile) -> Path:
     """Return the named checkpoint. If this run has started from it before, return this run's newest checkpoint."""
     own = newest_good_checkpoint(run_folder, hash_file)
-    if own and config_section(read_state(own)[1], "checkpoint").get("resume") == str(named):
+    if own and _is_stored(str(named), "resume", read_state(own)[1]):
         log.info("this run has started from %s before: it continues from its own newest checkpoint", named)
         return own
     start = locate_checkpoint(named, hash_file)
@@ -183,13 +184,21 @@ def _check_same_sizes(config: Config, folder: Path, stored_config: dict[str, Any
 
 
 def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
-    given, stored = config.checkpoint.init_from, config_section(stored_config, "checkpoint").get("init_from")
-    if given is None or (isinstance(stored, str) and Path(given).resolve() == Path(stored).resolve()):
+    given = config.checkpoint.init_from
+    if given is None or _is_stored(given, "init_from", stored_config):
         return
+    stored = config_section(stored_config, "checkpoint").get("init_from")
     raise CheckpointError(
         f"{folder}: belongs to a run that started from {stored or 'random weights'}, and checkpoint.init_from is "
         f"{given}; use another run.out_dir to start from these weights, or leave init_from out to continue"
     )
+
+
+def _is_stored(given: str, key: str, stored_config: dict[str, Any]) -> bool:
+    """Return whether a path or URL of the command is that of a key of the section ``checkpoint`` in a stored config."""
+    stored = config_section(stored_config, "checkpoint").get(key)
+    working_dir = config_section(stored_config, "run").get("working_dir")
+    return isinstance(stored, str) and is_same_place(given, stored, working_dir)
 
 
 def _check_same_run(

@@ -73,6 +73,12 @@ class TestMerging:
         zero = config.backend.deepspeed["zero_optimization"]
         assert (zero["stage"], zero["overlap_comm"]) == (2, False)
 
+    def test_an_empty_object_empties_a_key_but_no_section(self, write: Any) -> None:
+        file = write("a.json", {"backend": {}, "schedule": {}})
+        config = load_config([CONFIGS / "zero2.json", file], ["schedule.max_steps=5000", "schedule={}"])
+        assert config.backend.zero["stage"] == 2 and config.schedule.max_steps == 5000
+        assert load_config([CONFIGS / "zero2.json"], ["backend.name=ddp", "backend.deepspeed={}"]).backend.name == "ddp"
+
     def test_loading_does_not_affect_the_next_loading(self, write: Any) -> None:
         file = write("a.json", {"backend": {"name": "deepspeed", "deepspeed": {"zero_optimization": {"stage": 1}}}})
         load_config([file], ["backend.deepspeed.zero_optimization.stage=2"])
@@ -289,4 +295,4 @@ class TestMistakes:
     def test_native_deepspeed_json_under_another_backend(self) -> None:
         line = mistake([CONFIGS / "zero1.json"], "backend.name=fsdp")
         assert line.startswith("backend.deepspeed: set, but backend.name is fsdp; ")
-        assert 'set backend.name to "deepspeed" or drop backend.deepspeed' in line
+        assert 'set backend.name to "deepspeed" or drop backend.deepspeed (--set backend.deepspeed={})' in line

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.errors import DataError
-from pipeline.config.paths import find_path
+from pipeline.config.paths import find_path, is_same_place
 from pipeline.config.schema import RunConfig
 
 
@@ -33,3 +33,17 @@ def test_without_a_second_folder_the_path_stays_as_it_is(
     monkeypatch.chdir(tmp_path)
     assert find_path("no", RunConfig(working_dir=str(tmp_path) if same_folder else None)) == "no"
     assert find_path("/no/data", RunConfig(working_dir="/other")) == "/no/data"
+
+
+def test_places_with_other_names_or_seen_from_another_folder_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, start = tmp_path / "here", tmp_path / "start"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert is_same_place("./runs/a/", "runs/a", str(here))
+    assert is_same_place("runs/a", "runs/a", str(start)), "the project has moved"
+    assert is_same_place("../start/runs/a", "runs/a", str(start))
+    assert is_same_place("s3://bucket/a/", "s3://bucket/a", None)
+    assert not is_same_place("runs/b", "runs/a", str(here))
+    assert not is_same_place("s3://bucket/a", "bucket/a", str(here))

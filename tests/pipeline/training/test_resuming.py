@@ -149,9 +149,11 @@ class TestNone:
     def test_a_restart_does_not_continue_an_older_launch(
         self, save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "an older launch")
+        """Even if both have torchrun's default id."""
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_a/none_older/attempt_0/0/error.json")
         save(2, "none")
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_b/none_newer/attempt_1/0/error.json")
         for restarts in ("0", "1", "2"):
             monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
             assert_refused("already holds checkpoints", run_folder, "none")
@@ -266,8 +268,8 @@ class TestAnotherRun:
 
     def test_the_same_command_continues_what_it_has_written(self, save: Save, other: Path, run_folder: Path) -> None:
         assert start(run_folder, other) == other
-        own = [save(step, other) for step in (7, 9)][-1]
-        assert start(run_folder, other) == own
+        own = [save(step, f"{other}/") for step in (7, 9)][-1]
+        assert start(run_folder, other) == own == start(run_folder, f"{other.parent}/./{other.name}")
         assert start(run_folder, "auto") == own
         assert names(run_folder) == ["step_00000007", "step_00000009"]
 
