@@ -25,6 +25,17 @@ class DataError(UserError):
     """A source, a document, a shard or a manifest cannot be used."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of an error as one line of at most 300 characters. Without a message, return its type."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message, at most 300 characters."""
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first_line}"[:300].rstrip(": ")
+
+
 def json_type(value: object) -> str:
     """Return the type of a JSON value for an error message, such as ``a list``."""
     if isinstance(value, bool | int | float):

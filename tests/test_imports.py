@@ -15,6 +15,7 @@ PACKAGES = ("data_tools", "pipeline", "launch")
 
 #: The rooms of stage 1 that pipeline may import.
 OPEN_TO_PIPELINE = (
+    "data_tools.formatting",
     "data_tools.layout",
     "data_tools.options",
     "data_tools.shards",
@@ -28,6 +29,7 @@ OPEN_TO_PIPELINE = (
 ROOMS: dict[str, str] = {
     "data_tools.errors": "",
     "data_tools.arrays": "",
+    "data_tools.formatting": "",
     "data_tools.layout": "",
     "data_tools.options": "",
     "data_tools.threads": "",
@@ -37,7 +39,7 @@ ROOMS: dict[str, str] = {
     "data_tools.shards": "errors arrays threads storage vocabulary tokenizer",
     "data_tools.encoding": "errors arrays vocabulary tokenizer",
     "data_tools.sources": "errors layout options storage encoding",
-    "data_tools.corpus": "errors arrays options threads storage shards encoding sources",
+    "data_tools.corpus": "errors arrays formatting options threads storage shards encoding sources",
     "data_tools.formats": "errors arrays options threads storage vocabulary tokenizer shards",
     "pipeline.errors": "",
     "pipeline.seeds": "",

@@ -15,8 +15,7 @@ from data_tools.corpus.parallel import Unfinished, finished, unordered_map
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, Report
 from data_tools.corpus.worker_server import worker_modules, workers_of
-from data_tools.errors import DataError, install_command
-from data_tools.sources.files import describe_error
+from data_tools.errors import DataError, describe_error, install_command
 
 Result = TypeVar("Result")
 #: The functions ``encode_chunk`` or ``fingerprint_chunk`` of ``data_tools.corpus.worker``.

@@ -9,6 +9,7 @@ from data_tools.corpus.worker_server import workers_of
 from data_tools.encoding.documents import encode_document, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
 from data_tools.errors import DataError
+from data_tools.formatting import format_size
 from data_tools.sources import Source
 
 _SAMPLE_BYTES = 256 << 10
@@ -44,15 +45,15 @@ class Estimate:
         return None if self.tokens is None else self.tokens * _TOKEN_BYTES
 
     def __str__(self) -> str:
-        free = "" if self.free_bytes is None else f"{_format_bytes(self.free_bytes)} free"
+        free = "" if self.free_bytes is None else f"{format_size(self.free_bytes)} free"
         if self.tokens is None or self.text_bytes is None or self.shard_bytes is None:
             size = f"text of unknown size, {self.bytes_per_token:.1f} bytes per token{free and f', {free}'}"
         else:
             size = (
-                f"about {_format_bytes(self.text_bytes)} of text, {self.tokens:,} tokens, "
-                f"{_format_bytes(self.shard_bytes)} in shards{free and f' of {free}'}"
+                f"about {format_size(self.text_bytes)} of text, {self.tokens:,} tokens, "
+                f"{format_size(self.shard_bytes)} in shards{free and f' of {free}'}"
             )
-        memory = _format_bytes(self.workers * WORKER_BYTES)
+        memory = format_size(self.workers * WORKER_BYTES)
         return f"{size}; {self.chunks:,} chunks, {self.workers} processes, up to {memory} of memory"
 
 
@@ -96,10 +97,6 @@ def check_free_space(estimate: Estimate, written_bytes: int, place: str) -> None
     needed_bytes = estimate.shard_bytes - written_bytes
     if needed_bytes > estimate.free_bytes:
         raise DataError(
-            f"{place} needs about {_format_bytes(needed_bytes)} for shards, {_format_bytes(estimate.free_bytes)} are "
+            f"{place} needs about {format_size(needed_bytes)} for shards, {format_size(estimate.free_bytes)} are "
             "free; name another --out, or tokenize less (--limit-bytes)"
         )
-
-
-def _format_bytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 10_000_000 else f"{size / 1e6:,.2f} MB"

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, describe_error
 from data_tools.sources.rows import BadRowError
 from data_tools.storage.content import (
     LARGEST_POINTER_BYTES,
@@ -343,11 +343,6 @@ def explain_content(path: str, reason: str) -> str:
     if kind is not None and kind in _COMPRESSIONS.values() and not begins_as(path, kind):
         return f"it is not compressed by {kind}, though its name says so; rename it"
     return (reason.splitlines() or [""])[0]
-
-
-def describe_error(error: Exception) -> str:
-    """Return the type of an error and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def decode_utf8(content: bytes, path: str, offset: int) -> str:

@@ -8,16 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import DataError, list_names
+from data_tools.errors import DataError, describe_error, list_names
 from data_tools.options import SourceRequest
-from data_tools.sources.files import (
-    Slice,
-    describe_error,
-    describe_files,
-    describe_skipped_files,
-    find_files,
-    find_other_files,
-)
+from data_tools.sources.files import Slice, describe_files, describe_skipped_files, find_files, find_other_files
 from data_tools.sources.jsonl import text_of_record
 from data_tools.sources.rows import OnBadRow, parse_rows, stop_at_bad_row
 from data_tools.storage.content import require_fetched

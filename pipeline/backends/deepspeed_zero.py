@@ -21,6 +21,7 @@ from packaging.version import Version
 from pydantic import ValidationError
 from torch import Tensor
 
+from data_tools.errors import one_line
 from pipeline.backends.base import Backend
 from pipeline.backends.compilation import compile_blocks, compiles_blocks
 from pipeline.backends.eager_optimizers import AdamW
@@ -259,7 +260,7 @@ def _refused(error: Exception) -> ConfigError:
         key = ".".join(map(str, mistake["loc"]))
         reason = f"{error.title}: {key}: {mistake['msg']}, found {mistake['input']!r}"
     else:
-        reason = _one_line(error)
+        reason = one_line(error)
     return ConfigError(f"backend.deepspeed: DeepSpeed refuses this config: {reason}")
 
 
@@ -271,7 +272,7 @@ def _build_cpu_adam(parameters: Iterable[Tensor], config: OptimizerConfig) -> to
     try:
         adam = DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, adamw_mode=True)
     except _BUILD_ERRORS as error:
-        reason = _one_line(error)[:200]
+        reason = one_line(error)[:200]
         log.warning("DeepSpeed's CPUAdam cannot be built here (%s); offloading with torch's AdamW", reason)
         return build_adamw(every, config, torch.device("cpu"))
     adam.register_step_pre_hook(_forget_bias_correction)
@@ -296,12 +297,8 @@ def cpu_adam_problem() -> str | None:
     try:
         DeepSpeedCPUAdam([nn.Parameter(torch.zeros(1))])
     except _BUILD_ERRORS as error:
-        return _one_line(error)[:200]
+        return one_line(error)[:200]
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _check_version() -> None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.formatting import format_size
 from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, write_bytes_durably
-from pipeline.checkpoint.layout import MANIFEST_FILE, checkpoint_folder, format_size
+from pipeline.checkpoint.layout import MANIFEST_FILE, checkpoint_folder
 from pipeline.checkpoint.pairing import pair
 from pipeline.checkpoint.remote_run import RemoteCheckpoint, RemoteRun
 from pipeline.checkpoint.saving import on_every_rank, on_main_rank, publish_checkpoint

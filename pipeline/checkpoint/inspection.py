@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from data_tools.formatting import format_size
 from data_tools.storage.files import is_remote
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
     STATE_FILE,
-    format_size,
     is_checkpoint,
     list_checkpoints,
     no_checkpoint_error,

@@ -228,11 +228,3 @@ def size_of_file(path: Path) -> int:
 def size_of_folder(folder: Path) -> int:
     """Return the total size in bytes of a folder and its subfolders. Files may disappear during the call."""
     return sum(size_of_file(Path(parent, name)) for parent, _, files in os.walk(folder) for name in files)
-
-
-def format_size(size: int) -> str:
-    """Return a size in bytes as text with a unit, such as ``1.5 GB``."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"

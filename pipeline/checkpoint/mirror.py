@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, describe_error, one_line
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -304,4 +304,4 @@ def _wait_for_file(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error if isinstance(error, UserError | OSError) else repr(error)).split())
+    return one_line(error) if isinstance(error, UserError | OSError) else describe_error(error)

@@ -12,12 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.formatting import format_size
 from data_tools.storage.atomic import fsync_folder
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
     READABLE_VERSIONS,
     describe_readable_versions,
-    format_size,
     is_checkpoint,
     list_checkpoints,
     size_of_folder,

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_tools.formatting import format_size
 from data_tools.storage.content import describe_content
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.hashing import HashFile
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
-    format_size,
     is_checkpoint,
     list_checkpoints,
     no_checkpoint_error,

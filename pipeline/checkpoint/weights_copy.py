@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_tools.formatting import format_size
 from data_tools.storage.atomic import atomic_folder, write_bytes_durably, write_json_durably
 from data_tools.storage.files import is_remote, sha256_of_json
 from data_tools.storage.locks import waiting_for_lock
@@ -16,7 +17,6 @@ from pipeline.checkpoint.layout import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     checkpoint_folder,
-    format_size,
     list_checkpoints,
     no_checkpoint_error,
     read_json_object,

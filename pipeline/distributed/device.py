@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from data_tools.errors import one_line
+
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
@@ -122,7 +124,7 @@ def compiler_works(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001 - the toolchain may raise anything
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)[:160]
         log.warning("torch.compile does not work here, running without it: %s", reason)
         return False
     return True

@@ -83,12 +83,6 @@ def printable(text: str) -> str:
     )
 
 
-def summarize(error: BaseException) -> str:
-    """Return the type of an error and the first line of its message."""
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first_line}"[:300].rstrip(": ")
-
-
 def _describe(error: BaseException) -> tuple[int, str]:
     """Return the exit status for an error and the text to print."""
     if isinstance(error, UserError):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch.distributed import DistError
 
-from data_tools.errors import DataError, UserError
-from pipeline.distributed.failure import report, summarize
+from data_tools.errors import DataError, UserError, describe_error
+from pipeline.distributed.failure import report
 from pipeline.distributed.flight_recorder import report_collectives
 from pipeline.distributed.lost_ranks import INTERVAL_S, LOST_STORE, find_lost, publish_failure
 from pipeline.distributed.progress import NAMED_RANKS, MainThread, Place, describe_places, find_stuck
@@ -237,7 +237,7 @@ def failures_reported(world: World) -> Iterator[None]:
             report(lost_rank)
             raise lost_rank from error
         report(error)
-        publish_failure(world, summarize(error))
+        publish_failure(world, describe_error(error))
         raise
 
 

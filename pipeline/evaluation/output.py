@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.errors import one_line_write_errors
+from data_tools.errors import one_line, one_line_write_errors
 from data_tools.storage.atomic import write_bytes_durably, write_json_durably
 from data_tools.storage.files import is_remote, is_writable, require_writable
 from pipeline.errors import ConfigError
 from pipeline.evaluation.protocols import Figures
 from pipeline.evaluation.results import VALIDATION, Results
 from pipeline.run_folder.layout import EVALUATION_FOLDER, TENSORBOARD_FOLDER
-from pipeline.run_folder.sinks.service import one_line
 
 log = logging.getLogger(__name__)
 

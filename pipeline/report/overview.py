@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.formatting import format_size
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.state import read_state_file
 from pipeline.errors import CheckpointError, ReportError
@@ -142,7 +143,7 @@ def _cells(run: RunSummary) -> tuple[str, ...]:
         "" if run.val_loss is None else f"{run.val_loss:.4f}",
         "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
         _format_age(run.age_s),
-        _format_size(run.size_bytes),
+        format_size(run.size_bytes),
         "" if run.last_checkpoint is None else Path(run.last_checkpoint).name,
     )
 
@@ -152,10 +153,3 @@ def _format_age(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _format_size(size_bytes: int) -> str:
-    for unit, length in (("GB", 10**9), ("MB", 10**6)):
-        if size_bytes >= length:
-            return f"{size_bytes / length:.1f} {unit}"
-    return f"{size_bytes / 1000:.0f} kB"

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_tools.formatting import format_duration
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config, describe_model
 from pipeline.report.runs import Run, flatten
-from pipeline.run_folder.metrics import format_duration
 
 #: Settings that only name a run.
 NAMING = ("run.name", "run.out_dir")

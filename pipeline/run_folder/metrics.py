@@ -91,16 +91,6 @@ def describe_speed(rows: Sequence[dict[str, Any]]) -> str:
     return f"{tokens_per_s:,.0f} tokens/s, {step_ms:,.0f} ms per step, MFU {mfu:.1%}, at most {memory:.2f} GiB"
 
 
-def format_duration(seconds: float) -> str:
-    """Return a number of seconds as text, such as ``3 h 07 min``, ``7 min 30 s`` or ``12.5 s``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60:,} h {minutes % 60:02} min"
-
-
 def perplexity(loss: float) -> float:
     """Return exp(loss). A loss above 700 counts as 700, because JSON has no infinity."""
     return math.exp(min(loss, 700.0))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
+from data_tools.formatting import format_size
 from data_tools.storage.atomic import write_json_durably
 from pipeline.checkpoint.background import SaveOutcome
-from pipeline.checkpoint.layout import format_size
 from pipeline.checkpoint.mirror import UploadOutcome
 from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.loading import dump_config

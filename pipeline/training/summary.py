@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from data_tools.formatting import format_duration
 from data_tools.shards.reader import TokenStream
 from data_tools.shards.validation_split import describe_small_validation
 from pipeline.checkpoint.layout import list_checkpoints
@@ -11,7 +12,7 @@ from pipeline.data.loader import scored_targets
 from pipeline.distributed.device import describe_fp32_products
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.layout import LOG_FILE
-from pipeline.run_folder.metrics import describe_speed, format_duration, read_metrics
+from pipeline.run_folder.metrics import describe_speed, read_metrics
 from pipeline.training.resuming import describe_changes, describe_started_decay
 from pipeline.training.trainer import Trainer
 

@@ -15,11 +15,12 @@ import torch
 from safetensors import safe_open
 
 import launch.checkpoint
+from data_tools.formatting import format_size
 from pipeline.backends import create_backend
 from pipeline.checkpoint import conversion
 from pipeline.checkpoint.conversion import convert_checkpoint
 from pipeline.checkpoint.inspection import inspect
-from pipeline.checkpoint.layout import format_size, list_checkpoints
+from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.retention import prune, set_aside_after
 from pipeline.checkpoint.state import read_state, read_state_file

@@ -6,7 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.run_folder.metrics import LOSSES, MEAN_LOSS_KEY, format_duration, format_row
+from data_tools.formatting import format_duration
+from pipeline.run_folder.metrics import LOSSES, MEAN_LOSS_KEY, format_row
 from pipeline.run_folder.sinks.sink import Row, Sink
 
 log = logging.getLogger(__name__)

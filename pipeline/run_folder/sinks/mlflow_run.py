@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import install_command
+from data_tools.errors import install_command, one_line
 from data_tools.storage.files import dotted_keys
 from pipeline.errors import ConfigError
 from pipeline.run_folder.metrics import SAMPLE_KEY
-from pipeline.run_folder.sinks.service import Service, one_line
+from pipeline.run_folder.sinks.service import Service
 from pipeline.run_folder.sinks.sink import Row
 
 MOST_METRICS, MOST_PARAMS = 1000, 100  # the limits of one request

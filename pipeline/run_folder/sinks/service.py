@@ -13,6 +13,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from data_tools.errors import one_line
 from data_tools.storage.atomic import write_json_durably
 from pipeline.run_folder.layout import CONFIG_FILE, METRICS_FILE, REPORT_PAGE
 from pipeline.run_folder.metrics import read_metrics
@@ -21,11 +22,6 @@ from pipeline.run_folder.sinks.sink import Row, Sink
 log = logging.getLogger(__name__)
 
 LONGEST_END_S = 30.0  # how long a run waits at its end for rows that are not sent yet
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error as one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Service(ABC):

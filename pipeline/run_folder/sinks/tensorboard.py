@@ -10,11 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.errors import install_command
+from data_tools.errors import install_command, one_line
 from pipeline.errors import ConfigError
 from pipeline.run_folder.layout import TENSORBOARD_FOLDER
 from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, LAYER_PREFIX, SAMPLE_KEY, TASK_PREFIX, read_metrics
-from pipeline.run_folder.sinks.service import one_line
 from pipeline.run_folder.sinks.sink import Row, Sink
 
 if TYPE_CHECKING:

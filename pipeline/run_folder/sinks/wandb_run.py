@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import install_command
+from data_tools.errors import install_command, one_line
 from data_tools.storage.files import dotted_keys
 from pipeline.errors import ConfigError
-from pipeline.run_folder.sinks.service import Service, one_line
+from pipeline.run_folder.sinks.service import Service
 from pipeline.run_folder.sinks.sink import Row
 
 FLUSH_INTERVAL_S = 0.5

@@ -48,8 +48,8 @@ def test_the_estimate_is_near_what_is_written(tmp_path: Path) -> None:
     assert estimated.shard_bytes == pytest.approx((tmp_path / "out" / "train_00000_000.npy").stat().st_size, rel=0.01)
     assert estimated.free_bytes is not None
     assert (estimated.chunks, estimated.workers) == (1, 1)
-    assert str(estimated).startswith("about 0.90 MB of text, 2")
-    assert " free; 1 chunks, 1 processes, up to 0." in str(estimated)
+    assert str(estimated).startswith("about 900.0 kB of text, 2")
+    assert " free; 1 chunks, 1 processes, up to " in str(estimated)
 
 
 @pytest.mark.parametrize("options", [{"limit_documents": 1}, {"limit_bytes": 5}])
@@ -65,7 +65,7 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path, monkeypa
     with pytest.raises(DataError) as caught:
         tokenize_corpus(text_request(tmp_path))
     assert str(caught.value) == (
-        f"--out {tmp_path / 'out'} needs about 0.40 MB for shards, 0.12 MB are free; "
+        f"--out {tmp_path / 'out'} needs about 400.0 kB for shards, 123.5 kB are free; "
         "name another --out, or tokenize less (--limit-bytes)"
     )
     assert not (tmp_path / "out").exists()
@@ -99,7 +99,7 @@ def test_unknown_sizes_always_fit() -> None:
     check_free_space(Estimate(None, 4.0, 0, 1, 1), 0, "--out x")
     check_free_space(Estimate(10**12, 4.0, None, 1, 1), 0, "--out x")
     check_free_space(Estimate(400, 4.0, 200, 1, 1), 0, "--out x")
-    with pytest.raises(DataError, match=r"--out x needs about 0\.00 MB"):
+    with pytest.raises(DataError, match=r"--out x needs about 202 B for shards"):
         check_free_space(Estimate(404, 4.0, 200, 1, 1), 0, "--out x")
     check_free_space(Estimate(404, 4.0, 200, 1, 1), 2, "--out x")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run_folder.metrics import describe_speed, format_duration, format_row, read_metrics
+from data_tools.formatting import format_duration
+from pipeline.run_folder.metrics import describe_speed, format_row, read_metrics
 
 
 class TestConsole:
