@@ -591,8 +591,8 @@ class EvaluationConfig(Section):
     )
     max_batches: PositiveInt | None = Field(
         40,
-        description="Largest number of validation batches, over all ranks. They are spread evenly over the validation "
-        "split. `null` uses the whole split.",
+        description="Largest number of validation batches, over all ranks. A batch has `batch.micro_batch_size` "
+        "windows. The windows are spread evenly over the validation split. `null` uses the whole split.",
     )
     max_examples: PositiveInt | None = Field(
         500, description="Use only this many examples of each task, from the beginning. `null` uses all examples."

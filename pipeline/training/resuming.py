@@ -248,6 +248,17 @@ def describe_changes(start: Path, config: Config) -> list[str]:
     return [f"{key} {change}" for key, change in changes.items() if key not in _KEYS_OF_A_START]
 
 
+def windows_per_evaluation(config: dict[str, Any]) -> int | None:
+    """Return how many windows of a large validation split an evaluation reads, or None for all windows.
+
+    Args:
+        config: a resolved config, such as that of a checkpoint.
+    """
+    batches = config_section(config, "evaluation").get("max_batches")
+    size = config_section(config, "batch").get("micro_batch_size")
+    return batches * size if isinstance(batches, int) and isinstance(size, int) else None
+
+
 def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:
     """Return the training state from which the run starts. If ``start`` is a checkpoint, load it into the backend.
 

@@ -8,12 +8,14 @@ from data_tools.formatting import format_duration
 from data_tools.shards.reader import TokenStream
 from data_tools.shards.validation_split import describe_small_validation
 from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.state import read_state
+from pipeline.config.loading import dump_config
 from pipeline.data.loader import scored_targets
 from pipeline.distributed.device import describe_fp32_products
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.layout import LOG_FILE
 from pipeline.run_folder.metrics import describe_speed, read_metrics
-from pipeline.training.resuming import describe_changes, describe_started_decay
+from pipeline.training.resuming import describe_changes, describe_started_decay, windows_per_evaluation
 from pipeline.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ def log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) ->
     dtypes = ", ".join(f"{what} {str(dtype).removeprefix('torch.')}" for what, dtype in backend.dtypes().items())
     log.info("run       %s -> %s", config.run.name, config.run.out_dir)
     log.info("model     %s, %s parameters", config.model, f"{parameter_count(config.model):,}")
-    _log_data(trainer)
+    _log_data(trainer, start)
     if trainer.world.is_main:
         log_masks(trainer)
     log.info("batch     %s", trainer.plan)
@@ -103,7 +105,7 @@ def log_masks(trainer: Trainer) -> None:
                 )
 
 
-def _log_data(trainer: Trainer) -> None:
+def _log_data(trainer: Trainer, start: Path | None) -> None:
     loader, max_steps = trainer.loader, trainer.config.schedule.max_steps
     counts = loader.mixture.counts(max_steps * trainer.plan.samples_per_step)
     for dataset, order, share, count in zip(loader.datasets, loader.orders, loader.mixture.shares, counts, strict=True):
@@ -118,18 +120,26 @@ def _log_data(trainer: Trainer) -> None:
             ", with loss mask" if dataset.train.has_mask else "",
         )
         if dataset.validation:
-            _log_validation(dataset.path, dataset.validation, trainer)
+            _log_validation(dataset.path, dataset.validation, trainer, start)
 
 
-def _log_validation(path: str, validation: TokenStream, trainer: Trainer) -> None:
+def _log_validation(path: str, validation: TokenStream, trainer: Trainer, start: Path | None) -> None:
     windows = -(-(validation.tokens - 1) // trainer.plan.seq_len)
-    measured = (trainer.config.evaluation.max_batches or windows) * trainer.plan.micro_batch_size
+    measured = min(windows, windows_per_evaluation(dump_config(trainer.config)) or windows)
     log.info(
         "          validation: %s tokens, %s windows of %d, %s of them per evaluation",
         f"{validation.tokens:,}",
         f"{windows:,}",
         trainer.plan.seq_len,
-        f"{min(windows, measured):,}",
+        f"{measured:,}",
     )
+    before = min(windows, windows_per_evaluation(read_state(start)[1]) or windows) if start else measured
+    if before != measured:
+        log.warning(
+            "%s: an evaluation read %s validation windows before, so the validation losses before and after this start "
+            "are of different texts; evaluation.max_batches counts batches of batch.micro_batch_size windows",
+            path,
+            f"{before:,}",
+        )
     if warning := describe_small_validation(validation.manifest):
         log.warning("%s: %s", path, warning)

@@ -43,7 +43,11 @@ def test_a_run_states_its_validation_split(tmp_path: Path, caplog: pytest.LogCap
     log = log_of_a_run(tmp_path, {"train": [documents(50)], "val": [np.arange(1000, dtype=np.uint16)]}, caplog)
     assert "validation: 1,000 tokens, 63 windows of 16, 8 of them per evaluation" in log
     assert "the validation split has 1,000 tokens in 0 documents" in log
-    assert "losses on fewer than 16,384 tokens are noisy" in log
+    assert "losses on fewer than 16,384 tokens are noisy" in log and "windows before" not in log
+    smaller: Sections = {"batch": {"micro_batch_size": 1}, "schedule": {"max_steps": 2}}
+    log = log_of_a_start(tmp_path, smaller, caplog)
+    assert "63 windows of 16, 4 of them per evaluation" in log and "read 8 validation windows before" in log
+    assert "windows before" not in log_of_a_start(tmp_path, merged(smaller, {"schedule": {"max_steps": 3}}), caplog)
 
 
 def test_a_run_without_a_validation_split_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
