@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
@@ -93,6 +93,13 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="DeepSpeed's own JSON; sets backend.name=deepspeed and adds the file to backend.deepspeed",
     )
+
+
+def config_options(arguments: argparse.Namespace, overrides: Sequence[str] = ()) -> list[str]:
+    """Return the options of ``add_config_options`` for another command, with more values for ``--set``."""
+    options = ["--config", *arguments.config]
+    options += ["--set", *values] if (values := [*arguments.set, *overrides]) else []
+    return options + (["--deepspeed", arguments.deepspeed] if arguments.deepspeed else [])
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:

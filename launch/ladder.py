@@ -10,7 +10,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.cli import ArgumentParser, add_config_options, local_path, positive_int, run_command, start_logging
+from launch.cli import (
+    ArgumentParser,
+    add_config_options,
+    config_options,
+    local_path,
+    positive_int,
+    run_command,
+    start_logging,
+)
 from launch.run import add_processes_option, train
 from pipeline.config.loading import keys_of_overrides, load_config
 from pipeline.config.schema import Config
@@ -48,10 +56,12 @@ def main() -> None:
     )
     if not has_step(stable, milestones[-1]):
         kept = f"checkpoint.keep_every_steps={math.gcd(*milestones)}"
-        train(arguments, [f"run.out_dir={stable}", f"schedule.max_steps={milestones[-1]}", *CONSTANT, kept])
+        overrides = [f"run.out_dir={stable}", f"schedule.max_steps={milestones[-1]}", *CONSTANT, kept]
+        train(config_options(arguments, overrides), processes=arguments.processes)
     for branch in missing:
+        overrides = [f"run.out_dir={branch.run}", *_decay(branch.milestone, branch.stop)]
         start = ["--init-from", str(stable), "--at-step", str(branch.milestone), "--branch"]
-        train(arguments, [f"run.out_dir={branch.run}", *_decay(branch.milestone, branch.stop)], start)
+        train([*config_options(arguments, overrides), *start], processes=arguments.processes)
     table, files = write_ladder(arguments.out, stable, branches)
     print(f"\n{table}\nwrote {', '.join(map(str, files))}")
 

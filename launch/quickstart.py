@@ -5,7 +5,6 @@ about as long as the option --minutes says. If the command is interrupted, repea
 and an interrupted run continues.
 """
 
-import argparse
 import importlib.util
 import math
 import shlex
@@ -54,9 +53,9 @@ def main() -> None:
     start_logging()
     config = load_config(CONFIGS, arguments.set)
     tokenize(config)
-    options = parsed_options(choose_settings(arguments.set, config, started + 60 * arguments.minutes))
-    config = load_config(options.config, options.set)
-    train(options)
+    settings = choose_settings(arguments.set, config, started + 60 * arguments.minutes)
+    config = load_config(CONFIGS, settings)
+    train(train_options(settings))
     evaluate(config)
     text = sample(config)
     report = write_report(config)
@@ -151,7 +150,7 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
         }
         others = [value for value in settings if value.partition("=")[0] not in short]
         started = time.perf_counter()
-        train(parsed_options(_with_defaults(others, short)), stage="measure the time of a step")
+        train(train_options(_with_defaults(others, short)), stage="measure the time of a step")
         command_s = time.perf_counter() - started
         step_s = [row["step_ms"] / 1e3 for row in read_metrics(Path(folder)) if "step_ms" in row]
     return statistics.median(step_s[PROBE_WARM_UP_STEPS:]), command_s - sum(step_s)
@@ -167,12 +166,9 @@ def fit_steps(config: Config, step_s: float, left_s: float) -> int:
     return max(FEWEST_STEPS, int(min(one_pass, left_s / step_s)))
 
 
-def parsed_options(settings: Sequence[str]) -> argparse.Namespace:
-    """Return the options with which the command ``run`` trains the quickstart's model in one process.
-
-    ``settings`` are the values of the option ``--set``.
-    """
-    return argparse.Namespace(config=CONFIGS, set=list(settings), deepspeed=None, processes=1)
+def train_options(settings: Sequence[str]) -> list[str]:
+    """Return the options that train the quickstart's model with ``settings`` as values of ``--set``."""
+    return ["--config", *CONFIGS, "--set", *settings]
 
 
 def write_report(config: Config) -> str:

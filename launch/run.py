@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch.cli import ArgumentParser, add_config_options, positive_int, run_command
+from launch.cli import ArgumentParser, add_config_options, config_options, positive_int, run_command
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.config.loading import load_config
 from pipeline.config.paths import find_path
@@ -20,7 +20,7 @@ def main() -> None:
     arguments = build_parser().parse_args()
     config = load_config(arguments.config, arguments.set, arguments.deepspeed)
     tokenize(config)
-    train(arguments)
+    train(config_options(arguments), processes=arguments.processes)
     evaluate(config)
     print(sample(config), end="", flush=True)
 
@@ -53,23 +53,17 @@ def tokenize(config: Config) -> None:
     run_stage("tokenize", [sys.executable], "tokenize_corpus.py", [*options, "--out", config.data.path])
 
 
-def train(
-    arguments: argparse.Namespace, overrides: Sequence[str] = (), start: Sequence[str] = (), stage: str = "train"
-) -> None:
+def train(options: Sequence[str], *, processes: int = 1, stage: str = "train") -> None:
     """Train the model, or resume an interrupted run. If the run is already complete, do nothing.
 
     Args:
-        arguments: the parsed options of the command ``run``.
-        overrides: texts ``section.key=value``, which are added to those of ``--set``.
-        start: options of the train command that say where the run starts.
+        options: the options of the train command.
+        processes: the number of training processes on this machine.
     """
     launcher = [sys.executable]
-    if arguments.processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.processes}"]
-    options = ["--config", *arguments.config]
-    options += ["--set", *sets] if (sets := [*arguments.set, *overrides]) else []
-    options += ["--deepspeed", arguments.deepspeed] if arguments.deepspeed else []
-    run_stage(stage, launcher, "train.py", [*options, *start])
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    run_stage(stage, launcher, "train.py", options)
 
 
 def evaluate(config: Config) -> None:
@@ -99,7 +93,9 @@ def _options(settings: dict[str, object]) -> list[str]:
     return [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
 
 
-def run_stage(stage: str, launcher: list[str], script: str, options: list[str], *, returns_output: bool = False) -> str:
+def run_stage(
+    stage: str, launcher: Sequence[str], script: str, options: Sequence[str], *, returns_output: bool = False
+) -> str:
     """Run the command of a stage. If the command fails, exit with its status.
 
     Args:

@@ -6,19 +6,28 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from launch.cli import run_command
 from launch import ladder
+from launch.train import build_parser
 from pipeline.checkpoint.layout import STATE_FILE, checkpoint_folder
 from pipeline.config.loading import dump_config, load_config
 
-Started = list[tuple[list[str], list[str]]]
+
+class Training(NamedTuple):
+    values: list[str]  # of --set
+    start: list[str]  # the options that say where the run starts
+    processes: int
 
 
-def write_checkpoint(arguments: argparse.Namespace, overrides: list[str], step: int) -> None:
-    config = load_config(arguments.config, [*arguments.set, *overrides])
+Started = list[Training]
+
+
+def write_checkpoint(arguments: argparse.Namespace, step: int) -> None:
+    config = load_config(arguments.config, arguments.set)
     folder = checkpoint_folder(Path(config.run.out_dir), step)
     folder.mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(("samples", "tokens", "updates", "loss_scale_good_steps", "seed"), 0)
@@ -30,13 +39,15 @@ def run_ladder(out: Path, monkeypatch: pytest.MonkeyPatch, *more: str, fails: bo
     """Run the command with a training that only writes the states of checkpoints. Returns the started trainings."""
     started: Started = []
 
-    def train(arguments: argparse.Namespace, overrides: list[str], start: list[str] | tuple[()] = ()) -> None:
-        started.append((overrides, list(start)))
-        values = dict(override.split("=", 1) for override in overrides)
+    def train(options: list[str], *, processes: int) -> None:
+        arguments = build_parser().parse_args(options)
+        start = options[options.index("--init-from") :] if arguments.init_from else []
+        started.append(Training(arguments.set, start, processes))
+        values = dict(override.split("=", 1) for override in arguments.set)
         last, kept = int(values["schedule.max_steps"]), values["checkpoint.keep_every_steps"]
         for step in range(int(kept), last, int(kept)) if kept != "null" else ():
-            write_checkpoint(arguments, overrides, step)
-        write_checkpoint(arguments, overrides, last)
+            write_checkpoint(arguments, step)
+        write_checkpoint(arguments, last)
 
     monkeypatch.setattr(ladder, "train", train)
     monkeypatch.setattr(ladder, "start_logging", lambda: None)
@@ -50,7 +61,7 @@ def run_ladder(out: Path, monkeypatch: pytest.MonkeyPatch, *more: str, fails: bo
 
 def folders(started: Started) -> list[str]:
     """Return the names of the run folders of the started trainings."""
-    return [Path(overrides[0].removeprefix("run.out_dir=")).name for overrides, _ in started]
+    return [Path(text).name for run in started for text in run.values if text.startswith("run.out_dir=")]
 
 
 def rows(out: Path) -> list[tuple[int, int, str]]:
@@ -59,12 +70,15 @@ def rows(out: Path) -> list[tuple[int, int, str]]:
 
 
 def test_one_stable_run_and_a_branch_per_milestone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stable, first, second = run_ladder(tmp_path, monkeypatch)
-    assert {"schedule.name=constant", "schedule.max_steps=60", "checkpoint.keep_every_steps=20"} <= set(stable[0])
-    assert not stable[1]
-    assert {"schedule.name=wsd", "schedule.max_steps=50", "schedule.decay_steps=10"} <= set(first[0])
-    assert first[1] == ["--init-from", str(tmp_path / "stable"), "--at-step", "40", "--branch"]
-    assert f"run.out_dir={tmp_path / 'decay-from-60-to-75'}" in second[0] and "schedule.max_steps=75" in second[0]
+    stable, first, second = run_ladder(tmp_path, monkeypatch, "--processes", "3")
+    assert {"schedule.name=constant", "schedule.max_steps=60", "checkpoint.keep_every_steps=20"} <= set(stable.values)
+    assert not stable.start
+    assert {"schedule.name=wsd", "schedule.max_steps=50", "schedule.decay_steps=10"} <= set(first.values)
+    assert first.start == ["--init-from", str(tmp_path / "stable"), "--at-step", "40", "--branch"]
+    assert (
+        f"run.out_dir={tmp_path / 'decay-from-60-to-75'}" in second.values and "schedule.max_steps=75" in second.values
+    )
+    assert {run.processes for run in (stable, first, second)} == {3}
 
 
 def test_finished_runs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +86,7 @@ def test_finished_runs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     same = ["--decay-steps", "4", "--set", "batch.micro_batch_size=2", "checkpoint.every_steps=7", "run.name=again"]
     assert run_ladder(tmp_path, monkeypatch, *same) == [], "these settings do not change the numbers"
     stable, branch = run_ladder(tmp_path, monkeypatch, "--decay-steps", "4", "--milestones", "80")
-    assert "schedule.max_steps=80" in stable[0] and "schedule.max_steps=84" in branch[0]
+    assert "schedule.max_steps=80" in stable.values and "schedule.max_steps=84" in branch.values
 
 
 def test_another_decay_is_trained_in_folders_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,13 +107,6 @@ def test_another_decay_is_trained_in_folders_of_its_own(tmp_path: Path, monkeypa
     ]
     assert run_ladder(tmp_path, monkeypatch) == []
     assert rows(table) == before
-
-
-def test_the_number_of_processes_reaches_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launchers: list[list[str]] = []
-    monkeypatch.setattr("launch.run.run_stage", lambda stage, launcher, *_: launchers.append(launcher))
-    ladder.train(argparse.Namespace(processes=3, config=["ddp"], set=[], deepspeed=None), [])
-    assert launchers[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
 
 
 @pytest.mark.parametrize(

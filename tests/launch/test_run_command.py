@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from launch import run
 from launch.run import run_stage
 
 ENDS_ON_SIGTERM = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(21))"
@@ -23,6 +24,13 @@ def test_a_signal_waits_for_the_stage(number: signal.Signals, seconds: float, st
         run_stage("train", [sys.executable, "-c", script], "train.py", [])
     assert ended.value.code == status
     assert signal.getsignal(number) == before
+
+
+def test_several_processes_start_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    launchers: list[list[str]] = []
+    monkeypatch.setattr(run, "run_stage", lambda stage, launcher, *_: launchers.append(launcher))
+    run.train(["--config", "ddp"], processes=3)
+    assert launchers[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
 
 
 def test_a_stage_that_a_signal_killed(capsys: pytest.CaptureFixture[str]) -> None:
