@@ -28,7 +28,7 @@ COLLECTIVES = """
 import torch
 import torch.distributed as dist
 
-from pipeline.backends.fsdp import AllGather, ReduceScatter
+from pipeline.backends.fsdp_collectives import AllGather, ReduceScatter
 
 dist.init_process_group("gloo")
 group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
@@ -106,7 +106,8 @@ def test_two_ranks_hold_every_element_once_and_the_norm_counts_them_all(tmp_path
 
 #: Two ranks count the gathers of a step with three micro-steps and two blocks.
 GATHERS = """
-from pipeline.backends.fsdp import AllGather, FsdpBackend
+from pipeline.backends.fsdp import FsdpBackend
+from pipeline.backends.fsdp_collectives import AllGather
 from pipeline.distributed.world import join_world
 from pipeline.model.gpt2 import allocate_model
 from tests.pipeline.backends.conftest import backend_section, micro_batch
