@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.rank_server import shorten_ceilings
 from tests.support.runs import make_byte_corpus, make_corpus
 
 
@@ -23,6 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the tests of whole runs and commands before the tests of single modules, so that processes end together."""
     tests = Path(__file__).parent
     items.sort(key=lambda item: item.path.relative_to(tests).parts[0] in ("pipeline", "data_tools"))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector look at the objects of tests only. DeepSpeed collects many times per engine."""
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -40,6 +47,11 @@ def logging_as_before() -> Iterator[None]:
     for logger, handlers, level in before:
         logger.handlers[:] = handlers
         logger.setLevel(level)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_ceilings() -> None:
+    shorten_ceilings()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ process whose ``__main__`` is the script, as under torchrun.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -19,6 +20,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 from pipeline.distributed.rendezvous import free_port
 
@@ -28,6 +30,9 @@ PRELOADED = (
     "pipeline.backends.ddp",
     "pipeline.backends.fsdp",
     "pipeline.backends.deepspeed_zero",
+    "deepspeed.runtime.superoffload.superoffload_stage3",  # engines import these three
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.module_inject.auto_ep_layer",
     "torch._inductor.compile_fx",  # DeepSpeed imports most of it, and FSDP and DDP on several ranks some of it
     "torch.utils.tensorboard",
 )
@@ -151,12 +156,27 @@ def _signal(pids: list[int], statuses: list[Future[int]], number: int) -> None:
                 os.kill(pid, number)
 
 
+def shorten_ceilings() -> None:
+    """Let the runs of this process and its forks measure one small matrix product at the start and at evaluations.
+
+    Otherwise they measure for 0.2 seconds, which is longer than a tiny model trains.
+    """
+    from pipeline.distributed.matmul_ceiling import measure_matmul_ceiling
+
+    mock.patch(
+        "pipeline.training.throughput.measure_matmul_ceiling",
+        lambda device, dtype, *_: measure_matmul_ceiling(device, dtype, seconds=0.0),
+    ).start()
+
+
 def serve() -> None:
     """Fork a rank for each line of standard input. Answer with its pid, and with its status when it has ended."""
     import importlib
 
     for module in PRELOADED:
         importlib.import_module(module)
+    shorten_ceilings()
+    gc.freeze()  # the ranks collect garbage, and need not look at what was imported
     requests, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     numbers: dict[int, int] = {}

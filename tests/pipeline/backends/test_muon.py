@@ -86,15 +86,19 @@ def reference_step(
     return weight * (1 - LEARNING_RATE * OPTIMIZER["weight_decay"]) - LEARNING_RATE * update
 
 
-def assert_steps_follow_the_formula(backend: Backend, *, split_qkv: bool = True, **settings: Any) -> None:
-    """Train two steps, and compare the change of each matrix with the reference."""
+def assert_steps_follow_the_formula(
+    backend: Backend, *, split_qkv: bool = True, **settings: Any
+) -> list[dict[str, Tensor]]:
+    """Train two steps, and compare the change of each matrix with the reference. Return the weights after each step."""
     shapes = backend.parameter_shapes
     momenta = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    trained = []
     for seed in range(2):
         before = weights_of(backend)
         gradients = clipped_gradients(seed, before)
         train(backend, range(seed, seed + 1))
-        for name, found in weights_of(backend).items():
+        trained.append(weights_of(backend))
+        for name, found in trained[-1].items():
             if not belongs_to_muon(name, shapes[name]):
                 continue
             old = before[name].double().view(shapes[name])
@@ -102,13 +106,28 @@ def assert_steps_follow_the_formula(backend: Backend, *, split_qkv: bool = True,
             new = reference_step(old, gradients[name], momenta[name], splits=splits, **settings)
             difference = (found.double().view(shapes[name]) - new).norm() / (new - old).norm()
             assert difference < 1e-5, (name, seed, difference)
+    return trained
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_step_is_that_of_the_formula(world: World, name: str) -> None:
+    """The other parameters take the step of AdamW, compared after one step, so that the gradients are the same."""
     backend = make_muon(name, world)
     assert " with Muon and " in backend.describe() and "Adam" in backend.describe()
-    assert_steps_follow_the_formula(backend)
+    assert_states_of_the_optimizers(backend, are_zero=True)
+    adamw = make_backend("ddp", world, optimizer={**OPTIMIZER, "name": "adamw"})
+    train(adamw, range(1))
+    expected = weights_of(adamw)
+    for parameter, found in assert_steps_follow_the_formula(backend)[0].items():
+        is_close = torch.allclose(found, expected[parameter], rtol=0, atol=1e-6)
+        assert is_close != belongs_to_muon(parameter, backend.parameter_shapes[parameter]), parameter
+    assert_states_of_the_optimizers(backend, are_zero=False)
+
+
+def assert_states_of_the_optimizers(backend: Backend, *, are_zero: bool) -> None:
+    for fragment in backend.fragments():
+        assert tuple(fragment.state) == backend.state_names[fragment.name]
+        assert all(tensor.any() != are_zero for tensor in fragment.state.values()), fragment.name
 
 
 @pytest.mark.parametrize(
@@ -118,29 +137,6 @@ def test_a_step_is_that_of_the_formula(world: World, name: str) -> None:
 )
 def test_settings(world: World, settings: dict[str, Any]) -> None:
     assert_steps_follow_the_formula(make_muon("ddp", world, **settings), **settings)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_the_other_parameters_take_the_step_of_adamw(world: World, name: str) -> None:
-    """After one step, so that the gradients are still the same."""
-    adamw = make_backend("ddp", world, optimizer={**OPTIMIZER, "name": "adamw"})
-    muon = make_muon(name, world)
-    for backend in (adamw, muon):
-        train(backend, range(1))
-    expected = weights_of(adamw)
-    for parameter, found in weights_of(muon).items():
-        is_close = torch.allclose(found, expected[parameter], rtol=0, atol=1e-6)
-        assert is_close != belongs_to_muon(parameter, muon.parameter_shapes[parameter]), parameter
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_each_parameter_has_the_state_of_its_optimizer(world: World, name: str) -> None:
-    backend = make_muon(name, world)
-    for trained_steps in (0, 1):
-        train(backend, range(trained_steps))
-        for fragment in backend.fragments():
-            assert tuple(fragment.state) == backend.state_names[fragment.name]
-            assert all(tensor.any() == bool(trained_steps) for tensor in fragment.state.values()), fragment.name
 
 
 def test_micro_batches_are_accumulated_before_the_momentum(world: World) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from pipeline.distributed import cpu
 from pipeline.distributed.cpu import share_cores, split_cores
 from pipeline.distributed.world import World
+from tests.support.runs import run_ranks
 
 
 @pytest.fixture
@@ -119,11 +118,10 @@ print(ctypes.CDLL(copy).omp_get_max_threads())
 )
 @pytest.mark.parametrize(("how", "threads"), [("set", "5"), ("not set", "1")])
 def test_an_openmp_that_is_loaded_later_gets_the_same_threads(tmp_path: Path, how: str, threads: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", OPENMP_PROGRAM, str(tmp_path), how]
-    assert (
-        subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip() == threads
-    )
+    program = tmp_path / "openmp.py"
+    program.write_text(OPENMP_PROGRAM)
+    result = run_ranks(1, program, [str(tmp_path), how])
+    assert result.stdout.strip() == threads, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -153,13 +151,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def page_faults(how: str) -> int:
-    result = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, check=True)
-    return int(result.stdout)
+def page_faults(program: Path, how: str) -> int:
+    return int(run_ranks(1, program, [how]).stdout)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
-def test_freed_memory_is_reused() -> None:
+def test_freed_memory_is_reused(tmp_path: Path) -> None:
+    program = tmp_path / "blocks.py"
+    program.write_text(PROGRAM)
     pages_of_twenty_blocks = 20 * (48 << 20) // resource.getpagesize()
-    assert page_faults("returned") > 0.9 * pages_of_twenty_blocks
-    assert page_faults("kept") < 0.1 * pages_of_twenty_blocks
+    assert page_faults(program, "returned") > 0.9 * pages_of_twenty_blocks
+    assert page_faults(program, "kept") < 0.1 * pages_of_twenty_blocks

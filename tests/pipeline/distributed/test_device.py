@@ -24,6 +24,7 @@ from pipeline.distributed.device import (
     synchronize,
 )
 from pipeline.distributed.environment import set_allocator_default
+from tests.support.runs import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -104,7 +105,7 @@ def test_the_log_says_how_fp32_is_multiplied_on_a_gpu(monkeypatch: pytest.Monkey
     assert "with TF32" in describe_fp32_products("fp32", gpu)
 
 
-#: torch reads the options at its first use of the allocator, so each case needs a new process.
+#: torch reads the options at its first use of the allocator, so each case needs a process that has not used it.
 SETTINGS_PROGRAM = """
 import torch
 from pipeline.distributed.environment import set_allocator_default
@@ -122,12 +123,17 @@ print(torch._C._accelerator_getAllocatorSettings())
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:32"}, "max_split_size_mb:32"),
     ],
 )
-def test_gpu_memory_expands_unless_the_user_has_set_an_option(variables: dict[str, str], settings: str) -> None:
-    own = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | variables
-    result = subprocess.run(
-        [sys.executable, "-c", SETTINGS_PROGRAM], capture_output=True, text=True, check=True, env=own
-    )
-    assert result.stdout.strip() == settings
+def test_gpu_memory_expands_unless_the_user_has_set_an_option(
+    variables: dict[str, str], settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    program = tmp_path / "settings.py"
+    program.write_text(SETTINGS_PROGRAM)
+    result = run_ranks(1, program, [])
+    assert result.stdout.strip() == settings, result.stderr
 
 
 def test_gpu_memory_does_not_expand_under_wsl(monkeypatch: pytest.MonkeyPatch) -> None:
