@@ -6,6 +6,7 @@ that needs the extension would then wait forever (``torch.utils.file_baton``).
 
 import logging
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -41,8 +42,14 @@ def clear_dead_lock(lock: Path) -> None:
 
 
 def _age_s(lock: Path) -> float | None:
+    """Return the age of the lock file in seconds, or None if there is no lock file.
+
+    The file server dates a new file. Therefore, a wrong clock of a host does not change the result.
+    """
     try:
-        return time.time() - lock.stat().st_mtime
+        locked_at_s = lock.stat().st_mtime
+        with tempfile.TemporaryFile(dir=lock.parent) as now:
+            return os.fstat(now.fileno()).st_mtime - locked_at_s
     except FileNotFoundError:
         return None
 
