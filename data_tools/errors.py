@@ -19,6 +19,8 @@ class UserError(Exception):
     """
 
     exit_status = 2
+    #: Whether all ranks of a run raise this error, so that no rank needs to tell it to the others.
+    is_known_to_all = False
 
 
 class DataError(UserError):
@@ -84,6 +86,16 @@ def one_line_read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        name = error.filename or path
         # Arrow's errors have a long text, and some have no number.
         reason = os.strerror(error.errno) if error.errno else str(error).partition("\n")[0]
-        raise DataError(f"cannot read {error.filename or path}: {reason}") from error
+        if link := describe_broken_link(name):
+            reason = f"it {link}"
+        raise DataError(f"cannot read {name}: {reason}") from error
+
+
+def describe_broken_link(path: str | Path) -> str | None:
+    """Return the end of an error message if a path is a link to a file that does not exist, otherwise None."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"is a link to {os.readlink(path)}, which does not exist"
+    return None

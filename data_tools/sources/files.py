@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from data_tools.errors import DataError, describe_error
+from data_tools.errors import DataError, describe_broken_link, describe_error
 from data_tools.sources.rows import BadRowError
 from data_tools.storage.content import (
     LARGEST_POINTER_BYTES,
@@ -154,7 +154,7 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
             elif is_remote(text):
                 problem = f"does not exist, or {problem}"
             elif not os.path.exists(text):
-                problem = "does not exist"
+                problem = describe_broken_link(text) or "does not exist"
             elif not os.path.isdir(text):
                 problem = _NOT_A_FILE
             raise DataError(f"--input {text} {problem}")
@@ -323,6 +323,8 @@ def one_line_source_errors(path: str | Path) -> Iterator[None]:
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         name = getattr(error, "filename", None) or path
         reason = getattr(error, "strerror", None) or explain_content(str(path), str(error)) or type(error).__name__
+        if link := describe_broken_link(name):
+            reason = f"it {link}"
         raise DataError(f"cannot read {name}: {reason}") from error
     except Exception as error:
         # The errors of clients of remote storage have no common base class.

@@ -142,7 +142,13 @@ class HuggingFaceSource:
             # The library takes a name such as ``csv`` for a builder, which reads the working directory.
             name = os.path.abspath(self._dataset) if os.path.isdir(self._dataset) else self._dataset
             return datasets.load_dataset(name, self._config, split=self._split, streaming=True)
-        saved = datasets.load_from_disk(self._dataset)
+        try:
+            saved = datasets.load_from_disk(self._dataset)
+        except IndexError as error:
+            raise DataError(
+                f"{self._dataset}: the dataset or one of its splits has no rows, and the library datasets cannot read "
+                "this; save it again without empty splits"
+            ) from error
         if not isinstance(saved, datasets.DatasetDict):
             if self._split not in (_DEFAULT_SPLIT, str(saved.split)):
                 raise DataError(f"{self._dataset} has no split {self._split!r}: it is one Dataset; leave the split out")

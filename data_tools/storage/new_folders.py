@@ -1,11 +1,11 @@
 """Create output folders. Remove them again if a command fails before it has written a file."""
 
 import errno
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data_tools.errors import describe_broken_link
 from data_tools.storage.atomic import fsync_folder
 
 
@@ -17,9 +17,8 @@ def create_folder(path: Path) -> list[Path]:
     """
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in created:
-        if folder.is_symlink():  # mkdir would say that the file exists
-            reason = f"{folder} is a link to {os.readlink(folder)}, which does not exist"
-            raise FileNotFoundError(errno.ENOENT, reason, str(folder))
+        if reason := describe_broken_link(folder):  # mkdir would say that the file exists
+            raise FileNotFoundError(errno.ENOENT, f"{folder} {reason}", str(folder))
     path.mkdir(parents=True, exist_ok=True)
     for folder in created:
         fsync_folder(folder.parent)

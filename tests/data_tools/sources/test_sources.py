@@ -445,6 +445,8 @@ def test_a_dataset_saved_to_disk(tmp_path: Path) -> None:
     assert documents("hf", tmp_path / "many", dataset_split="dev") == DOCUMENTS[3:4]
     assert "has no split 'val'; it has train, dev" in refusal("hf", tmp_path / "many", dataset_split="val")
     assert "has no split 'val': it is one Dataset" in refusal("hf", tmp_path / "one", dataset_split="val")
+    dataset.select([]).save_to_disk(tmp_path / "empty")
+    assert "the dataset or one of its splits has no rows" in refusal("hf", tmp_path / "empty")
 
 
 @pytest.mark.usefixtures("hub_offline")
@@ -638,6 +640,8 @@ def test_an_unknown_kind_names_those_that_exist() -> None:
         ("text", ["missing"], {}, "--input missing does not exist"),
         ("text", ["missing/*.txt"], {}, "--input missing/*.txt matches no file"),
         ("text", ["x" * 5000], {}, "does not exist"),
+        ("text", ["links/b.txt"], {}, "--input links/b.txt is a link to gone.txt, which does not exist"),
+        ("text", ["links"], {}, "cannot read links/b.txt: it is a link to gone.txt, which does not exist"),
         ("text", ["."], {"document_separator": ""}, "--document-separator is empty"),
         (
             "text",
@@ -662,6 +666,8 @@ def test_a_wrong_request_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "b.txt").symlink_to("gone.txt")
     assert message in refusal(source, *inputs, **options)
 
 
