@@ -14,7 +14,9 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """A run cannot continue, for example because the gradients are not finite."""
+    """A run cannot continue, for example because the gradients are not finite. All ranks raise it."""
+
+    is_known_to_all = True
 
 
 class ReportError(UserError):
@@ -25,10 +27,13 @@ class LostRankError(UserError):
     """Another rank has died or hangs. To continue the run, start the same command again."""
 
     exit_status = 3
+    is_known_to_all = True
 
 
 class MainRankError(UserError):
-    """The main rank has raised a ``UserError``. The other ranks raise a MainRankError, and exit without a message."""
+    """The main rank has raised a ``UserError``. The other ranks raise this error, and one rank per host prints it."""
+
+    is_known_to_all = True
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
@@ -41,6 +46,8 @@ class EvaluationStopped(Exception):
 
 class Interrupted(UserError):
     """A signal has stopped the run. To continue the run, start the same command again."""
+
+    is_known_to_all = True
 
     def __init__(self, message: str, received: signal.Signals) -> None:
         super().__init__(message)

@@ -21,8 +21,9 @@ _LESS_MEMORY = (
     "model.activation_checkpointing to true. This does not change the loss curve."
 )
 _LONG_WORD = re.compile(r"\S{500,}")
-#: The other ranks wait this long before they print an error. If rank 0 has failed, the launcher ends them in this time.
-_OTHER_RANKS_WAIT_S = 2.0
+#: The other ranks wait this long before they print an error. If rank 0 has failed, it publishes its error for two
+#: seconds (``publish_failure``), and then the launcher ends the ranks of its host.
+_OTHER_RANKS_WAIT_S = 4.0
 #: With more ranks, only some ranks print a message that is the same on all ranks.
 _RANKS_THAT_ALL_PRINT = 64
 
@@ -33,10 +34,10 @@ def report(error: BaseException) -> int:
     A ``UserError`` is printed as one line, any other error with a traceback.
 
     A ``UserError`` is often the same on all ranks, for example after a wrong config. Rank 0 prints it at once. The
-    other ranks wait for two seconds, so that the launcher can end them before they print.
+    other ranks wait for four seconds, so that the launcher can end them before they print.
 
     For a ``DataError`` or a ``LostRankError``, no rank waits. ``prints_for_node`` decides which ranks print a
-    ``LostRankError``.
+    ``LostRankError``. One rank on each host without rank 0 prints a ``MainRankError``.
     """
     status, text = _describe(error)
     if getattr(error, "is_reported", False):
@@ -46,9 +47,9 @@ def report(error: BaseException) -> int:
         if not prints_for_node():
             return status
     elif launched_rank() and isinstance(error, UserError):
-        if isinstance(error, (Interrupted, MainRankError)):
+        if isinstance(error, Interrupted) or (isinstance(error, MainRankError) and launched_local_rank()):
             return status
-        if not isinstance(error, DataError):
+        if not isinstance(error, (DataError, MainRankError)):
             _wait_for_end()
         text = f"[rank {launched_rank()} on {socket.gethostname()}] {text}"
     with suppress(BrokenPipeError):
@@ -66,7 +67,7 @@ def prints_for_node() -> bool:
 
 
 def _wait_for_end() -> None:
-    """Wait two seconds, so that the launcher can end this process.
+    """Wait four seconds, so that the launcher can end this process.
 
     A process that ends during the wait does not repeat the error that rank 0 has printed. During the wait, SIGTERM ends
     the process at once. The run's own handler might wait longer.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch.distributed import DistError
 
-from data_tools.errors import DataError, UserError, describe_error
+from data_tools.errors import UserError, describe_error
 from pipeline.distributed.failure import report
 from pipeline.distributed.flight_recorder import report_collectives
 from pipeline.distributed.lost_ranks import INTERVAL_S, LOST_STORE, find_lost, publish_failure
@@ -117,6 +117,8 @@ class Heartbeat:
                 self._silent_s[rank] = self._silent_s[rank] + elapsed_s if beat == previous else 0.0
                 self._heard[rank] = beat
             self._unanswered_s = 0.0
+            if published:
+                self._world.progress.verdict = published.reason  # the store may end before the main thread reads it
             return published or self._judge(place)
         except RuntimeError:
             return Verdict(LOST_STORE)
@@ -162,8 +164,13 @@ class Heartbeat:
                 self._exit(Verdict(f"{LOST_STORE}, silent for {self.timeout_s:.0f} s"))
 
     def _exit(self, verdict: Verdict) -> None:
-        """End the process, after a delay in which the other ranks read the verdict from the store."""
+        """End the process, after a delay in which the other ranks read the verdict from the store.
+
+        A rank that has also failed has ``timeout_s`` more seconds to print its own error and to finish a save.
+        """
         if self._stopped.wait(3 * INTERVAL_S):
+            return
+        if self._world.progress.has_failed and self._stopped.wait(self.timeout_s):
             return
         sys.stdout.flush()
         if self.rank in verdict.stuck[:NAMED_RANKS]:
@@ -207,7 +214,7 @@ def _timeouts_recorded(world: World, flight_records: Path | None) -> Iterator[No
         raise
 
 
-def _may_come_from_a_collective(error: Exception) -> bool:
+def _may_come_from_a_collective(error: BaseException) -> bool:
     return type(error) is RuntimeError or isinstance(error, DistError)  # other errors are subclasses of RuntimeError
 
 
@@ -222,22 +229,20 @@ def failures_reported(world: World) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, KeyboardInterrupt) as error:
-        if world.size > 1:
-            # All ranks raise the other errors. They still finish a save, which a verdict would end.
-            if world.rank and isinstance(error, DataError):
-                publish_failure(world, str(error))
-            report(error)
-        raise
-    except Exception as error:
-        if world.size == 1:
+    except (Exception, KeyboardInterrupt) as error:
+        if world.size == 1 or world.progress.has_failed:  # an inner block has reported the error
             raise
+        world.progress.has_failed = True
         if _may_come_from_a_collective(error) and (lost := find_lost(world)):
             lost_rank = LostRankError(lost + _CURE)
             report(lost_rank)
             raise lost_rank from error
         report(error)
-        publish_failure(world, describe_error(error))
+        if isinstance(error, UserError):
+            if not error.is_known_to_all:
+                publish_failure(world, str(error))
+        elif not isinstance(error, KeyboardInterrupt):
+            publish_failure(world, describe_error(error))
         raise
 
 

@@ -108,6 +108,7 @@ class World:
         status = failure.exit_status if failure else None
         result, message, status = self.broadcast((result, str(failure), status))
         if failure:
+            failure.is_known_to_all = True
             raise failure
         if status is not None:
             raise MainRankError(message, status)

@@ -11,7 +11,7 @@ import pytest
 
 from data_tools.errors import UserError
 from pipeline.distributed.failure import prints_for_node, report
-from pipeline.errors import LostRankError
+from pipeline.errors import LostRankError, MainRankError
 from tests.support.runs import child_environment
 
 
@@ -58,3 +58,5 @@ def test_with_many_ranks_two_per_node_print_what_all_would_print(
     assert prints_for_node() == prints
     assert report(LostRankError("lost rank 3")) == LostRankError.exit_status
     assert capsys.readouterr().err == ("error: lost rank 3\n" if prints else "")
+    assert report(MainRankError("rank 0 has failed", 2)) == 2  # this host is not that of rank 0
+    assert ("error: rank 0 has failed" in capsys.readouterr().err) == (local_rank == 0)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore, Store
 
-from data_tools.errors import DataError
 from pipeline.distributed import heartbeat, lost_ranks
 from pipeline.distributed.heartbeat import Heartbeat
 from pipeline.distributed.lost_ranks import find_lost
+from pipeline.distributed.progress import Progress
 from pipeline.distributed.world import World
-from pipeline.errors import LostRankError, MainRankError, TrainingError
+from pipeline.errors import ConfigError, LostRankError, MainRankError, TrainingError
 
 
 class SharedStore(HashStore):
@@ -160,15 +160,23 @@ def test_a_silent_rank_ends_the_others(
     )
 
 
-def test_the_error_of_one_rank_is_the_reason_on_the_other_ranks(worlds: list[World], ranks: list[Heartbeat]) -> None:
+@pytest.mark.parametrize(("rank", "other"), [(2, 0), (0, 1)])
+def test_the_error_of_one_rank_is_the_reason_on_the_other_ranks(
+    worlds: list[World], ranks: list[Heartbeat], rank: int, other: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An error of all ranks is no reason, because rank 0 ends by itself after it has finished a save."""
-    for error in (MainRankError("a mistake", 2), TrainingError("a spike"), DataError("/data has no manifest.json")):
-        assert ranks[0].take_turn(0, 1.0) is None
-        with pytest.raises(type(error)), heartbeat.failures_reported(worlds[2]):
+    monkeypatch.setattr("pipeline.distributed.failure._OTHER_RANKS_WAIT_S", 0)
+    for error in (MainRankError("a mistake", 2), TrainingError("a spike"), ConfigError("no deepspeed here")):
+        assert ranks[other].take_turn(0, 1.0) is None
+        failed = replace(worlds[rank], progress=Progress())
+        with pytest.raises(type(error)), heartbeat.failures_reported(failed), heartbeat.failures_reported(failed):
             raise error
-    verdict = ranks[0].take_turn(1, 1.0)
-    assert verdict and verdict.reason.startswith("lost rank 2 (")
-    assert verdict.reason.endswith("), which failed: /data has no manifest.json")
+    verdict = ranks[other].take_turn(1, 1.0)
+    assert verdict and verdict.reason.startswith(f"lost rank {rank} (")
+    assert verdict.reason.endswith("), which failed: no deepspeed here")
+    monkeypatch.setattr(lost_ranks, "RankRecords", lambda world: pytest.fail("the store has ended"))
+    with pytest.raises(LostRankError, match="no deepspeed here"), heartbeat.failures_reported(worlds[other]):
+        raise RuntimeError("connection closed by peer")
 
 
 def test_a_world_of_one_sends_none() -> None:
