@@ -120,6 +120,18 @@ def _add_convert(commands: Any) -> None:
         "that has a manifest)",
     )
     parser.add_argument("--name", help="the prefix of llmc's file names (default: the name of --out)")
+    parser.add_argument(
+        "--vocab-size",
+        type=positive_int,
+        metavar="N",
+        help="the vocabulary size of SRC, if another program wrote it with another tokenizer than GPT-2's",
+    )
+    parser.add_argument(
+        "--end-of-text",
+        type=int,
+        metavar="ID",
+        help="with --vocab-size: the token between two documents (default: there is none)",
+    )
     _add_workers(parser)
     parser.set_defaults(run=_convert)
 
@@ -176,6 +188,8 @@ def _convert_in_place(arguments: argparse.Namespace) -> None:
     for option in ("out", "to", "shard_tokens", "name"):
         if getattr(arguments, option) is not None:
             raise UserError(f"--in-place copies nothing, so it takes no --{option.replace('_', '-')}")
+    if arguments.vocab_size is not None or arguments.end_of_text is not None:
+        raise UserError("--in-place is for GPT-2's vocabulary; for another one, give --to npy --out DIR")
     from data_tools.formats.conversion import adopt_in_place
     from data_tools.shards.manifest import MANIFEST_NAME
 

@@ -48,7 +48,7 @@ def convert(request: ConvertRequest, written: Advance = no_progress, verified: A
         DataError: the new format cannot store all information of the source.
     """
     _require_new(request.out)
-    collection = open_collection(request.source, request.source_format, request.split_of)
+    collection = open_collection(request.source, request.source_format, request.split_of, request.tokenizer)
     vocabulary = Vocabulary(collection.tokenizer)
     planned = plan_files(request, collection, knows_bytes=vocabulary.knows_bytes)
     if collection.manifest:

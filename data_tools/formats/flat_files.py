@@ -11,6 +11,7 @@ from data_tools.shards.contents import require_in_vocabulary
 from data_tools.shards.llmc import llmc_tokens
 from data_tools.shards.mapping import npy_tokens
 from data_tools.storage.content import describe_content
+from data_tools.vocabulary import GPT2_VOCAB_SIZE
 
 LLMC = "llmc"
 NANOGPT = "nanogpt"
@@ -49,13 +50,14 @@ def open_nanogpt_file(path: Path, vocab_size: int) -> Tokens:
     document. This function does not change the order of the tokens.
 
     Raises:
-        DataError: the tokens are not of GPT-2's vocabulary, are 32 bits wide, or the number of bytes is odd.
+        DataError: the tokens are not of this vocabulary, are 32 bits wide, or the number of bytes is odd.
     """
     own_vocabulary = path.parent / _OWN_VOCABULARY
-    if own_vocabulary.exists():
+    if own_vocabulary.exists() and vocab_size == GPT2_VOCAB_SIZE:
         raise DataError(
             f"{own_vocabulary} says that the ids are of a vocabulary of their own "
-            "(nanoGPT's characters), not of GPT-2's; tokenize the text with gpt2-pipeline tokenize"
+            "(nanoGPT's characters), not of GPT-2's; tokenize the text with gpt2-pipeline tokenize, "
+            "or give --vocab-size"
         )
     content = map_file(path)
     if content.size % 2:

@@ -22,7 +22,14 @@ from data_tools.formats.megatron import INDEX_SUFFIX, MEGATRON, is_index, open_m
 from data_tools.options import AUTO, InputFormat
 from data_tools.shards.contents import gpt2_tokenizer_record
 from data_tools.shards.llmc import LLMC_SUFFIX, is_llmc
-from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT, SourceRecord, load_manifest
+from data_tools.shards.manifest import (
+    MANIFEST_NAME,
+    TRAIN_SPLIT,
+    VAL_SPLIT,
+    SourceRecord,
+    TokenizerRecord,
+    load_manifest,
+)
 from data_tools.shards.reader import TokenStream
 from data_tools.storage.content import require_fetched
 
@@ -45,7 +52,12 @@ _SPLIT_WORDS = {
 }
 
 
-def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] | None = None) -> TokenCollection:
+def open_collection(
+    path: Path,
+    format: str = AUTO,
+    split_of: Mapping[str, str] | None = None,
+    tokenizer: TokenizerRecord | None = None,
+) -> TokenCollection:
     """Open the tokens in a folder, in a file, or in a pair of Megatron's files.
 
     Args:
@@ -53,11 +65,15 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
         format: one of ``INPUT_FORMATS``, or ``auto`` (see ``recognize``).
         split_of: maps names of files to splits. A file of another program needs an entry if its name does not contain
             the split.
+        tokenizer: the tokenizer of the files of another program. None means GPT-2's.
 
     Raises:
         DataError: the format is not recognized, or the split of a file is unknown.
     """
     format = recognize(path) if format == AUTO else format
+    if tokenizer and format in (NATIVE, MEGATRON):
+        reason = "its manifest names its vocabulary" if format == NATIVE else "Megatron's files need GPT-2's vocabulary"
+        raise DataError(f"--vocab-size: {path}: {reason}")
     if format == NATIVE:
         if split_of:
             raise DataError(f"--split-of: the manifest of {path} names its splits")
@@ -75,7 +91,7 @@ def open_collection(path: Path, format: str = AUTO, split_of: Mapping[str, str] 
         files = _candidates(path, suffix)
         if not files:
             raise DataError(f"{path}: no file ends in {suffix}, as those of {format} do")
-        return _open_files(path, format, files, split_of or {})
+        return _open_files(path, format, files, split_of or {}, tokenizer or gpt2_tokenizer_record())
 
 
 def recognize(path: Path) -> str:
@@ -121,8 +137,9 @@ def _candidates(path: Path, suffix: str) -> list[Path]:
     return [path]
 
 
-def _open_files(path: Path, format: str, files: Sequence[Path], split_of: Mapping[str, str]) -> TokenCollection:
-    tokenizer = gpt2_tokenizer_record()
+def _open_files(
+    path: Path, format: str, files: Sequence[Path], split_of: Mapping[str, str], tokenizer: TokenizerRecord
+) -> TokenCollection:
     splits = {}
     for split, members in _group_by_split(files, split_of).items():
         streams = {file: _OPEN_FILE[format](file, tokenizer.vocab_size) for file in members}

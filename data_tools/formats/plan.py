@@ -15,12 +15,13 @@ from data_tools.formats.flat_files import LLMC, NANOGPT
 from data_tools.formats.opening import INPUT_FORMATS
 from data_tools.options import AUTO, OutputFormat
 from data_tools.shards.llmc import LLMC_SUFFIX, MAX_TOKENS
-from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT, ShardRecord
+from data_tools.shards.manifest import NO_TOKEN, TRAIN_SPLIT, VAL_SPLIT, ShardRecord, TokenizerRecord
 from data_tools.shards.writer import SHARD_FORMATS
 
 DEFAULT_SHARD_TOKENS = 100_000_000
 OUTPUT_FORMATS = get_args(OutputFormat)
 CHUNK_TOKENS = 1 << 20
+_MAX_VOCAB_SIZE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class ConvertRequest:
             source with a manifest. In all other cases, None means 100 million.
         name: for llm.c's format, the prefix of the new file names. None means the name of ``out``.
         workers: the number of threads. None means one per core.
+        vocab_size: the vocabulary size of the tokens of another program. None means GPT-2's vocabulary.
+        end_of_text: with ``vocab_size``, the id of the token that separates documents. None means that there is none.
 
     Raises:
         DataError: an option has an invalid value.
@@ -48,6 +51,8 @@ class ConvertRequest:
     shard_tokens: int | None = None
     name: str | None = None
     workers: int | None = None
+    vocab_size: int | None = None
+    end_of_text: int | None = None
 
     def __post_init__(self) -> None:
         if self.to not in OUTPUT_FORMATS:
@@ -62,8 +67,22 @@ class ConvertRequest:
             raise DataError(f"--workers must be at least 1, it is {self.workers}")
         if self.name is not None and self.to != LLMC:
             raise DataError("--name is for --to llmc; other files are named by their split alone")
+        if self.vocab_size is not None and not 1 <= self.vocab_size <= _MAX_VOCAB_SIZE:
+            raise DataError(
+                f"--vocab-size must be at least 1 and at most {_MAX_VOCAB_SIZE}, it is {self.vocab_size}; shards have "
+                "tokens of 16 bits"
+            )
+        if self.end_of_text is not None and not 0 <= self.end_of_text < (self.vocab_size or 0):
+            raise DataError(f"--end-of-text: {self.end_of_text} must be at least 0 and less than --vocab-size")
         if self.to == LLMC and not FILE_NAME.fullmatch(self.file_prefix):
             raise DataError(f"--name: {self.file_prefix!r} must have letters, digits and . _ - only")
+
+    @property
+    def tokenizer(self) -> TokenizerRecord | None:
+        """Return the tokenizer of a source with another vocabulary than GPT-2's, or None."""
+        if self.vocab_size is None:
+            return None
+        return TokenizerRecord("other", self.vocab_size, NO_TOKEN if self.end_of_text is None else self.end_of_text, "")
 
     @property
     def file_prefix(self) -> str:
@@ -126,7 +145,7 @@ def _require_nothing_lost(request: ConvertRequest, collection: TokenCollection, 
             raise DataError(
                 f"{collection.path / shard.mask_file} says which tokens are scored, which would be lost; {instead}"
             )
-    if request.to != NANOGPT and not knows_bytes:
+    if request.to != NANOGPT and collection.manifest and not knows_bytes:
         raise DataError(
             f"{collection.path} is of the tokenizer {collection.tokenizer.name!r}; bytes of text in shards of other "
             f"sizes can be counted for gpt2 only; {instead}"
@@ -174,7 +193,8 @@ def _document_ranges(stream: Tokens, shard_tokens: int, end_of_text: int) -> Ite
         stop = stop or _first_document_start(stream, limit + 1, end_of_text)
         yield start, stop
         start = stop
-    yield start, stream.tokens
+    if start < stream.tokens:
+        yield start, stream.tokens
 
 
 def _last_document_start(stream: Tokens, start: int, stop: int, end_of_text: int) -> int | None:

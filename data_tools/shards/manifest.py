@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 TOKEN_DTYPE_NAME = "uint16"
 MANIFEST_NAME = "manifest.json"
 TRAIN_SPLIT = "train"
+NO_TOKEN = -1  # the value of end_of_text if the vocabulary has no such token
 VAL_SPLIT = "val"
 
 _MASK_SUFFIX = ".mask.npy"
@@ -64,7 +65,12 @@ _forbid_unknown_keys = with_config(ConfigDict(extra="forbid"))
 @_forbid_unknown_keys
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that created the tokens in the shards."""
+    """The tokenizer that created the tokens in the shards.
+
+    Attributes:
+        end_of_text: the id of the token that separates documents. ``NO_TOKEN`` if there is no such token.
+        vocabulary_sha256: empty if the vocabulary is unknown.
+    """
 
     name: StrictStr
     vocab_size: StrictInt

@@ -191,6 +191,9 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
     squared_deviations = max(squared_loss - 2 * loss * loss_by_targets + loss**2 * squared_targets, 0.0)
     half = Z_95 * math.sqrt(squared_deviations * windows / max(windows - 1, 1)) / targets
     bounds = [loss - half, loss + half]
+    # With another vocabulary than GPT-2's, the bytes of text are unknown (0). If a mask excludes tokens, the bytes of
+    # the scored tokens are unknown.
+    utf8_bytes = 0 if stream.has_mask else stream.utf8_bytes
     return {
         "protocol": PROTOCOL,
         "loss": loss,
@@ -198,8 +201,7 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
         "loss_interval": bounds,
         "perplexity_interval": [perplexity(bound) for bound in bounds],
         "interval": WINDOWS,
-        # If a mask excludes tokens, the number of bytes in scored tokens is unknown, and so are the bits per byte.
-        "bits_per_byte": None if stream.has_mask else (loss_sum - end_of_text_loss) / math.log(2) / stream.utf8_bytes,
+        "bits_per_byte": (loss_sum - end_of_text_loss) / math.log(2) / utf8_bytes if utf8_bytes else None,
         "top1_accuracy": top1 / targets,
         "top5_accuracy": top5 / targets,
         "target_tokens": int(targets),

@@ -17,7 +17,7 @@ from data_tools.formats.conversion import adopt_in_place, convert
 from data_tools.formats.opening import open_collection
 from data_tools.formats.plan import ConvertRequest
 from data_tools.shards.contents import gpt2_tokenizer_record
-from data_tools.shards.manifest import Manifest, SourceRecord, load_manifest
+from data_tools.shards.manifest import Manifest, SourceRecord, TokenizerRecord, load_manifest
 from data_tools.shards.reader import open_split
 from data_tools.shards.verification import verify
 from data_tools.shards.writer import ShardWriter
@@ -112,11 +112,11 @@ class TestRoundTrips:
 
     def test_a_document_larger_than_a_shard_gets_its_own_shard(self) -> None:
         large = np.full(100, 7, dtype=np.uint16)
-        tokens = np.concatenate([[END, 1], [END], large, [END, 2], [END, 3]]).astype(np.uint16)
+        tokens = np.concatenate([[END, 1], [END], large, [END, 2], [END, 3], [END], large]).astype(np.uint16)
         with small_pieces() as folder:
             tokens.tofile(folder / "train.bin")
             convert(ConvertRequest(source=folder / "train.bin", out=folder / "out", to="npy", shard_tokens=10))
-            assert [shard.tokens for shard in load_manifest(folder / "out").shards] == [2, 101, 4]
+            assert [shard.tokens for shard in load_manifest(folder / "out").shards] == [2, 101, 4, 101]
 
     def test_a_mask_travels_with_its_shard(self, tmp_path: Path) -> None:
         tokens = documents(20)
@@ -186,6 +186,23 @@ class TestForeignFiles:
             2,
             14,
         )
+
+    @pytest.mark.parametrize(("to", "end_of_text", "counted"), [("arrow", None, 0), ("npy", 64, 2), ("llmc", 64, 2)])
+    def test_tokens_of_another_vocabulary(self, to: str, end_of_text: int | None, counted: int, tmp_path: Path) -> None:
+        np.array([64, 1, 64, 3], dtype="<u2").tofile(tmp_path / "train.bin")
+        (tmp_path / "meta.pkl").write_bytes(b"a pickle that nobody opens")
+        request = ConvertRequest(source=tmp_path, out=tmp_path / "out", to=to, vocab_size=65, end_of_text=end_of_text)
+        convert(request)
+        manifest = verify(tmp_path / "out")
+        assert totals(tmp_path / "out") == {"train": ([64, 1, 64, 3], counted, 0)}
+        assert manifest.tokenizer == TokenizerRecord("other", 65, -1 if end_of_text is None else end_of_text, "")
+        with pytest.raises(DataError, match="token 64, the vocabulary ends at 59"):
+            convert(ConvertRequest(source=tmp_path, out=tmp_path / "small", to=to, vocab_size=60))
+        with pytest.raises(DataError, match="--vocab-size: .*out: its manifest names its vocabulary"):
+            convert(ConvertRequest(source=tmp_path / "out", out=tmp_path / "again", to=to, vocab_size=65))
+        for size, end in ((None, 64), (64, 64), (65, -1), (65_537, 0)):
+            with pytest.raises(DataError, match="--vocab-size"):
+                ConvertRequest(source=tmp_path, out=tmp_path / "out", to=to, vocab_size=size, end_of_text=end)
 
     def test_bytes_of_text_are_those_of_the_vocabulary(self, tmp_path: Path) -> None:
         """Import counts the bytes that decoding gives, for every id."""

@@ -103,8 +103,10 @@ class TestValidation:
         assert together["target_tokens"] == TOKENS - 1
 
     def test_a_position_beyond_all_windows_has_no_loss(self, model: GPT2, data: Path, tmp_path: Path) -> None:
-        folder = write_shards(tmp_path / "short", {"val": [np.arange(6)]})
-        losses = score(model, open_split(folder, "val"), 2)["loss_by_position"]
+        folder = write_shards(tmp_path / "short", {"val": [np.arange(6)]}, utf8_bytes=0)
+        results = score(model, open_split(folder, "val"), 2)
+        assert results["bits_per_byte"] is None, "the bytes of text are unknown"
+        losses = results["loss_by_position"]
         assert all(isinstance(loss, float) for loss in losses[:5])
         assert losses[5:] == [None] * 7
 
