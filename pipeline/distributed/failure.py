@@ -18,7 +18,7 @@ from pipeline.errors import Interrupted, LostRankError, MainRankError
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _LESS_MEMORY = (
     "To use less memory, lower batch.micro_batch_size (in evaluation: --batch-size), or set run.loss_in_blocks or "
-    "model.activation_checkpointing to true. This does not change the loss curve."
+    "model.activation_checkpointing to true. Without dropout, this does not change the training loss."
 )
 _LONG_WORD = re.compile(r"\S{500,}")
 #: The other ranks wait this long before they print an error. If rank 0 has failed, it publishes its error for two
@@ -94,7 +94,8 @@ def _describe(error: BaseException) -> tuple[int, str]:
         what = f"{error.strerror}: {error.filename2 or error.filename or 'the output or a temporary file'}"
         return UserError.exit_status, _one_line("error: ", what)
     text = "".join(traceback.format_exception(error)).rstrip()
-    if type(error).__name__ == "OutOfMemoryError":  # this module does not import torch
+    # Torch's error for a GPU and its error for a CPU. This module does not import torch.
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error):
         text += f"\n{_LESS_MEMORY}"
     if launched_world_size() > 1:
         text = f"[rank {launched_rank()} on {socket.gethostname()}] {text}"

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from data_tools.errors import UserError
 from pipeline.distributed.failure import prints_for_node, report
@@ -26,6 +27,14 @@ def test_a_long_path_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
     path = "/folder" * 60
     report(UserError(f"{path}: no such file"))
     assert capsys.readouterr().err == f"error: {path}: no such file\n"
+
+
+def test_a_cpu_without_enough_memory_gets_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert report(caught.value) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("To use less memory, lower batch.micro_batch_size")
 
 
 def test_another_rank_ends_without_a_line_when_the_launcher_stops_it() -> None:
