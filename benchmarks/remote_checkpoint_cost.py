@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from data_tools.storage.atomic import write_json_durably
-from data_tools.storage.files import sha256_of_json
 from data_tools.storage.sha256 import sha256_of_file
-from pipeline.checkpoint.layout import FORMAT_VERSION, MANIFEST_FILE, STATE_FILE, checkpoint_folder, tensor_file
+from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_folder, tensor_file
+from pipeline.checkpoint.manifest import CheckpointManifest, FileEntry
 from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.remote_run import RemoteRun
 from pipeline.checkpoint.state import StateFile
@@ -55,11 +55,8 @@ def write_checkpoint(run_folder: Path, parameters: int, ranks: int) -> None:
             write_random(folder / tensor_file(rank, group), size)
     state = StateFile(1, 1, 1, 1, None, 0, 0, world_size=ranks, versions={}, config={})
     write_json_durably(folder / STATE_FILE, asdict(state))
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in sorted(folder.iterdir())
-    }
-    manifest = {"format_version": FORMAT_VERSION, "parameters": {}, "optimizer_state": {}, "files": files}
-    write_json_durably(folder / MANIFEST_FILE, {**manifest, "sha256": sha256_of_json(manifest)})
+    files = {path.name: FileEntry(path.stat().st_size, sha256_of_file(path)) for path in sorted(folder.iterdir())}
+    write_json_durably(folder / MANIFEST_FILE, CheckpointManifest({}, {}, files).to_json())
 
 
 def write_random(path: Path, size: int) -> None:

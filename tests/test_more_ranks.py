@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint.layout import checkpoint_folder, read_manifest
+from pipeline.checkpoint.layout import checkpoint_folder
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.verification import find_damage
 from tests.support.agreement import LOSS_TOLERANCE
@@ -232,8 +233,8 @@ def test_four_ranks_write_each_element_once(name: str, folder: Path, four: dict[
     assert find_damage(checkpoint) is None
     manifest = read_manifest(checkpoint)
     index_pieces(checkpoint, manifest)  # raises if an element is missing or stored twice
-    elements = sum(math.prod(shape) for shape in manifest["parameters"].values())
-    sizes = [entry["bytes"] for file, entry in manifest["files"].items() if file.endswith("_weights.safetensors")]
+    elements = sum(math.prod(shape) for shape in manifest.parameters.values())
+    sizes = [entry.bytes for file, entry in manifest.files.items() if file.endswith("_weights.safetensors")]
     assert len(sizes) == 4
     assert sum(sizes) < 4 * elements + 4 * 4000, "the headers of four files"
     assert max(sizes) < 1.5 * sum(sizes) / 4

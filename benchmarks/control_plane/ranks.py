@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from benchmarks.control_plane.store import TIMEOUT
 from pipeline.checkpoint.layout import tensor_file
+from pipeline.checkpoint.manifest import FileEntry
 from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.upload_rounds import Files
 from pipeline.distributed.heartbeat import Heartbeat
@@ -132,7 +133,7 @@ class Ranks:
         if self.numbers.start == 0:
             names = [tensor_file(rank, group) for rank in range(self.size) for group in ("weights", "moments")]
             rounds = self.uploaders[0]._rounds
-            rounds.begin(1, {name: {"bytes": 1 << 20, "sha256": "0" * 64} for name in names})
+            rounds.begin(1, {name: FileEntry(1 << 20, "0" * 64) for name in names})
             problems = rounds.collect()
             assert not problems, problems
             seconds = time.monotonic() - started

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from pipeline.checkpoint.layout import (
     is_checkpoint,
     list_checkpoints,
     no_checkpoint_error,
-    read_manifest,
     step_of,
 )
 from pipeline.checkpoint.loading import read_parameter
+from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
 from pipeline.checkpoint.pieces import PieceIndex, index_pieces
 from pipeline.checkpoint.saving import SavedCheckpoint
 from pipeline.checkpoint.state import read_state
@@ -56,7 +55,7 @@ def average_checkpoints(
     _require_same_parameters(folders, manifests)
     indices = [index_pieces(folder, manifest) for folder, manifest in zip(folders, manifests, strict=True)]
     state, stored_config = read_state(folders[-1])
-    shapes = manifests[-1]["parameters"]
+    shapes = manifests[-1].parameters
     return write_new_run(
         run_folder,
         config_of_new_run(folders[-1], stored_config, run_folder),
@@ -93,11 +92,11 @@ def _choose_checkpoints(run: Path, last: int | None, steps: Sequence[int] | None
     return folders[-last:]
 
 
-def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[dict[str, Any]]) -> None:
-    newest = manifests[-1]["parameters"]
+def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[CheckpointManifest]) -> None:
+    newest = manifests[-1].parameters
     for folder, manifest in zip(folders, manifests, strict=True):
-        for name in {**newest, **manifest["parameters"]}:
-            here, there = (parameters.get(name, "none") for parameters in (manifest["parameters"], newest))
+        for name in {**newest, **manifest.parameters}:
+            here, there = (parameters.get(name, "none") for parameters in (manifest.parameters, newest))
             if here != there:
                 raise CheckpointError(
                     f"{folder}: {name} has shape {here}, and {there} in {folders[-1].name}; average checkpoints of one "
@@ -105,10 +104,10 @@ def _require_same_parameters(folders: Sequence[Path], manifests: Sequence[dict[s
                 )
 
 
-def _choose_state_names(manifests: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+def _choose_state_names(manifests: Sequence[CheckpointManifest]) -> dict[str, list[str]]:
     """Return the names of the optimizer tensors to write. They include ``ema`` only if all checkpoints have it."""
-    names: dict[str, list[str]] = manifests[-1]["optimizer_state"]
-    have_average = [all(EMA in kinds for kinds in manifest["optimizer_state"].values()) for manifest in manifests]
+    names = manifests[-1].optimizer_state
+    have_average = [all(EMA in kinds for kinds in manifest.optimizer_state.values()) for manifest in manifests]
     if any(have_average) and not all(have_average):
         log.info("some of the checkpoints have no moving average of the weights, so the new run has none")
         return {name: [kind for kind in kinds if kind != EMA] for name, kinds in names.items()}

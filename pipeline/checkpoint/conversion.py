@@ -11,8 +11,9 @@ from torch import Tensor
 from data_tools.storage.atomic import write_json_durably
 from data_tools.storage.files import require_writable
 from data_tools.storage.new_folders import create_folder, removed_if_unused
-from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, list_checkpoints, read_manifest
+from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, list_checkpoints
 from pipeline.checkpoint.loading import read_parameter
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pieces import GROUPS, group_of, index_pieces, piece_key
 from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState, read_state
@@ -46,12 +47,12 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
     manifest = read_manifest(folder)
     state, stored_config = read_state(folder)
     config = config_of_new_run(folder, stored_config, run_folder)
-    pieces, shapes = index_pieces(folder, manifest), manifest["parameters"]
+    pieces, shapes = index_pieces(folder, manifest), manifest.parameters
 
     def read(kind: str, name: str) -> Tensor:
         return read_parameter(shapes[name], pieces[kind][name])
 
-    return write_new_run(run_folder, config, state, shapes, read, stored_config, manifest["optimizer_state"])
+    return write_new_run(run_folder, config, state, shapes, read, stored_config, manifest.optimizer_state)
 
 
 def config_of_new_run(folder: Path, stored_config: dict[str, Any], run_folder: Path) -> Config:

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_tools.formatting import format_size
 from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, write_bytes_durably
 from pipeline.checkpoint.layout import MANIFEST_FILE, checkpoint_folder
+from pipeline.checkpoint.manifest import FileEntry
 from pipeline.checkpoint.pairing import pair
 from pipeline.checkpoint.remote_run import RemoteCheckpoint, RemoteRun
 from pipeline.checkpoint.saving import on_every_rank, on_main_rank, publish_checkpoint
@@ -56,7 +56,7 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
     folder = checkpoint_folder(run_folder, checkpoint.step)
     aside = hidden_partial_path(folder)
     try:
-        on_main_rank(world, lambda: allocate(checkpoint.manifest["files"], aside))
+        on_main_rank(world, lambda: allocate(checkpoint.manifest.files, aside))
         own_bytes = on_every_rank(world, lambda: _download(checkpoint, aside, world))
         on_main_rank(world, lambda: write_bytes_durably(aside / MANIFEST_FILE, checkpoint.manifest_bytes))
         if problem := world.call_on_main(lambda: find_damage(aside)):
@@ -77,18 +77,18 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
 
 def share_of_blocks(checkpoint: RemoteCheckpoint, rank: int, size: int) -> list[Block]:
     """Return the blocks (ranges of bytes in files) that a rank downloads. ``size`` is the number of ranks."""
-    blocks = [*blocks_of(checkpoint.manifest["files"])]
+    blocks = [*blocks_of(checkpoint.manifest.files)]
     return blocks[len(blocks) * rank // size : len(blocks) * (rank + 1) // size]
 
 
-def blocks_of(files: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
+def blocks_of(files: Mapping[str, FileEntry]) -> Iterator[Block]:
     """Divide files into blocks for the download. ``files`` maps each file name to its entry in the manifest."""
     for name, entry in files.items():
-        for start in range(0, entry["bytes"], BLOCK_BYTES):
-            yield Block(name, start, min(start + BLOCK_BYTES, entry["bytes"]))
+        for start in range(0, entry.bytes, BLOCK_BYTES):
+            yield Block(name, start, min(start + BLOCK_BYTES, entry.bytes))
 
 
-def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+def allocate(files: Mapping[str, FileEntry], folder: Path) -> None:
     """Create or empty ``folder``. Then create the files of a checkpoint in ``folder``, with their final sizes.
 
     Raises OSError if the disk has too little free space.
@@ -96,8 +96,8 @@ def allocate(files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     make_empty_folder(folder)
     for name, entry in files.items():
         with (folder / name).open("wb") as file:
-            if hasattr(os, "posix_fallocate") and entry["bytes"]:
-                os.posix_fallocate(file.fileno(), 0, entry["bytes"])
+            if hasattr(os, "posix_fallocate") and entry.bytes:
+                os.posix_fallocate(file.fileno(), 0, entry.bytes)
 
 
 def _download(checkpoint: RemoteCheckpoint, aside: Path, world: World) -> int:

@@ -1,6 +1,6 @@
 """Describe a checkpoint, or all checkpoints of a run, without computing hashes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from pipeline.checkpoint.layout import (
     list_checkpoints,
     no_checkpoint_error,
     parse_tensor_file,
-    read_manifest,
     size_of_file,
     size_of_folder,
 )
+from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
 from pipeline.checkpoint.pieces import GROUPS
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun, parse_url
 from pipeline.checkpoint.retention import list_abandoned, list_leftovers
@@ -154,16 +154,16 @@ def _inspect_checkpoint(folder: Path) -> CheckpointReport:
     problem, contents = None, None
     try:
         manifest = read_manifest(folder)
-        sizes = {name: size_of_file(folder / name) for name in (*manifest["files"], MANIFEST_FILE)}
+        sizes = {name: size_of_file(folder / name) for name in (*manifest.files, MANIFEST_FILE)}
         contents = _read_contents(read_state_file(folder), manifest, sizes)
-        problems = (find_size_damage(folder / name, entry) for name, entry in manifest["files"].items())
+        problems = (find_size_damage(folder / name, entry) for name, entry in manifest.files.items())
         problem = next(filter(None, problems), None)
     except CheckpointError as error:
         problem = str(error)
     return CheckpointReport(folder, size_of_folder(folder), problem, contents)
 
 
-def _read_contents(state: StateFile, manifest: dict[str, Any], file_sizes: Mapping[str, int]) -> dict[str, Any]:
+def _read_contents(state: StateFile, manifest: CheckpointManifest, file_sizes: Mapping[str, int]) -> dict[str, Any]:
     model = config_section(state.config, "model")
     return {
         **{key: getattr(state, key) for key in ("step", "samples", "tokens", "updates", "loss_scale")},
@@ -174,9 +174,9 @@ def _read_contents(state: StateFile, manifest: dict[str, Any], file_sizes: Mappi
         "backend": _backend_name(config_section(state.config, "backend")),
         "world_size": state.world_size,
         "model": {key: model[key] for key in ("preset", *MODEL_SIZES) if key in model},
-        "parameters": _count_parameters(manifest["parameters"], model.get("vocab_size")),
+        "parameters": _count_parameters(manifest.parameters, model.get("vocab_size")),
         "versions": state.versions,
-        "ranks": _sizes_per_rank(manifest["files"], file_sizes),
+        "ranks": _sizes_per_rank(manifest.files, file_sizes),
         "state_bytes": sum(file_sizes.get(name, 0) for name in (STATE_FILE, MANIFEST_FILE)),
     }
 
@@ -195,7 +195,7 @@ def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
     return sum(counts.values())
 
 
-def _sizes_per_rank(files: dict[str, Any], file_sizes: Mapping[str, int]) -> list[dict[str, int]]:
+def _sizes_per_rank(files: Iterable[str], file_sizes: Mapping[str, int]) -> list[dict[str, int]]:
     sizes: dict[int, dict[str, int]] = {}
     for name in files:
         if rank_and_group := parse_tensor_file(name):

@@ -1,30 +1,19 @@
-"""Define the names of the files in a checkpoint folder, and read the manifest."""
+"""Define the names of checkpoint folders and of their files, and find the checkpoints of a run."""
 
-import json
-import math
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from data_tools.storage.content import describe_content
-from data_tools.storage.files import sha256_of_json
+from pipeline.checkpoint.json_files import read_json_object
 from pipeline.errors import CheckpointError
-from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 
-FORMAT_VERSION = 2
-#: Version 1 has no ``optimizer_state`` in the manifest, because every parameter has AdamW's two moments.
-READABLE_VERSIONS = (1, 2)
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _CHECKPOINT_URL = re.compile(rf"(?P<run>.+)/{CHECKPOINTS_FOLDER}/(?P<name>step_\d{{8,}})/?")
 _TENSOR_FILE = re.compile(r"rank_(\d{5,})_(weights|moments)\.safetensors")
-_MAX_ELEMENTS = 1 << 48
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_STATE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -132,90 +121,6 @@ def parse_tensor_file(name: str) -> tuple[int, str] | None:
     """Return (rank, ``weights`` or ``moments``) for the name of a tensor file, or None for any other name."""
     match = _TENSOR_FILE.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check ``manifest.json``. The result has the keys of the newest format version.
-
-    Raises:
-        CheckpointError: the manifest is missing, is damaged, or has an unknown format version.
-    """
-    path = folder / MANIFEST_FILE
-    if path.is_symlink():
-        raise CheckpointError(f"{path}: is a link, which may point outside the folder; expected a file")
-    return check_manifest(read_json_object(path), path)
-
-
-def check_manifest(manifest: dict[str, Any], path: Path | str) -> dict[str, Any]:
-    """Check the content of a ``manifest.json``. Return the manifest with the keys of the newest format version.
-
-    Raises:
-        CheckpointError: the manifest is damaged or has an unknown format version. The message begins with ``path``.
-    """
-    if "shards" in manifest:
-        raise CheckpointError(f"{path}: is the manifest of token shards, not of a checkpoint")
-    if (found := manifest.get("format_version")) not in READABLE_VERSIONS:
-        raise CheckpointError(f"{path}: format version {found!r}, this program reads {describe_readable_versions()}")
-    if manifest.pop("sha256", None) != sha256_of_json(manifest):
-        raise CheckpointError(f"{path}: contents changed (its own SHA-256 differs)")
-    try:
-        for name, entry in manifest["files"].items():
-            if Path(name).name != name:
-                raise CheckpointError(f"{path}: the file name {name!r} points outside the folder")
-            if name != STATE_FILE and parse_tensor_file(name) is None:
-                raise CheckpointError(f"{path}: {name!r} is not a file of a checkpoint")
-            if not isinstance(entry["bytes"], int) or not _SHA256.fullmatch(entry["sha256"]):
-                raise ValueError(f"{name}: expected its size and SHA-256")
-        for shape in manifest["parameters"].values():
-            if not all(isinstance(size, int) and size > 0 for size in shape) or math.prod(shape) > _MAX_ELEMENTS:
-                raise ValueError(f"{shape} is not a shape")
-        if found == 1:
-            manifest["optimizer_state"] = dict.fromkeys(manifest["parameters"], list(ADAMW_STATE))
-        _check_state_names(manifest["optimizer_state"], manifest["parameters"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: malformed ({error})") from None
-    if STATE_FILE not in manifest["files"]:
-        raise CheckpointError(f"{path}: malformed (does not name {STATE_FILE})")
-    return manifest
-
-
-def _check_state_names(state_names: dict[str, list[str]], parameters: dict[str, list[int]]) -> None:
-    if state_names.keys() != parameters.keys():
-        raise ValueError("optimizer_state and parameters name different parameters")
-    for name, kinds in state_names.items():
-        are_names = isinstance(kinds, list) and all(_STATE_NAME.fullmatch(kind) for kind in kinds)
-        if not are_names or len(set(kinds)) != len(kinds) or WEIGHT in kinds:
-            raise ValueError(f"optimizer_state of {name}: {kinds} is not a list of names")
-
-
-def describe_readable_versions() -> str:
-    return " and ".join(map(str, READABLE_VERSIONS))
-
-
-def bytes_of_tensors(folder: Path) -> int:
-    """Return the size of all tensor files in bytes. Raises CheckpointError if the manifest cannot be read."""
-    files = read_manifest(folder)["files"]
-    return sum(entry["bytes"] for name, entry in files.items() if parse_tensor_file(name))
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that contains one JSON object. Raises CheckpointError if this fails."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {describe_content(path) or f'cannot be read ({error})'}") from None
-    return parse_json_object(text, path)
-
-
-def parse_json_object(text: str | bytes, path: Path | str) -> dict[str, Any]:
-    """Parse the text of a JSON object. Raises CheckpointError if this fails. The message begins with ``path``."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {describe_content(path) or f'cannot be read ({error})'}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return content
 
 
 def size_of_file(path: Path) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.backends import Backend, Fragment
-from pipeline.checkpoint.layout import STATE_FILE, read_manifest, tensor_file
+from pipeline.checkpoint.layout import STATE_FILE, tensor_file
+from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
 from pipeline.checkpoint.pieces import GROUPS, Piece, PieceIndex, index_pieces, manifest_of_weights, open_tensors
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.weights_copy import locate_weights_of
@@ -72,7 +73,7 @@ def _index_for_fragments(folder: Path, backend: Backend, fragments: list[Fragmen
     """Return an index that contains at least the pieces of all fragments of this rank."""
     manifest = read_manifest_of_model(folder, {name: list(shape) for name, shape in backend.parameter_shapes.items()})
     own = [] if rank is None else [tensor_file(rank, group) for group in GROUPS]
-    if own and manifest["files"].keys() >= set(own):
+    if own and manifest.files.keys() >= set(own):
         index = index_pieces(folder, manifest, own)
         needed = [
             (by_name[each.name], each) for by_name in index.values() for each in fragments if each.name in by_name
@@ -145,10 +146,10 @@ def read_parameter(shape: list[int], pieces: list[Piece]) -> Tensor:
     return parameter
 
 
-def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
+def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> CheckpointManifest:
     """Return the manifest of a checkpoint. Raises CheckpointError if the checkpoint belongs to another model."""
     manifest = read_manifest(folder)
-    stored = manifest["parameters"]
+    stored = manifest.parameters
     for name in [*shapes, *stored]:
         if shapes.get(name) != stored.get(name):
             context = ", with --init-from for these weights in another context" if name == _POSITIONS else ""

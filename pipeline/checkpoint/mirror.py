@@ -15,14 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.errors import UserError, describe_error, one_line
-from pipeline.checkpoint.layout import (
-    MANIFEST_FILE,
-    STATE_FILE,
-    checkpoint_folder,
-    list_checkpoints,
-    read_manifest,
-    step_of,
-)
+from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_folder, list_checkpoints, step_of
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pairing import forget_abandoned, is_abandoned, is_paired, pair
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
 from pipeline.checkpoint.retention import best_step, is_state_of_milestone, surplus_steps
@@ -225,7 +219,7 @@ class Mirror:
         """Run one round. Returns the number of bytes that all ranks uploaded, and the files at the URL."""
         folder = checkpoint_folder(self.run_folder, step)
         manifest_bytes = (folder / MANIFEST_FILE).read_bytes()
-        files = read_manifest(folder)["files"]
+        files = read_manifest(folder).files
         if MANIFEST_FILE in found.get(step, {}):  # a checkpoint of the same step before the run went back
             self._open().set_aside(step)
             del found[step][MANIFEST_FILE]
@@ -235,7 +229,7 @@ class Mirror:
         self._open().upload(step, folder / STATE_FILE, files[STATE_FILE])
         listed = self._open().publish(step, manifest_bytes, files)
         self._known[step] = manifest_bytes
-        return sum(entry["bytes"] for entry in files.values()) + len(manifest_bytes), listed
+        return sum(entry.bytes for entry in files.values()) + len(manifest_bytes), listed
 
     def _delete_older(self, found: Mapping[int, Mapping[str, int]]) -> None:
         """Delete checkpoints at the URL by the rules of ``delete_older``, and the files of interrupted uploads.

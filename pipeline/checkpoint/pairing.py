@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.storage.atomic import write_json_durably
-from pipeline.checkpoint.layout import read_json_object
+from pipeline.checkpoint.json_files import read_json_object
 from pipeline.run_folder.layout import REMOTE_FILE
 
 

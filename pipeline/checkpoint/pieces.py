@@ -11,7 +11,7 @@ A piece is a whole parameter, or a range of its flattened elements:
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from data_tools.storage.content import describe_content
 from pipeline.checkpoint.layout import parse_tensor_file
+from pipeline.checkpoint.manifest import CheckpointManifest
 from pipeline.errors import CheckpointError
 from pipeline.model.parameter_state import KINDS_OF_WEIGHTS, WEIGHT
 
@@ -64,7 +65,7 @@ def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> 
     return label if kind == WEIGHT else f"{kind}/{label}"
 
 
-def manifest_of_weights(manifest: dict[str, Any], weights: str) -> dict[str, Any]:
+def manifest_of_weights(manifest: CheckpointManifest, weights: str) -> CheckpointManifest:
     """Return a manifest without the files that a reader of the weights does not need.
 
     Args:
@@ -73,12 +74,12 @@ def manifest_of_weights(manifest: dict[str, Any], weights: str) -> dict[str, Any
     """
     if group_of(KINDS_OF_WEIGHTS[weights]) == MOMENTS:
         return manifest
-    moments = {name for name in manifest["files"] if (found := parse_tensor_file(name)) and found[1] == MOMENTS}
-    return {
-        **manifest,
-        "optimizer_state": {name: [] for name in manifest["optimizer_state"]},
-        "files": {name: entry for name, entry in manifest["files"].items() if name not in moments},
-    }
+    moments = {name for name in manifest.files if (found := parse_tensor_file(name)) and found[1] == MOMENTS}
+    return replace(
+        manifest,
+        optimizer_state={name: [] for name in manifest.optimizer_state},
+        files={name: entry for name, entry in manifest.files.items() if name not in moments},
+    )
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: {describe_content(path) or f'cannot be read ({error})'}") from None
 
 
-def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] | None = None) -> PieceIndex:
+def index_pieces(folder: Path, manifest: CheckpointManifest, files: Collection[str] | None = None) -> PieceIndex:
     """Return the index of the pieces (stored ranges of parameters) in a checkpoint.
 
     Only the headers of the tensor files are read.
@@ -103,12 +104,12 @@ def index_pieces(folder: Path, manifest: dict[str, Any], files: Collection[str] 
     Raises:
         CheckpointError: a tensor file is damaged, does not match the manifest, or is not fp32.
     """
-    shapes = {name: torch.Size(shape) for name, shape in manifest["parameters"].items()}
+    shapes = {name: torch.Size(shape) for name, shape in manifest.parameters.items()}
     index: PieceIndex = {WEIGHT: {name: [] for name in shapes}}
-    for name, kinds in manifest["optimizer_state"].items():
+    for name, kinds in manifest.optimizer_state.items():
         for kind in kinds:
             index.setdefault(kind, {})[name] = []
-    for file in manifest["files"] if files is None else files:
+    for file in manifest.files if files is None else files:
         if rank_and_group := parse_tensor_file(file):
             for kind, name, piece in _read_pieces(folder / file, rank_and_group[1], shapes, index):
                 index[kind][name].append(piece)

@@ -7,18 +7,11 @@ deleted first, so a checkpoint with a ``manifest.json`` is complete.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_tools.storage.folders import RemoteFolder
-from pipeline.checkpoint.layout import (
-    MANIFEST_FILE,
-    STATE_FILE,
-    check_manifest,
-    checkpoint_url,
-    parse_json_object,
-    parse_step,
-    split_url,
-)
+from pipeline.checkpoint.json_files import parse_json_object
+from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_url, parse_step, split_url
+from pipeline.checkpoint.manifest import CheckpointManifest, FileEntry, check_manifest
 from pipeline.checkpoint.state import StateFile, check_state_file
 from pipeline.errors import CheckpointError
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, METRICS_FILE
@@ -34,7 +27,7 @@ class RemoteCheckpoint:
     run: "RemoteRun"
     step: int
     manifest_bytes: bytes
-    manifest: dict[str, Any]
+    manifest: CheckpointManifest
     sizes: Mapping[str, int]  # file name -> size in bytes at the URL
 
     def __str__(self) -> str:
@@ -43,16 +36,16 @@ class RemoteCheckpoint:
     @property
     def total_bytes(self) -> int:
         """Return the size of all files except the manifest."""
-        return sum(entry["bytes"] for entry in self.manifest["files"].values())
+        return sum(entry.bytes for entry in self.manifest.files.values())
 
     def find_size_damage(self) -> str | None:
         """Return a message about the first file that is missing or has the wrong size, or None."""
-        for name, entry in self.manifest["files"].items():
+        for name, entry in self.manifest.files.items():
             size = self.sizes.get(name)
             if size is None:
                 return f"{self}/{name}: missing"
-            if size != entry["bytes"]:
-                return f"{self}/{name}: {size} bytes, expected {entry['bytes']} bytes"
+            if size != entry.bytes:
+                return f"{self}/{name}: {size} bytes, expected {entry.bytes} bytes"
         return None
 
 
@@ -101,16 +94,14 @@ class RemoteRun:
             raise CheckpointError(f"{self.checkpoint_url(step)}/{name}: ends at byte {start + len(content)}")
         return content
 
-    def upload(self, step: int, path: Path, entry: Mapping[str, Any]) -> None:
+    def upload(self, step: int, path: Path, entry: FileEntry) -> None:
         """Upload a file, read it back, and check that it matches ``entry``, the file's entry in the manifest."""
         name = _prefix(step) + path.name
         self.folder.upload(path, name)
-        if self.folder.sha256(name, entry["bytes"]) != entry["sha256"]:
+        if self.folder.sha256(name, entry.bytes) != entry.sha256:
             raise CheckpointError(f"{self.url}/{name}: SHA-256 after the upload differs from the manifest")
 
-    def publish(
-        self, step: int, manifest_bytes: bytes, files: Mapping[str, Mapping[str, Any]]
-    ) -> dict[int, dict[str, int]]:
+    def publish(self, step: int, manifest_bytes: bytes, files: Mapping[str, FileEntry]) -> dict[int, dict[str, int]]:
         """Complete a checkpoint: check the sizes of all uploaded files, and write the manifest.
 
         ``files`` has the manifest's entries by file name. Returns what ``self.list`` returns.
@@ -118,9 +109,9 @@ class RemoteRun:
         found = self.list()
         sizes = found.setdefault(step, {})
         for name, entry in files.items():
-            if sizes.get(name) != entry["bytes"]:
+            if sizes.get(name) != entry.bytes:
                 size = sizes.get(name, 0)
-                raise CheckpointError(f"{self.checkpoint_url(step)}/{name}: {size} of {entry['bytes']} bytes arrived")
+                raise CheckpointError(f"{self.checkpoint_url(step)}/{name}: {size} of {entry.bytes} bytes arrived")
         self.folder.write(_prefix(step) + MANIFEST_FILE, manifest_bytes)
         sizes[MANIFEST_FILE] = len(manifest_bytes)
         return found

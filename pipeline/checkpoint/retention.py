@@ -16,13 +16,12 @@ from data_tools.formatting import format_size
 from data_tools.storage.atomic import fsync_folder
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
-    READABLE_VERSIONS,
-    describe_readable_versions,
     is_checkpoint,
     list_checkpoints,
     size_of_folder,
     step_of,
 )
+from pipeline.checkpoint.manifest import READABLE_VERSIONS, describe_readable_versions
 from pipeline.checkpoint.state import StateFile, config_section, read_state_file
 from pipeline.checkpoint.verification import find_damage
 from pipeline.errors import CheckpointError

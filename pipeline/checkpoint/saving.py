@@ -12,16 +12,9 @@ from typing import Any, TypeVar
 
 from data_tools.errors import UserError
 from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, publish_folder, write_json_durably
-from data_tools.storage.files import sha256_of_json
 from data_tools.storage.sha256 import sha256_of_file
-from pipeline.checkpoint.layout import (
-    FORMAT_VERSION,
-    MANIFEST_FILE,
-    STATE_FILE,
-    checkpoint_folder,
-    read_manifest,
-    tensor_file,
-)
+from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_folder, tensor_file
+from pipeline.checkpoint.manifest import CheckpointManifest, FileEntry, read_manifest
 from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.retention import delete_checkpoint, delete_older
 from pipeline.checkpoint.state import StateFile, TrainingState
@@ -34,7 +27,7 @@ from pipeline.model.parameter_state import StateNames
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Files = dict[str, dict[str, Any]]  # file name -> size and SHA-256, in the format of the manifest
+Files = dict[str, FileEntry]  # file name -> entry in the manifest
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ def write_checkpoint(
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"cannot save {folder}: {error}") from None
-    bytes_of_rank = {rank: sum(entry["bytes"] for entry in files.values()) for rank, files in enumerate(files_of_ranks)}
+    bytes_of_rank = {rank: sum(entry.bytes for entry in files.values()) for rank, files in enumerate(files_of_ranks)}
     saved = SavedCheckpoint(folder, bytes_of_rank, time.perf_counter() - started)
     if world.is_main:
         try:
@@ -160,14 +153,12 @@ def complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot: 
     """Write the JSON files, check the tensor files' headers, and rename the folder ``aside`` to ``folder``."""
     state_path = aside / STATE_FILE
     write_json_durably(state_path, asdict(state))
-    state_entry = {"bytes": state_path.stat().st_size, "sha256": sha256_of_file(state_path)}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "parameters": snapshot.shapes,
-        "optimizer_state": {name: list(kinds) for name, kinds in snapshot.state_names.items()},
-        "files": {**tensor_files, STATE_FILE: state_entry},
-    }
-    write_json_durably(aside / MANIFEST_FILE, {**manifest, "sha256": sha256_of_json(manifest)})
+    manifest = CheckpointManifest(
+        parameters=snapshot.shapes,
+        optimizer_state={name: list(kinds) for name, kinds in snapshot.state_names.items()},
+        files={**tensor_files, STATE_FILE: FileEntry(state_path.stat().st_size, sha256_of_file(state_path))},
+    )
+    write_json_durably(aside / MANIFEST_FILE, manifest.to_json())
     index_pieces(aside, read_manifest(aside))
     publish_checkpoint(aside, folder)
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AllowInfNan, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
-from pipeline.checkpoint.layout import STATE_FILE, read_json_object
-from pipeline.errors import CheckpointError
+from pipeline.checkpoint.json_files import malformed_error, read_json_object
+from pipeline.checkpoint.layout import STATE_FILE
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ def check_state_file(content: dict[str, Any], path: Path | str) -> StateFile:
         # Strict validation accepts a list in place of a tuple only in JSON text.
         return _STATE_FILE_SCHEMA.validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        mistake = error.errors()[0]
-        key = ".".join(map(str, mistake["loc"]))
-        raise CheckpointError(f"{path}: malformed ({key}: {mistake['msg']})") from None
+        raise malformed_error(path, error) from None
 
 
 def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:

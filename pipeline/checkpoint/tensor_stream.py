@@ -17,6 +17,7 @@ from torch import Tensor
 from data_tools.storage.atomic import fsync_file
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.finite import describe_not_finite
+from pipeline.checkpoint.manifest import FileEntry
 from pipeline.errors import CheckpointError
 
 _HEADER_ALIGNMENT = 8
@@ -39,15 +40,13 @@ def in_memory(tensor: Tensor) -> StreamedTensor:
     return StreamedTensor(list(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None = None
-) -> dict[str, Any]:
+def write_tensors(path: Path, tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None = None) -> FileEntry:
     """Write and fsync a safetensors file, and read it back. Only one tensor is in memory at a time.
 
     If all tensors have one dtype, the file has the same bytes as a file from the safetensors library.
 
     Returns:
-        The size and the SHA-256 of the file, and whether all numbers are finite, as in a checkpoint's manifest.
+        The file's entry for a checkpoint's manifest.
 
     Raises:
         CheckpointError: the file differs from the bytes that were written.
@@ -67,7 +66,7 @@ def write_tensors(
     fsync_file(path)
     if sha256_of_file(path) != digest.hexdigest():
         raise CheckpointError(f"{path.name}: was not written correctly")
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest(), "finite": is_finite}
+    return FileEntry(path.stat().st_size, digest.hexdigest(), is_finite)
 
 
 def _header(tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None) -> bytes:

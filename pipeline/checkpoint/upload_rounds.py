@@ -14,9 +14,9 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from pipeline.checkpoint.layout import parse_tensor_file
+from pipeline.checkpoint.manifest import FileEntry
 from pipeline.distributed.progress import NAMED_RANKS
 from pipeline.distributed.rendezvous import list_ranks
 from pipeline.distributed.world import World
@@ -29,7 +29,7 @@ _END = "end"
 _SHARE, _RESULT = "share_{rank}", "result_{rank}"
 _FINISHED = "finished_{round}"  # how many ranks have written their result
 
-Files = Mapping[str, Mapping[str, Any]]  # file name -> entry in the manifest of the checkpoint
+Files = Mapping[str, FileEntry]  # file name -> entry in the manifest of the checkpoint
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class UploadRounds:
         """
         self._round += 1
         self._deadline = time.monotonic() + self._timeout_s
-        shares: list[dict[str, Mapping[str, Any]]] = [{} for _ in range(self._size)]
+        shares: list[dict[str, FileEntry]] = [{} for _ in range(self._size)]
         for name, entry in files.items():
             if rank_and_group := parse_tensor_file(name):
                 shares[rank_and_group[0] % self._size][name] = entry
@@ -117,7 +117,8 @@ class UploadRounds:
         self.have_ended = self._store.check([_END])
         if self.have_ended:
             return None
-        share = Share(**json.loads(self._store.get(_SHARE.format(rank=self._rank))))
+        content = json.loads(self._store.get(_SHARE.format(rank=self._rank)))
+        share = Share(**{**content, "files": {name: FileEntry(**entry) for name, entry in content["files"].items()}})
         if share.round == self._round:
             return None
         self._round = share.round

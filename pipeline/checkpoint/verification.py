@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from data_tools.formatting import format_size
 from data_tools.storage.content import describe_content
@@ -19,9 +19,9 @@ from pipeline.checkpoint.layout import (
     list_checkpoints,
     no_checkpoint_error,
     parse_tensor_file,
-    read_manifest,
     size_of_folder,
 )
+from pipeline.checkpoint.manifest import FileEntry, read_manifest
 from pipeline.checkpoint.pieces import index_pieces, manifest_of_weights, open_tensors
 from pipeline.checkpoint.state import read_state_file
 from pipeline.errors import CheckpointError
@@ -49,12 +49,12 @@ def find_damage(folder: Path, hash_file: HashFile = sha256_of_file, weights: str
         manifest = read_manifest(folder)
         if weights is not None:
             manifest = manifest_of_weights(manifest, weights)
-        files = manifest["files"].items()
+        files = manifest.files.items()
         if problem := _find_first(lambda item: _find_file_damage(folder / item[0], item[1], hash_file), files):
             return problem
         read_state_file(folder)
         index_pieces(folder, manifest)
-        unknown = [name for name, entry in files if parse_tensor_file(name) and entry.get("finite") is not True]
+        unknown = [name for name, entry in files if parse_tensor_file(name) and not entry.finite]
         return _find_first(_find_not_finite, (folder / name for name in unknown))
     except CheckpointError as error:
         return str(error)
@@ -74,7 +74,7 @@ def _find_not_finite(path: Path) -> str | None:
     return None
 
 
-def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
+def find_size_damage(path: Path, entry: FileEntry) -> str | None:
     """Return a message if a file is missing, is a link, or has the wrong size. Otherwise, return None.
 
     Args:
@@ -84,16 +84,16 @@ def find_size_damage(path: Path, entry: dict[str, Any]) -> str | None:
         return f"{path}: is a link, which may point outside the folder; expected a file"
     if not path.is_file():
         return f"{path}: missing"
-    if (size := path.stat().st_size) != entry["bytes"]:
-        return f"{path}: {describe_content(path) or f'{size} bytes'}, expected {entry['bytes']} bytes"
+    if (size := path.stat().st_size) != entry.bytes:
+        return f"{path}: {describe_content(path) or f'{size} bytes'}, expected {entry.bytes} bytes"
     return None
 
 
-def _find_file_damage(path: Path, entry: dict[str, Any], hash_file: HashFile) -> str | None:
+def _find_file_damage(path: Path, entry: FileEntry, hash_file: HashFile) -> str | None:
     try:
         if problem := find_size_damage(path, entry):
             return problem
-        if hash_file(path) != entry["sha256"]:
+        if hash_file(path) != entry.sha256:
             return f"{path}: contents changed (SHA-256 differs from the manifest)"
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"

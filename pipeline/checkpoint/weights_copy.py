@@ -6,21 +6,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data_tools.formatting import format_size
 from data_tools.storage.atomic import atomic_folder, write_bytes_durably, write_json_durably
-from data_tools.storage.files import is_remote, sha256_of_json
+from data_tools.storage.files import is_remote
 from data_tools.storage.locks import waiting_for_lock
 from pipeline.checkpoint.download import REQUESTS, allocate, blocks_of, download_block
+from pipeline.checkpoint.json_files import read_json_object
 from pipeline.checkpoint.layout import (
-    FORMAT_VERSION,
     MANIFEST_FILE,
     checkpoint_folder,
     list_checkpoints,
     no_checkpoint_error,
-    read_json_object,
 )
+from pipeline.checkpoint.manifest import CheckpointManifest
 from pipeline.checkpoint.pieces import manifest_of_weights
 from pipeline.checkpoint.remote_run import RemoteCheckpoint
 from pipeline.checkpoint.remote_search import find_checkpoints
@@ -72,28 +71,27 @@ def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> tuple[Path, str | N
     """
     folder = checkpoint_folder(run_folder, checkpoint.step)
     manifest = _without_optimizer(checkpoint.manifest)
-    has_copy = (folder / MANIFEST_FILE).is_file() and read_json_object(folder / MANIFEST_FILE) == manifest
+    has_copy = (folder / MANIFEST_FILE).is_file() and read_json_object(folder / MANIFEST_FILE) == manifest.to_json()
     if has_copy and find_damage(folder) is None:
         return folder, None
     for other in list_checkpoints(run_folder):
         delete_checkpoint(other)
-    started, files = time.perf_counter(), manifest["files"]
+    started, files = time.perf_counter(), manifest.files
     with atomic_folder(folder) as aside:
         allocate(files, aside)
         with ThreadPoolExecutor(REQUESTS) as threads:
             size = sum(threads.map(partial(download_block, checkpoint, aside), blocks_of(files)))
-        write_json_durably(aside / MANIFEST_FILE, manifest)
+        write_json_durably(aside / MANIFEST_FILE, manifest.to_json())
     if (metrics := checkpoint.run.read_metrics()) is not None:
         write_bytes_durably(run_folder / METRICS_FILE, metrics)
     log.info("copied %s to %s: %s in %.2f s", checkpoint, folder, format_size(size), time.perf_counter() - started)
     return folder, find_damage(folder)
 
 
-def _without_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
+def _without_optimizer(manifest: CheckpointManifest) -> CheckpointManifest:
     """Return the manifest without the optimizer's state.
 
     If there is a moving average of the weights, keep all files, because the average is in the optimizer's files.
     """
-    has_average = any(EMA in kinds for kinds in manifest["optimizer_state"].values())
-    content = {**manifest_of_weights(manifest, "ema" if has_average else "training"), "format_version": FORMAT_VERSION}
-    return {**content, "sha256": sha256_of_json(content)}
+    has_average = any(EMA in kinds for kinds in manifest.optimizer_state.values())
+    return manifest_of_weights(manifest, "ema" if has_average else "training")

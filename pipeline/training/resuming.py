@@ -10,8 +10,9 @@ from data_tools.storage.files import is_remote
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.backends import Backend
 from pipeline.checkpoint.hashing import HashFile
-from pipeline.checkpoint.layout import bytes_of_tensors, checkpoint_folder, list_checkpoints, split_url
+from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, split_url
 from pipeline.checkpoint.loading import load_training_state
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pairing import abandon, is_paired
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
 from pipeline.checkpoint.state import TrainingState, config_section, read_state, read_state_file
@@ -276,6 +277,6 @@ def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingSta
     started = time.perf_counter()
     state = load_training_state(folder, backend, world.rank if world.size > 1 else None)
     world.barrier()
-    seconds, size = time.perf_counter() - started, bytes_of_tensors(folder)
+    seconds, size = time.perf_counter() - started, read_manifest(folder).tensor_bytes
     log.info("loaded %s in %.2f s, %s MB/s", folder, seconds, f"{size / seconds / 1e6:,.0f}")
     return state

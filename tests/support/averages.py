@@ -6,14 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.checkpoint.layout import list_checkpoints, read_manifest
+from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.loading import pieces_of_weights, read_parameter
+from pipeline.checkpoint.manifest import read_manifest
 
 
 def saved_averages(run_folder: Path) -> dict[str, Tensor]:
     """Return the averages in the newest checkpoint of a run, by canonical name."""
     folder = list_checkpoints(run_folder)[-1]
-    shapes = read_manifest(folder)["parameters"]
+    shapes = read_manifest(folder).parameters
     pieces = pieces_of_weights(folder, shapes, "ema")
     return {name: read_parameter(shape, pieces[name]) for name, shape in shapes.items()}
 

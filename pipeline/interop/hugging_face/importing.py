@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.checkpoint.conversion import require_new_run_folder, write_new_run
-from pipeline.checkpoint.layout import read_json_object
+from pipeline.checkpoint.json_files import read_json_object
 from pipeline.checkpoint.pieces import open_tensors
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import config_from_json

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.inspection import find_different_numbers
-from pipeline.checkpoint.layout import read_json_object
+from pipeline.checkpoint.json_files import read_json_object
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError

@@ -9,7 +9,7 @@ from typing import Any
 from data_tools.errors import DataError
 from data_tools.tokenizer import byte_of_printable, load_tokenizer
 from data_tools.vocabulary import END_OF_TEXT
-from pipeline.checkpoint.layout import read_json_object
+from pipeline.checkpoint.json_files import read_json_object
 from pipeline.errors import CheckpointError
 
 END_OF_TEXT_TOKEN = "<|endoftext|>"

@@ -20,7 +20,7 @@ from data_tools.shards.manifest import load_manifest
 from data_tools.shards.reader import open_split
 from data_tools.sources import SourceRequest, open_source
 from data_tools.storage.content import describe_content, describe_decoded, require_fetched
-from pipeline.checkpoint.layout import read_json_object
+from pipeline.checkpoint.json_files import read_json_object
 from pipeline.checkpoint.pieces import open_tensors
 from pipeline.config.loading import load_config
 from pipeline.evaluation.sources import read_file

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint.layout import read_manifest
 from pipeline.checkpoint.loading import load_training_state, load_weights
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.verification import find_damage
@@ -113,7 +113,7 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
             for piece in pieces:
                 with safe_open(piece.file, framework="pt") as file:
                     elements.append(file.get_tensor(piece.key).reshape(-1))
-            tensors[f"{kind} {name}"] = torch.cat(elements).view(manifest["parameters"][name])
+            tensors[f"{kind} {name}"] = torch.cat(elements).view(manifest.parameters[name])
     return tensors
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import saving
-from pipeline.checkpoint.layout import read_manifest
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.verification import find_damage, newest_good_checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import build_model
@@ -131,7 +131,7 @@ class TestFiles:
 
     def test_the_tied_weight_is_stored_once(self, save: Save) -> None:
         folder = save()
-        assert "lm_head.weight" not in read_manifest(folder)["parameters"]
+        assert "lm_head.weight" not in read_manifest(folder).parameters
         stored_bytes = (folder / WEIGHTS).stat().st_size
         parameters = sum(p.numel() for p in build_model(tiny_model_config(), 1).parameters())
         assert parameters * 4 < stored_bytes < parameters * 4 + 4096

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoint import tensor_stream
+from pipeline.checkpoint.manifest import FileEntry
 from pipeline.checkpoint.tensor_stream import StreamedTensor, in_memory, write_tensors
 from pipeline.errors import CheckpointError
 
@@ -28,7 +29,7 @@ def test_the_bytes_are_those_of_the_library(
     entry = write_tensors(tmp_path / "ours", {key: in_memory(tensor) for key, tensor in tensors.items()}, metadata)
     content = (tmp_path / "ours").read_bytes()
     assert content == (tmp_path / "theirs").read_bytes()
-    assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "finite": not metadata}
+    assert entry == FileEntry(len(content), hashlib.sha256(content).hexdigest(), not metadata)
 
 
 def test_a_tensor_is_converted_and_need_not_be_contiguous(tmp_path: Path) -> None:

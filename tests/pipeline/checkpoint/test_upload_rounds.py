@@ -7,6 +7,7 @@ import torch
 from torch._C._distributed_c10d import HashStore
 
 from pipeline.checkpoint.layout import STATE_FILE, tensor_file
+from pipeline.checkpoint.manifest import FileEntry
 from pipeline.checkpoint.upload_rounds import Files, UploadRounds
 from pipeline.distributed.world import World
 
@@ -19,7 +20,7 @@ def join(ranks: int, timeout_s: float = 30.0) -> list[UploadRounds]:
 
 def files_of(ranks: int) -> Files:
     names = [tensor_file(rank, group) for rank in range(ranks) for group in ("weights", "moments")]
-    return {name: {"bytes": number} for number, name in enumerate([*names, STATE_FILE])}
+    return {name: FileEntry(number, "0" * 64) for number, name in enumerate([*names, STATE_FILE])}
 
 
 def test_each_rank_gets_the_entries_of_its_files() -> None:

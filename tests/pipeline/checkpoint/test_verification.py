@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint.layout import read_manifest
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.verification import find_damage, locate_checkpoint, newest_good_checkpoint
 from pipeline.errors import CheckpointError
