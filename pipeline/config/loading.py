@@ -35,6 +35,30 @@ _JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _MOST_MISTAKES = 20  # per message
 _HINT = "; valid keys here: "
 _LONGEST_VALUE = 80  # characters of a wrong value in a message
+#: The names of keys in nanoGPT, transformers and DeepSpeed whose nearest match here is another key, or none.
+_NAMES_ELSEWHERE = {
+    "optimizer.learning_rate": ("lr", "max_lr"),
+    "optimizer.weight_decay": ("wd",),
+    "optimizer.eps": ("adam_epsilon", "epsilon"),
+    "optimizer.grad_clip": ("max_grad_norm", "clip_grad"),
+    "model.context_length": ("block_size", "n_positions", "n_ctx", "max_seq_len", "max_position_embeddings"),
+    "model.n_embd": ("hidden_size", "d_model", "dim"),
+    "model.n_head": ("num_attention_heads", "num_heads", "n_heads"),
+    "batch.micro_batch_size": ("batch_size", "per_device_train_batch_size", "train_micro_batch_size_per_gpu"),
+    "batch.tokens_per_step": ("train_batch_size", "gradient_accumulation_steps", "grad_accum_steps"),
+    "schedule.name": ("lr_scheduler_type", "scheduler"),
+    "schedule.max_steps": ("total_steps", "total_iters", "num_train_epochs", "epochs"),
+    "run.precision": ("dtype", "bf16", "fp16", "mixed_precision"),
+    "run.out_dir": ("output_dir",),
+    "model.activation_checkpointing": ("gradient_checkpointing",),
+    "evaluation.every_steps": ("eval_interval", "eval_steps"),
+    "evaluation.max_batches": ("eval_iters",),
+    "checkpoint.every_steps": ("save_steps", "save_interval"),
+    "checkpoint.keep_last": ("save_total_limit",),
+    "logging.every_steps": ("log_interval", "logging_steps"),
+    "logging.sinks": ("report_to", "wandb_log"),
+    "data.path": ("dataset", "data_dir", "train_data"),
+}
 
 
 def load_config(
@@ -308,6 +332,9 @@ def _suggest_file(path: Path) -> str:
 def _suggest_key(section: str, name: str) -> str:
     if "." in name:
         return '; in a file a section is an object, as in {"schedule": {"max_steps": 100}}'
+    for key, names in _NAMES_ELSEWHERE.items():
+        if name in names:
+            return f"; did you mean {key}?"
     siblings: dict[str, str] = {}  # name -> dotted key
     elsewhere: dict[str, str] = {}
     for key in valid_keys():

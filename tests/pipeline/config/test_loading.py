@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import loading
 from pipeline.config.loading import config_from_json, dump_config, load_config, valid_keys
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
@@ -152,7 +153,9 @@ class TestMistakes:
                 "backend.ddp.bucket_mb",
                 "did you mean backend.ddp.bucket_cap_mb?",
             ),
-            ({"optimizer": {"lr": 1}}, "optimizer.lr", "valid keys here: name, learning_rate, betas, eps"),
+            ({"optimizer": {"fused": 1}}, "optimizer.fused", "valid keys here: name, learning_rate, betas, eps"),
+            ({"optimizer": {"lr": 1}}, "optimizer.lr", "did you mean optimizer.learning_rate?"),
+            ({"block_size": 1024}, "block_size", "did you mean model.context_length?"),
             (
                 {"data": {"mixture": [{"path": "a", "weight": 1}, {"path": "b", "weight": 1, "wieght": 1}]}},
                 "data.mixture.1.wieght",
@@ -167,6 +170,9 @@ class TestMistakes:
         assert line.startswith(f"{path}: no such key (set in ")
         assert "mine.json)" in line
         assert nearest in line
+
+    def test_the_keys_for_names_of_other_programs_exist(self) -> None:
+        assert set(loading._NAMES_ELSEWHERE) <= set(valid_keys())
 
     def test_the_file_named_is_the_one_that_set_it(self, write: Any) -> None:
         bad, good = write("bad.json", {"run": {"seed": "x"}}), write("good.json", {"run": {"name": "b"}})
