@@ -9,9 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pipeline.backends import Backend
 from pipeline.checkpoint.background import BackgroundSaver
 from pipeline.checkpoint.mirror import Mirror
@@ -19,7 +16,7 @@ from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
-from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
+from pipeline.data.loader import Prefetcher, TrainLoader
 from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name, synchronize
 from pipeline.distributed.heartbeat import failures_reported
 from pipeline.distributed.world import World
@@ -28,10 +25,10 @@ from pipeline.evaluation.tasks import Prepared
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.heartbeat_file import HeartbeatFile
 from pipeline.run_folder.metrics import MEAN_LOSS_KEY
-from pipeline.seeds import derive_seed
 from pipeline.training.due_evaluation import with_recorded_evaluation
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.evaluation import evaluate_model
+from pipeline.training.gradient_accumulation import GradientAccumulator
 from pipeline.training.group_norms import GroupNorms
 from pipeline.training.interruption import StopRequest
 from pipeline.training.provenance import describe_process
@@ -77,6 +74,7 @@ class Trainer:
         self.plan = loader.plan
         self.loader = loader
         self.prefetcher = Prefetcher(loader, world.device)
+        self.accumulator = GradientAccumulator(backend, loader, config, world)
         self.throughput = throughput
         self.rank_comparison = RankComparison(backend.step_clock, world, config.logging.slow_rank_ratio)
         self.peak_memory = PeakMemory(world.device)
@@ -266,7 +264,7 @@ class Trainer:
         with self.throughput.waiting_for_data(), self.backend.step_clock.waiting_for_data():
             micro_batches = self.prefetcher.micro_batches(first_sample)
         loss_scale = self.backend.loss_scaler.scale
-        loss, scored_targets = self._accumulate(micro_batches)
+        loss, scored_targets = self.accumulator.run(micro_batches, self._reach_in_step)
         learning_rate = lr_at(self.state.step, self.config.optimizer, self.config.schedule)
         self._reach_in_step("optimizer")
         grad_norm = self._update(learning_rate)
@@ -295,34 +293,6 @@ class Trainer:
         with self.throughput.paused():
             self._layer_norms = norms.measure(grad_norm.read())
         return grad_norm
-
-    def _accumulate(self, micro_batches: list[MicroBatch]) -> tuple[LateValue, LateValue]:
-        """Accumulate gradients over micro-batches.
-
-        Returns:
-            The mean loss and the number of scored targets of the global batch. The loss is NaN if no target is scored.
-        """
-        scored_targets = self._count_scored_targets(micro_batches)
-        # A step without scored targets has gradients of zero.
-        at_least_one = scored_targets.clamp(min=1) if isinstance(scored_targets, Tensor) else scored_targets
-        # Backends average gradients over ranks. Multiplying the loss by the world size turns the average into the sum.
-        loss_weight = self.world.size / at_least_one
-        loss_sum = torch.zeros((), device=self.world.device)
-        for i, micro_batch in enumerate(micro_batches):
-            self._reach_in_step(f"micro-batch {i + 1} of {len(micro_batches)}")
-            if self.config.model.dropout:  # resuming, backend and world size must not change the dropout masks
-                torch.manual_seed(derive_seed(self.config.run.seed, "dropout", micro_batch.first_sample))
-            tokens, targets = micro_batch.to(self.world.device)
-            loss_sum += self.backend.accumulate(tokens, targets, loss_weight, is_last=i == len(micro_batches) - 1)
-        # Start the sum over the ranks now. A later sum would wait for all queued steps.
-        return LateValue(self.world.sum(loss_sum / scored_targets)), LateValue(scored_targets)
-
-    def _count_scored_targets(self, micro_batches: list[MicroBatch]) -> int | Tensor:
-        if not self.loader.has_mask:
-            return self.plan.tokens_per_step
-        local = sum(micro_batch.scored_targets for micro_batch in micro_batches)
-        # torch.tensor would copy from host memory and wait for a GPU.
-        return self.world.sum(torch.full((), local, dtype=torch.int64, device=self.world.device))
 
     def _advance(self, first_sample: int) -> None:
         loss_scale, good_steps = self.backend.loss_scaler.state

@@ -222,7 +222,8 @@ class TestWaiting:
         read_ahead = {first: trainer.loader.micro_batches(first) for first in range(0, 4 * SAMPLES_PER_STEP, 4)}
         monkeypatch.setattr(trainer.prefetcher, "micro_batches", read_ahead.__getitem__)
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # takes the way of a GPU through the optimizer
-        monkeypatch.setattr("pipeline.training.trainer.LateValue", UnreadValue)
+        for module in ("trainer", "gradient_accumulation"):
+            monkeypatch.setattr(f"pipeline.training.{module}.LateValue", UnreadValue)
         monkeypatch.setattr("pipeline.data.loader.MicroBatch.scored_targets", 16)  # counted in host memory
         monkeypatch.setattr(UnreadValue, "reads", [])
         for step in range(1, 5):
