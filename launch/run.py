@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.cli import ArgumentParser, add_config_options, config_options, positive_int, run_command
-from pipeline.checkpoint.layout import list_checkpoints, step_of
+from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.config.loading import load_config
 from pipeline.config.paths import find_path
 from pipeline.config.schema import Config
-from pipeline.evaluation.results import VALIDATION, find_results, format_table
+from pipeline.evaluation.results import find_results, format_table
 
 
 def main() -> None:
@@ -67,15 +67,14 @@ def train(options: Sequence[str], *, processes: int = 1, stage: str = "train") -
 
 
 def evaluate(config: Config) -> None:
-    """Run the tasks in ``evaluation.tasks`` on the last checkpoint. If their results already exist, do nothing."""
-    run_folder, tasks = Path(config.run.out_dir), config.evaluation.tasks
-    data = {task: find_path(path, config.run) for task, path in config.evaluation.data.items() if task in tasks}
-    of_run = {VALIDATION: find_path(config.data.path, config.run) if config.data.path else "data.mixture", **data}
-    results = find_results(run_folder, tasks, step_of(list_checkpoints(run_folder)[-1]), of_run)
+    """Run the tasks in ``evaluation.tasks`` on the last checkpoint. If their results already exist, print them."""
+    results = find_results(list_checkpoints(Path(config.run.out_dir))[-1], config)
     if results is not None:
         print(f"\n== evaluate: done before\n{format_table(results)}", flush=True)
         return
+    tasks = config.evaluation.tasks
     options = ["--checkpoint", config.run.out_dir, "--tasks", *tasks, "--device", config.run.device]
+    data = {task: find_path(path, config.run) for task, path in config.evaluation.data.items() if task in tasks}
     if data:
         options += ["--data", *(f"{task}={path}" for task, path in data.items())]
     run_stage("evaluate", [sys.executable], "evaluate.py", options)

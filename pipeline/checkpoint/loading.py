@@ -203,6 +203,7 @@ class LoadedModel:
     model: GPT2
     config: Config  # the config of the run that trained the model
     checkpoint: Path
+    weights_sha256: str  # identifies the weights
     step: int
     data_sha256: str | None  # the hash of the manifest of the training data, or None if unknown
 
@@ -232,7 +233,8 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
     model = allocate_model(config.model, device)
     load_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()}, weights)
     model.assert_tied()
-    return LoadedModel(model.eval(), config, folder, state.step, state.data_sha256)
+    sha256 = read_manifest(folder).weights_sha256(weights)
+    return LoadedModel(model.eval(), config, folder, sha256, state.step, state.data_sha256)
 
 
 def load_text_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:

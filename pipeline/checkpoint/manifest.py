@@ -13,7 +13,7 @@ from data_tools.storage.files import sha256_of_json
 from pipeline.checkpoint.json_files import malformed_error, read_json_object
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, parse_tensor_file
 from pipeline.errors import CheckpointError
-from pipeline.model.parameter_state import ADAMW_STATE, WEIGHT
+from pipeline.model.parameter_state import ADAMW_STATE, KINDS_OF_WEIGHTS, WEIGHT
 
 FORMAT_VERSION = 2
 #: Version 1 has no ``optimizer_state`` in the manifest, because every parameter has AdamW's two moments.
@@ -55,6 +55,16 @@ class CheckpointManifest:
     def tensor_bytes(self) -> int:
         """Return the size of all tensor files in bytes."""
         return sum(entry.bytes for name, entry in self.files.items() if parse_tensor_file(name))
+
+    def weights_sha256(self, weights: str = "training") -> str:
+        """Return a SHA-256 that identifies the weights: the hash of the hashes of their files.
+
+        Args:
+            weights: ``training`` for the trained weights, or ``ema`` for their moving average.
+        """
+        group = "weights" if KINDS_OF_WEIGHTS[weights] == WEIGHT else "moments"
+        hashes = ((parse_tensor_file(name), name, entry.sha256) for name, entry in self.files.items())
+        return sha256_of_json({name: sha256 for found, name, sha256 in hashes if found and found[1] == group})
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON values. The last value is a SHA-256 of all values before it."""

@@ -4,7 +4,6 @@ A task's centered accuracy is 0 for random answers, and 1 if all answers are rig
 2406.11794). Examples are scored as in ``nanochat/core_eval.py``.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.intervals import WILSON, Z_95, wilson
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.protocols import Figures
-from pipeline.evaluation.results import CORE, INTERVAL
+from pipeline.evaluation.results import CORE, INTERVAL, hash_folder
 from pipeline.evaluation.scoring import Score, Scorer
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -116,19 +115,12 @@ def prepare_core(path: str | None, settings: Settings, name: str) -> PreparedCor
             f"{option}: {CORE} takes its few-shot counts from {TASKS_FILE} and has no texts; leave it out"
         )
     folder = Path(path)
-    tasks, files = read_bundle(folder, settings.limit)
+    tasks = read_bundle(folder, settings.limit)
     facts = {
         "protocol": _PROTOCOL,
         "data": str(folder),
-        "data_sha256": _hash_files(files),
+        "data_sha256": hash_folder(folder),
         "examples": sum(len(task.items) for task in tasks),
         "limit": settings.limit,
     }
     return PreparedCore(name, facts, tasks)
-
-
-def _hash_files(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -135,8 +135,8 @@ class BundleTask:
         return means.index(max(means))
 
 
-def read_bundle(folder: Path, limit: int | None) -> tuple[list[BundleTask], list[Path]]:
-    """Read and check the tasks of a bundle. Return the tasks, and the paths of all files that were read.
+def read_bundle(folder: Path, limit: int | None) -> list[BundleTask]:
+    """Read and check the tasks of a bundle.
 
     Args:
         limit: the number of examples per task, taken from the start of nanochat's shuffled order. None means all.
@@ -145,13 +145,10 @@ def read_bundle(folder: Path, limit: int | None) -> tuple[list[BundleTask], list
         DataError: a file is missing or cannot be used.
     """
     baselines = _read_baselines(folder / BASELINES_FILE)
-    files = [folder / TASKS_FILE, folder / BASELINES_FILE]
-    tasks = []
-    for number, entry in enumerate(_read_entries(folder / TASKS_FILE), 1):
-        task, file = _read_task(folder, entry, baselines, limit, f"{folder / TASKS_FILE}: task {number}")
-        tasks.append(task)
-        files.append(file)
-    return tasks, files
+    return [
+        _read_task(folder, entry, baselines, limit, f"{folder / TASKS_FILE}: task {number}")
+        for number, entry in enumerate(_read_entries(folder / TASKS_FILE), 1)
+    ]
 
 
 def _read_entries(path: Path) -> list[dict[str, Any]]:
@@ -177,7 +174,7 @@ def _read_baselines(path: Path) -> dict[str, float]:
 
 def _read_task(
     folder: Path, entry: dict[str, Any], baselines: dict[str, float], limit: int | None, where: str
-) -> tuple[BundleTask, Path]:
+) -> BundleTask:
     try:
         label, kind, file = str(entry["label"]), entry["icl_task_type"], folder / DATA_FOLDER / entry["dataset_uri"]
         shots = int(entry["num_fewshot"][0])
@@ -193,7 +190,7 @@ def _read_task(
     items = _read_items(file, _READERS[kind], limit)
     if len(items) <= shots:
         raise DataError(f"{where} ({label}): {file} has {len(items)} examples, too few for {shots} few-shot examples")
-    return BundleTask(label, kind, delimiter, shots, baselines[label], items), file
+    return BundleTask(label, kind, delimiter, shots, baselines[label], items)
 
 
 def _read_items(path: Path, read: Callable[[Row], Item], limit: int | None) -> list[Item]:

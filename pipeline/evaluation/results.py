@@ -1,14 +1,23 @@
 """Find the results of evaluations in a run folder, and format them. This module does not import torch."""
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+import logging
+from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from pipeline.run_folder.layout import EVALUATION_FOLDER
+from data_tools.errors import UserError
+from data_tools.shards.manifest import load_manifest
+from data_tools.storage.files import sha256_of_json
+from data_tools.storage.sha256 import sha256_of_file
+from pipeline.checkpoint.json_files import read_json_object
+from pipeline.checkpoint.manifest import read_manifest
+from pipeline.config.paths import find_path
+from pipeline.config.schema import Config
+from pipeline.errors import CheckpointError
+from pipeline.run_folder.layout import EVALUATION_FOLDER, run_folder_of
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY
+
+log = logging.getLogger(__name__)
 
 VALIDATION = "validation"  # the task that scores token shards; all other tasks score text
 CORE = "core"  # the task that scores nanochat's bundle of tasks
@@ -17,30 +26,60 @@ INTERVAL = "_interval"  # the suffix of the key of a 95% interval: ``acc_interva
 Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data and the checkpoint
 
 
-def find_results(
-    run_folder: Path, tasks: Sequence[str], step: int, data: Mapping[str, str] = MappingProxyType({})
-) -> Results | None:
-    """Return the stored results of the tasks for the checkpoint of ``step``.
+def find_results(checkpoint: Path, config: Config) -> Results | None:
+    """Return the stored results of ``evaluation.tasks`` for a checkpoint of a run.
 
-    Return None if a result is missing or damaged, or belongs to another step or to other data.
-
-    Args:
-        data: task -> the path of its data. Results of other tasks may belong to any data.
+    Return None if a result is missing or damaged, or belongs to other weights or to other data. Datasets on the Hugging
+    Face hub are not compared.
     """
     results = {}
-    for task in tasks:
-        path = run_folder / EVALUATION_FOLDER / f"{task}.json"
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if not isinstance(result, dict) or result.get("step") != step:
-            return None
-        path_of_data = data.get(task)
-        if path_of_data and os.path.abspath(str(result.get("data"))) != os.path.abspath(path_of_data):
-            return None
-        results[task] = result
+    try:
+        sha256 = read_manifest(checkpoint).weights_sha256()
+        for task in config.evaluation.tasks:
+            result = read_json_object(run_folder_of(checkpoint) / EVALUATION_FOLDER / f"{task}.json")
+            if result.get("weights_sha256") != sha256 or _hash_data(task, config) not in (None, result["data_sha256"]):
+                return None
+            results[task] = result
+    except (OSError, KeyError, UserError):  # the evaluation itself reports data that cannot be read
+        return None
     return results
+
+
+def set_aside_results(run_folder: Path, step: int) -> None:
+    """Rename the results of checkpoints after ``step``, because the run continues from this step."""
+    for path in sorted((run_folder / EVALUATION_FOLDER).glob("*.json")):
+        with suppress(CheckpointError):  # a damaged file
+            found = read_json_object(path).get("step")
+            if isinstance(found, int) and found > step:
+                abandoned = path.rename(f"{path}.abandoned")
+                log.warning("set aside as %s: the run continues from step %d", abandoned, step)
+
+
+def _hash_data(task: str, config: Config) -> str | None:
+    """Return the SHA-256 of the data of a task, or None if the data is on the Hugging Face hub."""
+    path = config.evaluation.data.get(task)
+    if path is None and task == VALIDATION:
+        if config.data.mixture is not None:
+            return hash_mixture(config)
+        path = config.data.path
+    if path is None:
+        return None
+    path = find_path(path, config.run)
+    if task == VALIDATION:
+        return load_manifest(path).content_sha256()
+    return hash_folder(Path(path)) if task == CORE else sha256_of_file(Path(path))
+
+
+def hash_mixture(config: Config) -> str:
+    """Return a SHA-256 of the names, contents and weights of the datasets in ``data.mixture``."""
+    components = [(find_path(component.path, config.run), component) for component in config.data.components]
+    return sha256_of_json({c.name: [load_manifest(path).content_sha256(), c.weight] for path, c in components})
+
+
+def hash_folder(folder: Path) -> str:
+    """Return a SHA-256 of the names and contents of the files in a folder and its subfolders."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return sha256_of_json({path.relative_to(folder).as_posix(): sha256_of_file(path) for path in files})
 
 
 def format_table(results: Results) -> str:

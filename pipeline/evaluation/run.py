@@ -84,6 +84,7 @@ def run_tasks(
             "task": task,
             "checkpoint": str(loaded.checkpoint),
             "step": loaded.step,
+            "weights_sha256": loaded.weights_sha256,
             **({"weights": weights} if suffix else {}),
             **({"precision": precision} if task != VALIDATION else {}),
         }

@@ -13,7 +13,7 @@ from pipeline.config.schema import Config, MixtureComponent
 from pipeline.data.datasets import check_same_vocabulary
 from pipeline.data.loader import scored_targets
 from pipeline.evaluation.protocols import Figures
-from pipeline.evaluation.results import VALIDATION
+from pipeline.evaluation.results import VALIDATION, hash_mixture
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.validation import mixture_loss, score_split
 from pipeline.run_folder.metrics import perplexity
@@ -53,6 +53,7 @@ class PreparedMixture:
 
     splits: Mapping[str, PreparedSplit]
     weights: Mapping[str, float]
+    sha256: str  # of all datasets and their weights
     name: str = VALIDATION
 
     def measure(self, scorer: Scorer) -> tuple[Figures, list[Figures]]:
@@ -64,7 +65,8 @@ class PreparedMixture:
         losses = {name: result["loss"] for name, result in parts.items()}
         loss = mixture_loss(losses, self.weights)
         by_name = {f"{name}_loss": value for name, value in losses.items()}
-        return {"data": "data.mixture", "loss": loss, "perplexity": perplexity(loss), **by_name, "parts": parts}, []
+        facts = {"data": "data.mixture", "data_sha256": self.sha256}
+        return {**facts, "loss": loss, "perplexity": perplexity(loss), **by_name, "parts": parts}, []
 
 
 def prepare_validation(loaded: LoadedModel, given: str | None) -> PreparedSplit | PreparedMixture:
@@ -106,7 +108,8 @@ def _prepare_mixture(mixture: Sequence[MixtureComponent], config: Config) -> Pre
         )
     for split in splits.values():
         check_same_vocabulary(split.stream, config.model, split.path)
-    return PreparedMixture(splits, {component.name: component.weight for component in mixture})
+    weights = {component.name: component.weight for component in mixture}
+    return PreparedMixture(splits, weights, hash_mixture(config))
 
 
 def _open_split(path: str, config: Config) -> PreparedSplit | None:

@@ -18,7 +18,7 @@ NAMING = ("run.name", "run.out_dir")
 SHOWN = ("run.precision", "run.compile", "batch.tokens_per_step", "optimizer.learning_rate")
 _MODEL = "model."  # the prefix of the keys that determine the model
 #: Keys of a result that are not measurements.
-HEADS = ("task", "step", "checkpoint")
+HEADS = ("task", "step", "checkpoint", "weights_sha256")
 
 
 @dataclass(frozen=True)

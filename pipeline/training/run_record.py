@@ -14,6 +14,7 @@ from pipeline.checkpoint.mirror import UploadOutcome
 from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config, LoggingConfig
+from pipeline.evaluation.results import set_aside_results
 from pipeline.report.page import write_report
 from pipeline.run_folder.layout import CONFIG_FILE, REPORT_FOLDER
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, read_metrics
@@ -25,8 +26,11 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
-    The constructor deletes the rows of steps after ``resumed_step``. Some keys of ``backend.deepspeed`` can make the
-    results differ from those of other backends. If the config sets such keys, each row lists them.
+    The constructor deletes the rows of steps after ``resumed_step``, and renames the results in ``evaluation/`` of
+    checkpoints after this step.
+
+    Some keys of ``backend.deepspeed`` can make the results differ from those of other backends. If the config sets such
+    keys, each row lists them.
     """
 
     def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
@@ -43,6 +47,7 @@ class RunRecord:
             if resumed_step:
                 elapsed = (row.get("elapsed_s", 0.0) for row in read_metrics(self.run_folder))
                 self._started -= max(elapsed, default=0.0)
+            set_aside_results(self.run_folder, resumed_step)
             write_json_durably(self.run_folder / CONFIG_FILE, dump_config(config))
             self._sinks = _create_sinks(config.logging, self.run_folder)
             for sink in self._sinks:

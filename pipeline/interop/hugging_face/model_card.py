@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.checkpoint.inspection import find_different_numbers
 from pipeline.checkpoint.json_files import read_json_object
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
@@ -63,7 +64,7 @@ def model_card(checkpoint: Path, state: TrainingState, config: Config, weights: 
     sections = [
         _training(state, config, weights, changes),
         _curve(rows, has_picture=bool(picture)),
-        _evaluation(run_folder, state.step, weights),
+        _evaluation(run_folder, read_manifest(checkpoint).weights_sha256(weights)),
     ]
     text = _CARD.format(
         metadata=metadata.to_yaml(),
@@ -121,12 +122,12 @@ def _curve(rows: list[dict[str, Any]], *, has_picture: bool) -> str:
     return f"{table}\n![Loss against steps]({CURVE_FILE})\n" if has_picture else table
 
 
-def _evaluation(run_folder: Path, step: int, weights: str) -> str:
+def _evaluation(run_folder: Path, sha256: str) -> str:
     cells: list[tuple[str, ...]] = []
     for path in sorted((run_folder / EVALUATION_FOLDER).glob("*.json")):
         with suppress(CheckpointError):  # after a crash, a file can be incomplete
             result = read_json_object(path)
-            if result.get("step") == step and result.get("weights", "training") == weights:
+            if result.get("weights_sha256") == sha256:
                 values = {key.replace("_", " "): value for key, value in result.items() if isinstance(value, float)}
                 cells += [(path.stem, key, f"{value:.4f}") for key, value in values.items()]
     return _table("Evaluation", ("task", "measure", "value"), cells) if cells else ""

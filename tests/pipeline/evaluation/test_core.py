@@ -19,7 +19,7 @@ from data_tools.vocabulary import END_OF_TEXT
 from pipeline.errors import ConfigError
 from pipeline.evaluation.core import CORE, prepare_core
 from pipeline.evaluation.examples import Settings
-from pipeline.evaluation.results import format_table
+from pipeline.evaluation.results import format_table, hash_folder
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.tasks import prepare_task
 from pipeline.model.gpt2 import GPT2
@@ -151,7 +151,7 @@ def test_core_is_a_task_like_others(bundle: Path, scorer: Scorer) -> None:
     table = format_table({CORE: {"step": 1, "checkpoint": "here", **result}})
     assert "core" in table and "pronouns" in table and "centered" in table
     whole = prepare_core(str(bundle), Settings(), CORE)
-    assert whole.facts["data_sha256"] == result["data_sha256"] and not math.isnan(result[CORE])
+    assert whole.facts["data_sha256"] == result["data_sha256"] == hash_folder(bundle) and not math.isnan(result[CORE])
 
 
 def test_a_mistake_is_one_line(bundle: Path, scorer: Scorer, tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
-"""Results are found again in the run folder, and shown as a table."""
+"""Results are shown as a table, and set aside if the run goes back."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from pipeline.evaluation.results import find_results, format_table
+from pipeline.evaluation.results import format_table, set_aside_results
 
 RESULT = {
     "task": "validation",
@@ -35,22 +34,10 @@ def test_figures_are_aligned() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_results_of_a_step_are_found(tmp_path: Path) -> None:
-    assert find_results(tmp_path, ["validation"], 7) is None
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "validation.json").write_text(json.dumps(RESULT))
-    assert find_results(tmp_path, ["validation"], 7) == {"validation": RESULT}
-    assert find_results(tmp_path, ["validation"], 8) is None
-    assert find_results(tmp_path, ["validation", "other"], 7) is None
-
-
-def test_damaged_results_and_results_of_other_data_are_not_found(tmp_path: Path) -> None:
-    path = tmp_path / "evaluation" / "validation.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({**RESULT, "data": "data/mine"}))
-    for data_of_run, is_found in (("data/mine", True), (os.path.abspath("data/mine"), True), ("data/other", False)):
-        found = find_results(tmp_path, ["validation"], 7, {"validation": data_of_run})
-        assert (found is not None) == is_found
-    for damaged in ("", '{"step": 7', "[7]"):
-        path.write_text(damaged)
-        assert find_results(tmp_path, ["validation"], 7) is None
+def test_results_of_later_steps_are_set_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    for name, text in (("a", '{"step": 7}'), ("b", '{"step": 8}'), ("c", '{"step": 9'), ("d", '{"step": "late"}')):
+        (folder / f"{name}.json").write_text(text)
+    set_aside_results(tmp_path, 7)
+    assert sorted(os.listdir(folder)) == ["a.json", "b.json.abandoned", "c.json", "d.json"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,38 @@ class TestOnACheckpoint:
         assert shown == [found]
         written = json.loads(files[0].read_text())
         assert written == found["validation"]
-        assert find_results(run_folder, ["validation"], 7) == found
         assert written["loss"] == pytest.approx(results["loss"], rel=1e-6)
         assert written["step"] == 7
         assert Path(written["checkpoint"]) == run_folder / "checkpoints" / "step_00000007"
+
+    @pytest.mark.parametrize("kind", ["shards", "mixture"])
+    def test_only_results_of_the_same_weights_and_data_are_found(
+        self, kind: str, data: Path, tmp_path: Path, world: World
+    ) -> None:
+        shards = shutil.copytree(data, tmp_path / "data")
+        mixture = [{"path": str(path), "name": path.name, "weight": 1.0} for path in (shards, tmp_path / "other")]
+        write_shards(tmp_path / "other", {"train": [np.arange(60)]})
+        config = tiny_config(tmp_path / "run", data={"path": str(shards)} if kind == "shards" else {"mixture": mixture})
+        backend = DdpBackend(randomised_model(config.model), config, world)
+
+        def save(step: int) -> Path:
+            state = TrainingState(step, 28, 336, 7, 1.0, 0, config.run.seed)
+            return save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 3)
+
+        checkpoint = save(7)
+        found, [file] = run_tasks(checkpoint, ["validation"], Settings(), ALONE)
+        assert find_results(checkpoint, config) == found
+        assert find_results(save(8), config) == found, "the weights are the same"
+        backend.draw_weights(3)
+        assert find_results(save(9), config) is None
+        for damaged in ("", "[7]", json.dumps({**found["validation"], "weights_sha256": None})):
+            file.write_text(damaged)
+            assert find_results(checkpoint, config) is None
+        file.write_text(json.dumps(found["validation"]))
+        assert find_results(checkpoint, config) == found
+        shutil.rmtree(shards)
+        write_shards(shards, {"train": [np.arange(60)], "val": [np.arange(70)]})
+        assert find_results(checkpoint, config) is None
 
     def test_on_a_cpu_weights_are_packed_in_the_dtype_of_matrix_products(
         self, run_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -142,7 +171,7 @@ class TestOnACheckpoint:
         assert files == [tmp_path / "run" / "evaluation" / "validation_ema.json"]
         assert found["validation_ema"]["weights"] == "ema" and "weights" not in own["validation"]
         assert found["validation_ema"]["loss"] == expected["validation"]["loss"] != own["validation"]["loss"]
-        assert find_results(tmp_path / "run", ["validation"], 7) == own
+        assert find_results(tmp_path / "run" / "checkpoints" / "step_00000007", config) == own
 
         exported = export_checkpoint(tmp_path / "run", tmp_path / "out", "float32", "ema").path
         positions = load_file(exported / "model.safetensors")["transformer.wpe.weight"]
@@ -241,21 +270,26 @@ class TestOnACheckpoint:
         assert row["val_loss_second"] is None
 
     def test_the_scores_of_examples_are_written(self, tmp_path: Path, world: World) -> None:
-        config = tiny_config(tmp_path / "run", model={"vocab_size": 50257, "context_length": 60})
-        backend = DdpBackend(randomised_model(config.model), config, world)
-        save_checkpoint(
-            tmp_path / "run", TrainingState(7, 28, 336, 7, 1.0, 0, 1337), dump_config(config), backend, world, 1
-        )
         paths = {
             "piqa": str(write_lines(tmp_path / "piqa.jsonl", PIQA)),
             "own": str(write_lines(tmp_path / "own.jsonl", LAMBADA)),
         }
+        evaluation = {"tasks": ["own"], "data": {"own": paths["own"]}}
+        model = {"vocab_size": 50257, "context_length": 60}
+        config = tiny_config(tmp_path / "run", model=model, evaluation=evaluation)
+        backend = DdpBackend(randomised_model(config.model), config, world)
+        checkpoint = save_checkpoint(
+            tmp_path / "run", TrainingState(7, 28, 336, 7, 1.0, 0, 1337), dump_config(config), backend, world, 1
+        )
         file, settings = tmp_path / "examples.jsonl", Settings(limits={"piqa": 2})
         found, _ = run_tasks(tmp_path / "run", ["piqa", "own"], settings, ALONE, paths=paths, examples_file=file)
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert [row["task"] for row in rows] == ["piqa_first2"] * 2 + ["own"] * len(LAMBADA)
         right = sum(row["choice"] == row["gold"] for row in rows if row["task"] == "piqa_first2")
         assert found["piqa_first2"]["acc"] == right / 2
+        assert find_results(checkpoint, config) == {"own": found["own"]}
+        write_lines(tmp_path / "own.jsonl", LAMBADA[:1])
+        assert find_results(checkpoint, config) is None
 
     @pytest.mark.parametrize(
         ("tasks", "file", "expected"),

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pieces import GROUPS, group_of, piece_key
 from pipeline.checkpoint.saving import Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState
@@ -73,10 +75,10 @@ def run_folder(text_model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Pa
     rows += [{"step": 0, "val_loss": 10.9}, {"step": STEP, "val_loss": 4.321}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "evaluation").mkdir()
-    for name, step in (("validation", STEP), ("older", STEP - 1)):
-        (folder / "evaluation" / f"{name}.json").write_text(
-            json.dumps({"step": step, "bits_per_byte": 1.2345 if name == "validation" else 9.8765})
-        )
+    own = read_manifest(list_checkpoints(folder)[-1]).weights_sha256()
+    for name, sha256, figure in (("validation", own, 1.2345), ("other", "", 9.8765)):
+        result = {"step": STEP, "weights_sha256": sha256, "bits_per_byte": figure}
+        (folder / "evaluation" / f"{name}.json").write_text(json.dumps(result))
     return folder
 
 

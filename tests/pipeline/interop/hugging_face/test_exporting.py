@@ -127,7 +127,7 @@ def test_the_card_has_the_curve_and_the_results(exported: Path) -> None:
     assert "| 7 | 4.0000 | 4.3210 |" in card
     assert "| 8 |" not in card  # after the checkpoint
     assert "| validation | bits per byte | 1.2345 |" in card
-    assert "9.8765" not in card  # of another step
+    assert "9.8765" not in card  # of other weights
     assert "![Loss against steps](loss.png)" in card
     assert (exported / "loss.png").read_bytes().startswith(b"\x89PNG")
 
