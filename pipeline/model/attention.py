@@ -113,10 +113,13 @@ def _choose(kernels: list[SDPBackend], q: Tensor, dropout: float) -> SDPBackend 
 
 
 def _runs(kernel: SDPBackend, q: Tensor, dropout: float) -> bool:
+    """Return whether a kernel supports the arguments. Too little memory or a broken GPU are errors."""
     try:
         with sdpa_kernel([kernel]):
             y = F.scaled_dot_product_attention(q, q, q, dropout_p=dropout, is_causal=True)
             y.sum().backward()  # type: ignore[no-untyped-call]
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except RuntimeError:
         return False
     return True

@@ -86,6 +86,15 @@ def test_a_missing_fused_kernel_is_logged(monkeypatch: pytest.MonkeyPatch, caplo
     assert "no fused kernel for cpu, float32, head size 64 and dropout 0;" in caplog.text
 
 
+def test_too_little_memory_does_not_count_as_a_missing_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fail)
+    with pytest.raises(torch.OutOfMemoryError), fastest_kernel(CPU, torch.float32, (1, 1, 8, 64), 0.0):
+        pass
+
+
 def test_the_kernel_is_chosen_with_the_dropout_of_the_run(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), fastest_kernel(CPU, torch.float32, (1, 1, 8, 64), dropout=0.1) as name:
         assert name == "MATH"  # the fused kernel for CPUs has no dropout
