@@ -57,25 +57,32 @@ def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
 
 
 def check_devices() -> Iterator[Finding]:
-    """Check whether torch can use the GPUs, and how much memory is free on each."""
+    """Check whether torch can use the GPUs, how much memory is free on each, and which attention kernel each runs."""
     if not torch.cuda.is_available():
         yield _check_without_gpu()
         return
+    kernels: dict[str, list[str]] = {}  # kernel -> the GPUs that use it
+    old: list[str] = []
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         free, total = torch.cuda.mem_get_info(device)
         says = f"{device_name(device)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         cure = "another process uses it; nvidia-smi shows which one"
         yield _rate(f"cuda:{index}", says, cure, size=free, comfortable=total / 2)
-    if torch.cuda.get_device_capability() < (8, 0):
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            old.append(str(device))
+        with fastest_kernel(device, torch.float16, QUERIES, dropout=0.0) as kernel:
+            kernels.setdefault(kernel, []).append(str(device))
+    if old:
         cure = "use run.precision amp_fp16 or fp32"
-        yield Finding("bf16", "note", "this GPU is older than Ampere, so bf16 is slow or missing", cure)
-    with fastest_kernel(torch.device("cuda"), torch.float16, QUERIES, dropout=0.0) as kernel:
+        yield Finding("bf16", "note", f"{', '.join(old)}: older than Ampere, so bf16 is slow or missing", cure)
+    for kernel, devices in kernels.items():
         if kernel == "MATH":
             cure = "install a torch that was built for this GPU"
-            yield Finding("attention", "note", "no fused kernel on this GPU, only slow plain matrix products", cure)
+            says = f"{', '.join(devices)}: no fused kernel, only slow plain matrix products"
+            yield Finding("attention", "note", says, cure)
         else:
-            yield Finding("attention", "ok", kernel)
+            yield Finding("attention", "ok", f"{kernel} on {', '.join(devices)}")
 
 
 def _check_without_gpu() -> Finding:
