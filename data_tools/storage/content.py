@@ -66,7 +66,7 @@ def describe_decoded(content: bytes) -> str | None:
     contain only NUL bytes, and text in UTF-16. ``content`` is the beginning of the file.
     """
     head = content[:_HEAD_BYTES]
-    kind = "utf-16" if _holds_utf16(head) else _recognize(head)
+    kind = _recognize(head)
     return _KINDS[kind][1] if kind in _DECODED_KINDS else None
 
 
@@ -92,20 +92,22 @@ def _begins(head: bytes, kind: str) -> bool:
 
 
 def _is_utf16_without_mark(head: bytes) -> bool:
-    """Return whether bytes look like ASCII text in UTF-16: exactly every second byte is zero."""
+    """Return whether bytes look like text in UTF-16: zeros are at even positions only, or at odd positions only.
+
+    In UTF-16, each space and each ASCII character has a zero byte, also among other letters. A short text counts only
+    if it is all ASCII.
+    """
     if len(head) < _SHORTEST_UTF16:
         return False
-    halves = head[::2], head[1::2]
-    return any(not zeros.strip(b"\0") and text.isascii() and 0 not in text for zeros, text in (halves, halves[::-1]))
-
-
-def _holds_utf16(head: bytes) -> bool:
-    """Return whether text looks like UTF-16 because of zeros at even positions only, or at odd positions only.
-
-    In UTF-16, each space and each ASCII character has a zero byte, also among other letters.
-    """
-    even, odd = head[::2].count(0), head[1::2].count(0)
-    return min(even, odd) == 0 and max(even, odd) * _LARGEST_BYTES_PER_ZERO >= len(head) >= _FEWEST_BYTES
+    for first, encoding in ((0, "utf-16-be"), (1, "utf-16-le")):
+        zeros = head[first::2].count(0)
+        is_ascii = zeros == len(head[first::2]) and head.isascii()
+        if 0 in head[1 - first :: 2] or not (is_ascii or zeros * _LARGEST_BYTES_PER_ZERO >= len(head) >= _FEWEST_BYTES):
+            continue
+        text = head.decode(encoding, errors="ignore")  # the last character may be incomplete
+        if all(c.isprintable() or c in "\ufeff\t\n\r\f" for c in text):
+            return True
+    return False
 
 
 def begins_as(path: Path | str, kind: str) -> bool:

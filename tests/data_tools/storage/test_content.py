@@ -72,6 +72,7 @@ def npy_bytes() -> bytes:
         ("text".encode("utf-16"), "text in UTF-16; save it as UTF-8"),
         ("text".encode("utf-16-le"), "text in UTF-16; save it as UTF-8"),
         ("text".encode("utf-16-be"), "text in UTF-16; save it as UTF-8"),
+        (("Ein schöner Tag für größere Übungen. " * 9).encode("utf-16-le"), "text in UTF-16; save it as UTF-8"),
         ("text".encode("utf-32"), "text in UTF-32"),
         (b"%PDF-1.7", "is a PDF; extract its text"),
     ],
@@ -86,6 +87,8 @@ def test_nothing_is_said_of_other_content(tmp_path: Path) -> None:
     assert describe_content(tmp_path / "file") is None
     assert describe_content(tmp_path / "missing") is None
     assert describe_content("s3://bucket/file") is None
+    (tmp_path / "file").write_bytes(np.array([11, 290, 13, 262, 198, 3290] * 40, np.uint16).tobytes())  # tokens
+    assert describe_content(tmp_path / "file") is None
     (tmp_path / "file").write_bytes(gzip.compress(TEXT, mtime=0))
     assert describe_content(tmp_path / "file", "gzip") is None
     require_fetched(tmp_path / "file")
