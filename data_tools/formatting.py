@@ -1,4 +1,4 @@
-"""Format sizes and times for people."""
+"""Format sizes, times and names for people."""
 
 
 def format_size(size: int) -> str:
@@ -17,3 +17,11 @@ def format_duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02} s"
     return f"{minutes // 60:,} h {minutes % 60:02} min"
+
+
+def printable(text: str, *, line_breaks: bool = True) -> str:
+    """Replace control characters in a text by escape sequences. If ``line_breaks``, line breaks and tabs remain."""
+    kept = "\n\t" if line_breaks else ""
+    return "".join(
+        c if c in kept or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from launch.cli import ArgumentParser, local_path, positive_int, quick_imports, run_command
 from data_tools.errors import UserError
+from data_tools.formatting import printable
 from data_tools.options import AUTO, InputFormat, OutputFormat
 from pipeline.distributed.environment import set_numpy_threads_default
-from pipeline.distributed.failure import printable
 
 if TYPE_CHECKING:
     from data_tools.shards.manifest import ShardRecord

@@ -11,6 +11,7 @@ import traceback
 from contextlib import suppress
 
 from data_tools.errors import DataError, UserError
+from data_tools.formatting import printable
 from pipeline.distributed.environment import launched_local_rank, launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError, MainRankError
 
@@ -75,13 +76,6 @@ def _wait_for_end() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(_OTHER_RANKS_WAIT_S)
-
-
-def printable(text: str) -> str:
-    """Replace control characters in a text by escape sequences. Line breaks and tabs do not change."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
 
 
 def _describe(error: BaseException) -> tuple[int, str]:

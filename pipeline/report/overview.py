@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.formatting import format_size
+from data_tools.formatting import format_size, printable
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.state import read_state_file
 from pipeline.errors import CheckpointError, ReportError
@@ -136,7 +136,7 @@ def format_table(runs: Sequence[RunSummary]) -> str:
 
 def _cells(run: RunSummary) -> tuple[str, ...]:
     return (
-        run.folder,
+        printable(run.folder, line_breaks=False),
         run.state,
         f"{run.step:,}/{run.max_steps:,}" if run.max_steps else f"{run.step:,}",
         "" if run.loss is None else f"{run.loss:.4f}",

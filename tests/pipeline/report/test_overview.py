@@ -67,12 +67,13 @@ def test_the_last_values_are_shown(tmp_path: Path) -> None:
 
 
 def test_runs_are_listed_newest_first_with_aligned_columns(tmp_path: Path) -> None:
-    for age_s, name in ((7200, "old"), (60, "group/new"), (90000, "oldest")):
+    for age_s, name in ((7200, "old"), (60, "group/new"), (90000, "old\nest")):
         file = make_run(tmp_path / name, STARTED) / "metrics.jsonl"
         written = file.stat().st_mtime - age_s
         os.utime(file, (written, written))
     lines = format_table(summarize_runs(tmp_path)).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [f"{tmp_path}/{name}" for name in ("group/new", "old", "oldest")]
+    names = [line.split()[0].removeprefix(f"{tmp_path}/") for line in lines[1:]]
+    assert names == ["group/new", "old", r"old\nest"]
     assert len({line.index("failed") for line in lines[1:]}) == 1
     assert "2 h" in lines[2] and "1 d" in lines[3]
 
