@@ -202,10 +202,15 @@ class _PipeHandler(logging.StreamHandler[TextIO]):
             super().handleError(record)
 
 
-class _HighlightingFormatter(logging.Formatter):
+class _MarkingFormatter(logging.Formatter):
+    """Begins the line of a warning with ``warning:``. On a terminal with colours, the line is highlighted."""
+
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        return highlighted(line) if record.levelno >= logging.WARNING else line
+        if record.levelno < logging.WARNING:
+            return line
+        line = f"{record.levelname.lower()}: {line}"
+        return highlighted(line) if shows_colours(sys.stdout) else line
 
 
 def highlighted(text: str) -> str:
@@ -231,8 +236,7 @@ def start_logging() -> None:
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
     handler = _PipeHandler(sys.stdout)
-    formatter = _HighlightingFormatter if shows_colours(sys.stdout) else logging.Formatter
-    handler.setFormatter(formatter(f"{prefix}%(message)s"))
+    handler.setFormatter(_MarkingFormatter(f"{prefix}%(message)s"))
     for package in LOGGED_PACKAGES:
         logger = logging.getLogger(package)
         logger.addHandler(handler)

@@ -155,7 +155,9 @@ def test_text_that_the_terminal_cannot_show_is_escaped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("no_colour", "warning"), [("", b"\x1b[1;33mcareful\x1b[0m\r\n"), ("1", b"careful\r\n")], ids=["colour", "plain"]
+    ("no_colour", "warning"),
+    [("", b"\x1b[1;33mwarning: careful\x1b[0m\r\n"), ("1", b"warning: careful\r\n")],
+    ids=["colour", "plain"],
 )
 def test_warnings_stand_out_on_a_terminal(no_colour: str, warning: bytes) -> None:
     terminal, inside = pty.openpty()
