@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def tokenizer_files(context_length: int) -> dict[str, str]:
     }
 
 
+@cache
 def vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return GPT-2's vocabulary (token to id) and its merges. A merge is a pair of tokens that form a longer token.
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from pipeline.errors import CheckpointError
 from tests.pipeline.checkpoint.conftest import STATE, WEIGHTS, Save, state_of
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
-from tests.support.runs import child_environment
+from tests.support.runs import run_ranks
 
 
 def steps(run_folder: Path) -> list[int]:
@@ -128,7 +126,8 @@ class TestDeletion:
     ) -> None:
         for step in (1, 2, 3):
             save(step)
-        script = (
+        script = tmp_path / "delete.py"
+        script.write_text(
             "import os, signal, sys\n"
             "from pathlib import Path\n"
             "from pipeline.checkpoint import retention\n"
@@ -140,9 +139,7 @@ class TestDeletion:
             "os.unlink = die_after_two\n"
             "run = Path(sys.argv[1]); retention.delete_older(run, list_checkpoints(run)[-1], 1)\n"
         )
-        environment = child_environment()
-        killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=False, timeout=60)
-        assert killed.returncode == -signal.SIGKILL
+        assert run_ranks(1, script, [str(tmp_path)], timeout_s=60).returncode == -signal.SIGKILL
         assert [len(list(folder.iterdir())) for folder in list_leftovers(tmp_path)] == [2]
         assert [(step_of(folder), find_damage(folder)) for folder in list_checkpoints(tmp_path)] == [
             (2, None),

@@ -79,8 +79,7 @@ def test_damage_is_found_and_the_older_one_is_used(
     assert str(newer) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_link_to_nothing_is_found(save: Save) -> None:
-    folder = save()
+def test_a_link_to_nothing_is_found(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).symlink_to("nowhere")
     assert str(folder / WEIGHTS) in str(find_damage(folder))
@@ -97,8 +96,8 @@ def test_a_checkpoint_folder_may_be_a_link(save: Save, tmp_path: Path) -> None:
     assert find_damage(folder) == f"{folder / WEIGHTS}: missing"
 
 
-def test_no_bit_of_a_manifest_can_change_unnoticed(save: Save) -> None:
-    path = save() / MANIFEST
+def test_no_bit_of_a_manifest_can_change_unnoticed(folder: Path) -> None:
+    path = folder / MANIFEST
     content = path.read_bytes()
     for at in range(0, len(content) - 1, 7):
         path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
@@ -110,8 +109,8 @@ def test_no_bit_of_a_manifest_can_change_unnoticed(save: Save) -> None:
 
 
 @pytest.mark.parametrize("file", [name for name in FILES if name != MANIFEST])
-def test_no_bit_of_another_file_can_change_unnoticed(save: Save, file: str) -> None:
-    path = save() / file
+def test_no_bit_of_another_file_can_change_unnoticed(folder: Path, file: str) -> None:
+    path = folder / file
     content = path.read_bytes()
     for at in range(0, len(content), len(content) // 40):
         path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
@@ -134,33 +133,29 @@ def test_a_path_without_checkpoints(tmp_path: Path, place: str) -> None:
         locate_checkpoint(tmp_path / place)
 
 
-def test_another_format_version_is_refused(save: Save) -> None:
-    folder = save()
+def test_another_format_version_is_refused(folder: Path) -> None:
     edit_manifest(folder, lambda manifest: manifest.update(format_version=3))
     assert "format version 3, this program reads 1 and 2" in str(find_damage(folder))
 
 
 @pytest.mark.parametrize("key", ["files", "parameters", "optimizer_state"])
 @pytest.mark.parametrize("value", [None, [1], "x", {"a": 3}], ids=["none", "list", "text", "object"])
-def test_a_malformed_manifest_is_one_line(save: Save, key: str, value: Any) -> None:
-    folder = save()
+def test_a_malformed_manifest_is_one_line(folder: Path, key: str, value: Any) -> None:
     edit_manifest(folder, lambda manifest: manifest.update({key: value}))
     with pytest.raises(CheckpointError, match=r"manifest\.json: (malformed|'a' is not a file)"):
         read_manifest(folder)
     assert "\n" not in str(find_damage(folder))
 
 
-def test_a_manifest_of_something_else_is_one_line(save: Save, corpus: Path) -> None:
+def test_a_manifest_of_something_else_is_one_line(folder: Path, corpus: Path) -> None:
     """Token shards have a manifest.json too."""
     with pytest.raises(CheckpointError, match=r"manifest\.json: "):
         locate_checkpoint(corpus)
-    folder = save()
     (folder / MANIFEST).write_text(json.dumps([1]))
     assert find_damage(folder) == f"{folder / MANIFEST}: expected a JSON object"
 
 
-def test_a_malformed_state_is_one_line(save: Save) -> None:
-    folder = save()
+def test_a_malformed_state_is_one_line(folder: Path) -> None:
     (folder / STATE).write_text('{"step": 3}')
     with pytest.raises(CheckpointError, match=r"state\.json: malformed"):
         read_state(folder)

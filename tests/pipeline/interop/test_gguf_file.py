@@ -16,6 +16,7 @@ from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
 from pipeline.errors import CheckpointError
 from pipeline.generation.writer import load_writer
+from pipeline.interop import gguf_file
 from pipeline.interop.gguf_file import export_gguf
 from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import largest_file, random_tokens
@@ -48,9 +49,13 @@ def run_folder(model: GPT2, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def readers(run_folder: Path) -> dict[str, Any]:
-    """Return the exported files by dtype, opened by llama.cpp's package."""
-    paths = {dtype: run_folder.parent / f"{dtype}.gguf" for dtype in ROUNDING}
-    return {dtype: gguf.GGUFReader(export_gguf(run_folder, path, dtype).path) for dtype, path in paths.items()}
+    """Return the exported files by dtype, opened by llama.cpp's package. Only float32 has the whole tokenizer."""
+    opened = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for dtype in ROUNDING:
+            opened[dtype] = gguf.GGUFReader(export_gguf(run_folder, run_folder.parent / f"{dtype}.gguf", dtype).path)
+            patch.setattr(gguf_file, "vocabulary_and_merges", lambda: ({"a": 0, "b": 1}, [("a", "b")]))
+    return opened
 
 
 def read_tensors(reader: Any) -> dict[str, np.ndarray]:

@@ -142,14 +142,14 @@ class TestInitialWeights:
 
     def test_initial_loss(self, gpt2_124m: GPT2) -> None:
         """The loss is ln V plus half the variance of the logits, which are sums of C products of 0.02 and 1."""
-        inputs, targets = shift(random_tokens(8, 129, vocab_size=50257))
+        inputs, targets = shift(random_tokens(4, 129, vocab_size=50257))
         with torch.no_grad():
             loss = gpt2_124m.loss(inputs, targets).item() / targets.numel()
         assert loss == pytest.approx(math.log(50257) + 768 * 0.02**2 / 2, abs=0.05)
 
     def test_initial_loss_of_a_narrow_model_is_ln_v(self) -> None:
         config = ModelConfig.model_validate({"n_layer": 12, "n_head": 12, "n_embd": 192, "context_length": 128})
-        inputs, targets = shift(random_tokens(16, 129, vocab_size=50257))
+        inputs, targets = shift(random_tokens(4, 129, vocab_size=50257))
         with torch.no_grad():
             loss = build_model(config, seed=1337).loss(inputs, targets).item() / targets.numel()
         assert loss == pytest.approx(math.log(50257), abs=0.1)

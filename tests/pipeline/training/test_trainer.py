@@ -131,7 +131,7 @@ def samples_of_step(step: int) -> range:
 
 
 class TestLoop:
-    def test_every_step_is_trained_and_what_is_due_happens(self, make_trainer: MakeTrainer) -> None:
+    def test_every_step_is_trained_and_what_is_due_happens_and_is_recorded(self, make_trainer: MakeTrainer) -> None:
         """Logged every 3 steps, at the first, the last and each checkpoint; all is due at the last step."""
         trainer = make_trainer()
         trainer.fit()
@@ -141,11 +141,12 @@ class TestLoop:
         assert list(rows_with(trainer, "loss")) == [1, 3, 4, 6, 8, 9, 10]
         assert list(rows_with(trainer, "val_loss")) == [0, 5, 10]
         assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [4, 8, 10]
-        assert [read_state(folder)[0].step for folder in list_checkpoints(trainer.run_folder)] == [4, 8, 10]
+        states = [read_state(folder)[0] for folder in list_checkpoints(trainer.run_folder)]
+        assert [state.step for state in states] == [4, 8, 10]
+        assert states[-1].data_sha256 == data_sha256(trainer.loader.datasets)
+        assert states[-1].seed == trainer.config.run.seed
+        assert Config.model_validate_json((trainer.run_folder / "config.json").read_text()) == trainer.config
 
-    def test_rows_hold_the_figures_of_their_step(self, make_trainer: MakeTrainer) -> None:
-        trainer = make_trainer()
-        trainer.fit()
         for step, learning_rate in rows_with(trainer, "lr").items():
             assert learning_rate == lr_at(step - 1, trainer.config.optimizer, trainer.config.schedule)
         assert rows_with(trainer, "tokens")[6] == 6 * TOKENS_PER_STEP
@@ -154,6 +155,10 @@ class TestLoop:
             "loss": rows_with(trainer, "loss")[STEPS],
             "validation_loss": rows_with(trainer, "val_loss")[STEPS],
         }
+        started = rows_with(trainer, "started")[0]
+        assert started["world_size"] == 1
+        assert started["backend"] == trainer.backend.describe()
+        assert {"command", "host", "launcher", "python", "packages", "git", "device"} <= started.keys()
 
     def test_a_row_has_the_mean_loss_since_the_row_before(self, make_trainer: MakeTrainer) -> None:
         every, some = make_trainer("every", logging={"every_steps": 1}), make_trainer("some")
@@ -165,14 +170,6 @@ class TestLoop:
             assert mean == pytest.approx(np.mean([losses[s] for s in range(before + 1, step + 1)]), rel=1e-12)
             before = step
         assert before == STEPS
-
-    def test_the_start_is_recorded(self, make_trainer: MakeTrainer) -> None:
-        trainer = make_trainer()
-        trainer.fit()
-        started = rows_with(trainer, "started")[0]
-        assert started["world_size"] == 1
-        assert started["backend"] == trainer.backend.describe()
-        assert {"command", "host", "launcher", "python", "packages", "git", "device"} <= started.keys()
 
     @pytest.mark.parametrize("data", ["plain", "masked"])
     def test_the_batch_decides_and_not_how_it_is_divided(self, make_trainer: MakeTrainer, data: str) -> None:
@@ -326,13 +323,6 @@ class TestResume:
         losses = rows_with(whole, "loss")
         assert rows_with(resumed, "loss") == {step: loss for step, loss in losses.items() if step > 4}
         assert list(rows_with(resumed, "val_loss")) == [5, 10], "only step 0 is evaluated before training"
-
-    def test_a_checkpoint_knows_its_data(self, make_trainer: MakeTrainer) -> None:
-        trainer = make_trainer()
-        trainer.fit()
-        state, _ = read_state(list_checkpoints(trainer.run_folder)[-1])
-        assert state.data_sha256 == data_sha256(trainer.loader.datasets)
-        assert state.seed == trainer.config.run.seed
 
 
 class ReceivesASignal(World):
@@ -587,9 +577,3 @@ class TestSpikes:
         assert "no checkpoint yet to roll back to" in caplog.text
         assert (trainer.state.step, trainer.state.updates, trainer.state.samples) == (16, 16, 16 * SAMPLES_PER_STEP)
         assert rows_with(trainer, "left_out_samples") == {}
-
-
-def test_a_config_reaches_the_run_folder(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer()
-    trainer.fit()
-    assert Config.model_validate_json((trainer.run_folder / "config.json").read_text()) == trainer.config

@@ -71,22 +71,21 @@ def greedy_of_theirs(theirs: Any, prompts: list[list[int]], count: int) -> list[
 
 
 @pytest.mark.parametrize("lengths", [[9], [9, 9, 9, 9], [3, 17, 1, 9]])
-@pytest.mark.parametrize("packed", [False, True])  # as launch/generate.py has it on a CPU
-def test_greedy_texts_are_the_same_for_200_tokens(
-    text_model: GPT2, theirs: Any, lengths: list[int], packed: bool
-) -> None:
-    if packed:
-        text_model = copy.deepcopy(text_model)
-        pack_linear_layers(text_model, torch.float32, rows=len(lengths))
+def test_greedy_texts_are_the_same_for_200_tokens(text_model: GPT2, theirs: Any, lengths: list[int]) -> None:
+    """Also with packed linear layers, as launch/generate.py has it on a CPU."""
+    packed = copy.deepcopy(text_model)
+    pack_linear_layers(packed, torch.float32, rows=len(lengths))
     prompts = [random_tokens(length, vocab_size=50256, seed=length + i).tolist() for i, length in enumerate(lengths)]
-    texts: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate_batch(Decoder(text_model), prompts, SampleConfig(temperature=0, max_new_tokens=200)):
-        for row, token in tokens.items():
-            texts[row].append(token)
-    assert texts == greedy_of_theirs(theirs, prompts, 200)
-    assert len({tuple(text) for text in texts}) == len(prompts)
-    if len(prompts) == 1:
-        assert texts[0] == list(generate(text_model, prompts[0], 200, temperature=0))
+    expected = greedy_of_theirs(theirs, prompts, 200)
+    assert len({tuple(text) for text in expected}) == len(prompts)
+    for model in (text_model, packed):
+        texts: list[list[int]] = [[] for _ in prompts]
+        for tokens in generate_batch(Decoder(model), prompts, SampleConfig(temperature=0, max_new_tokens=200)):
+            for row, token in tokens.items():
+                texts[row].append(token)
+        assert texts == expected
+        if len(prompts) == 1:
+            assert texts[0] == list(generate(model, prompts[0], 200, temperature=0))
 
 
 TEXTS = ["Hello world", " Grüße, 世界! 🎉🎉\n\n\ttabs", "don't I'LL we've 12345 ½", "", " ", "x" * 300, "<|endoftext"]
