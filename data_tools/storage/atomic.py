@@ -3,7 +3,8 @@
 Everything is written under a temporary name (the *aside* path), fsynced, and renamed to its final name. After a crash,
 the next write replaces what is left at the aside path.
 
-If several processes write into one folder, one of them calls ``make_empty_folder`` first and ``publish_folder`` last.
+If several processes write into one folder, one of them calls ``make_empty_folder`` first. Then each process writes and
+fsyncs its files. Last, one of them fsyncs the folder and calls ``publish``.
 """
 
 import json
@@ -33,6 +34,17 @@ def fsync_file(path: Path) -> None:
     """Fsync a file that another library or process has written."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def drop_from_page_cache(path: Path) -> None:
+    """Ask the system to drop its copy of a file from memory, so that the next read comes from the disk or the server.
+
+    Fsync the file before this call, because the system keeps bytes that it has not written yet. This is best effort:
+    macOS and Windows always keep the copy, other systems may keep it, and the disk can answer from its own cache.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as file, suppress(OSError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def fsync_folder(path: Path) -> None:
@@ -136,10 +148,7 @@ def make_empty_folder(folder: Path) -> None:
 
 
 def publish_folder(aside: Path, target: Path) -> None:
-    """Fsync everything in the folder ``aside``, then rename it to ``target`` with ``publish``.
-
-    Processes on other machines must fsync their files in ``aside`` before this call.
-    """
+    """Fsync everything in the folder ``aside``, then rename it to ``target`` with ``publish``."""
     for folder, _, names in os.walk(aside):
         for name in names:
             fsync_file(Path(folder, name))

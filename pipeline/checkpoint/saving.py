@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_tools.errors import UserError
-from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, publish_folder, write_json_durably
+from data_tools.storage.atomic import fsync_folder, hidden_partial_path, make_empty_folder, publish, write_json_durably
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_folder, tensor_file
 from pipeline.checkpoint.manifest import CheckpointManifest, FileEntry, read_manifest
@@ -43,7 +43,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A complete checkpoint. The ranks have read back its tensor files, and found the bytes that they wrote."""
+    """A complete checkpoint. The ranks have read back its tensor files, and found the bytes that they wrote.
+
+    ``write_tensors`` says where the files were read from.
+    """
 
     folder: Path
     bytes_of_rank: dict[int, int]
@@ -164,10 +167,14 @@ def complete_and_publish(aside: Path, folder: Path, state: StateFile, snapshot: 
 
 
 def publish_checkpoint(aside: Path, folder: Path) -> None:
-    """Rename the temporary folder ``aside`` to ``folder``. An existing ``folder`` is replaced."""
+    """Rename the temporary folder ``aside`` to ``folder``. An existing ``folder`` is replaced.
+
+    The ranks must have fsynced all files in ``aside``.
+    """
     if folder.exists():  # damaged: otherwise the run would have continued from this checkpoint
         delete_checkpoint(folder)
-    publish_folder(aside, folder)
+    fsync_folder(aside)
+    publish(aside, folder)
 
 
 def package_versions() -> dict[str, str]:

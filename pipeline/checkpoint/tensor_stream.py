@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_tools.storage.atomic import fsync_file
+from data_tools.storage.atomic import drop_from_page_cache, fsync_file
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.manifest import FileEntry
@@ -43,6 +43,9 @@ def in_memory(tensor: Tensor) -> StreamedTensor:
 def write_tensors(path: Path, tensors: dict[str, StreamedTensor], metadata: dict[str, str] | None = None) -> FileEntry:
     """Write and fsync a safetensors file, and read it back. Only one tensor is in memory at a time.
 
+    Where the system can drop a file from the page cache, the bytes are read back from the disk or the server
+    (``drop_from_page_cache``).
+
     If all tensors have one dtype, the file has the same bytes as a file from the safetensors library.
 
     Returns:
@@ -64,6 +67,7 @@ def write_tensors(path: Path, tensors: dict[str, StreamedTensor], metadata: dict
             digest.update(content)
             file.write(content)
     fsync_file(path)
+    drop_from_page_cache(path)
     if sha256_of_file(path) != digest.hexdigest():
         raise CheckpointError(f"{path.name}: was not written correctly")
     return FileEntry(path.stat().st_size, digest.hexdigest(), is_finite)
