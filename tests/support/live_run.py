@@ -174,9 +174,9 @@ class LiveRun(LiveCommand):
         """Return the last training step that the run has logged, or 0."""
         return last_logged_step(self.run_folder)
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 300) -> None:
         """Wait until a training step is in the metrics. Its line in the output may come later."""
-        self.wait_until(lambda: self.last_step() >= step)
+        self.wait_until(lambda: self.last_step() >= step, timeout_s)
 
     def release(self) -> None:
         """Let a held run continue. Ranks that the launcher restarts do not wait again."""
