@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -37,8 +38,10 @@ def measure_matmul_ceiling(
         candidates = _short_products([*candidates, *shapes], dtype, _LONGEST_PRODUCT * seconds)
     products = [_Product(shape, dtype, device) for shape in dict.fromkeys(candidates)]
     slice_s = seconds / (_CEILING_ROUNDS * len(products))
-    # The first round warms up. Other programs can make a round slower, so the fastest round counts.
-    return max(product.measure(slice_s) for _ in range(_CEILING_ROUNDS) for product in products)
+    for product in products:
+        product.measure(0.0)  # warms up
+    flops, fastest = max(((product.measure(slice_s), product) for product in products), key=itemgetter(0))
+    return max(flops, fastest.measure(slice_s))  # other programs may have made the first measurement slower
 
 
 def _short_products(shapes: Sequence[ProductShape], dtype: torch.dtype, longest_s: float) -> list[ProductShape]:
