@@ -311,12 +311,23 @@ def test_the_check_runs_on_a_cpu_and_continues_after_a_stop(tmp_path: Path) -> N
     assert "a rehearsal without a GPU" in page and "| b: correctness | 2 | 0 | 0 |" in page
 
 
+class Machine(Runner):
+    """Records an outcome of the step that describes the machine, without running it."""
+
+    def __init__(self, record: Record, outcome: dict[str, Any]) -> None:
+        super().__init__(record, 0, workers=1)
+        self.outcome = outcome
+
+    def run_one(self, step: Step) -> None:
+        self.record.add(step.name, self.outcome)
+
+
 def test_results_of_another_machine_are_refused(tmp_path: Path) -> None:
-    Record(tmp_path).add("machine", {"status": PASSED, "figures": ONE_GPU})
-    call = gpu_check(tmp_path, "--only", "data")
-    result = subprocess.run(call, cwd=REPOSITORY, env=child_environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "has results of another machine (device_type cuda is now cpu" in result.stderr
+    record = Record(tmp_path)
+    record.add("machine", {"status": PASSED, "figures": ONE_GPU})
+    cpu = Machine(record, {"status": PASSED, "figures": {**ONE_GPU, "device_type": "cpu"}})
+    with pytest.raises(SystemExit, match=r"has results of another machine \(device_type cuda is now cpu"):
+        command.find_machine("cpu", cpu)
     assert json.loads((tmp_path / RESULTS_FILE).read_text())["machine"]["figures"] == ONE_GPU
 
 
@@ -325,13 +336,9 @@ def test_results_of_another_machine_are_refused(tmp_path: Path) -> None:
 )
 def test_a_machine_that_cannot_be_described_is_one_line(log: list[str], line: str, tmp_path: Path) -> None:
     """A step that is stopped before it prints anything has an empty log."""
-
-    class Slow(Runner):
-        def run_one(self, step: Step) -> None:
-            self.record.add(step.name, {"status": FAILED, "problem": "still running after 120 s", "log": log})
-
+    slow = Machine(Record(tmp_path), {"status": FAILED, "problem": "still running after 120 s", "log": log})
     with pytest.raises(SystemExit, match=rf"^error: the machine cannot be described: {line}$"):
-        command.find_machine("cuda", Slow(Record(tmp_path), 0, workers=1))
+        command.find_machine("cuda", slow)
 
 
 def test_the_command_line() -> None:

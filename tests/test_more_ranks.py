@@ -113,8 +113,8 @@ def three(train: Train, folder: Path, four: dict[str, Result]) -> dict[str, Resu
 def two(train: Train, folder: Path, four: dict[str, Result]) -> dict[str, Result]:
     """Backends on two ranks that continue from checkpoints of four ranks."""
     del four
-    pairs = (("fsdp/2", "fsdp"), ("fsdp/2", "fsdp/1"), ("fsdp/1", "zero1"), ("zero1", "fsdp"), ("zero3", "zero2"))
-    pairs += (("fsdp", "zero3"), ("zero3/2", "zero3/2"))
+    pairs = (("fsdp/2", "fsdp"), ("zero0", "fsdp/1"), ("fsdp/1", "zero1"), ("zero1", "fsdp"), ("zero3", "zero2"))
+    pairs += (("fsdp", "zero3"), ("zero2", "zero0"), ("zero3/2", "zero3/2"))
     continued = [Case(f"{before} -> {name}", name, start=saved(folder, before)) for before, name in pairs]
     return train(2, [Case("zero3", "zero3"), *continued, *reducing_in_bf16(BACKENDS)])
 
@@ -189,7 +189,7 @@ def test_checkpoints_move_between_numbers_of_ranks_and_groups(
     """From one rank to four with and without groups, from 2x2 to three and two ranks, and from four ranks to two."""
     every = [item for results in (two, three, four) for item in results.items()]
     continued = [(name, result) for name, result in every if " -> " in name or "continued" in name]
-    assert len(continued) == 14
+    assert len(continued) == 15
     for name, result in continued:
         assert len(result.losses) == STEPS - SAVED_AT, name
         assert_agrees(name, result, one["adamw"])

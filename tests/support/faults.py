@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -38,4 +39,5 @@ FAULTS: dict[str, Callable[[], None]] = {
     "loops": loop_for_ever,
     "is killed": lambda: send_self(signal.SIGKILL),
     "is suspended": lambda: send_self(signal.SIGSTOP),
+    **{f"gets {number.name}": functools.partial(send_self, number) for number in signal.Signals},
 }

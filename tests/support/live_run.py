@@ -1,4 +1,4 @@
-"""Start a training run or another command in the background, to watch, signal and kill it."""
+"""Start a training run in the background, to watch, signal and kill it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 
@@ -26,36 +25,62 @@ from tests.support.runs import (
 POLL_S = 0.02
 HELD_TRAIN = REPOSITORY / "tests" / "support" / "held_train.py"
 
-Command = TypeVar("Command", bound="LiveCommand")
 
+class LiveRun:
+    """A run of ``launch/train.py`` in its own process group. Its output goes to a file.
 
-class LiveCommand:
-    """A command of this project in its own process group. Its output goes to a file.
-
-    As a context manager, it kills all processes of the command on exit.
+    As a context manager, it kills all processes of the run on exit.
 
     Args:
-        command: the launcher, the script and the script's options.
-        script: the script, by which the ranks are recognized among the processes of the launcher.
-        environment: variables in addition to the caller's.
+        launcher: more options for torchrun. If given, a single process also runs under torchrun.
+        command: a launcher to use instead of python and torchrun, without the script.
+        name: the suffix of the output file, if several launchers start one run.
+        hold_after: every rank waits after this step, until ``release`` is called.
+        hold_in: ``step``, or ``save`` or ``evaluation`` to wait inside the save or the evaluation of this step. With
+            ``step``, a signal that asks a rank to stop also ends the wait.
     """
 
     def __init__(
-        self, command: Sequence[str], script: Path, output_path: Path, environment: dict[str, str] | None = None
+        self,
+        config: str,
+        run_folder: Path,
+        sections: Sections,
+        processes: int = 1,
+        script: Path = TRAIN,
+        launcher: Sequence[str] = (),
+        command: Sequence[str] | None = None,
+        name: str = "output",
+        hold_after: int | None = None,
+        hold_in: str = "step",
     ) -> None:
-        self.script = script
-        self.output_path = output_path
+        self.run_folder = run_folder
+        self.hold_path = run_folder.with_name(f"{run_folder.name}.hold")
+        holding = {}
+        if hold_after is not None:
+            script = HELD_TRAIN
+            self.hold_path.touch()
+            holding = {
+                "HOLD_AFTER": str(hold_after),
+                "HOLD_FILE": str(self.hold_path),
+                "HOLD_IN": hold_in,
+            }
+        arguments = train_arguments(config, run_folder, sections)
+        whole = (
+            [*command, str(script), *arguments] if command else ranks_command(processes, script, arguments, launcher)
+        )
+        self.script = script  # by which the ranks are recognized among the processes of the launcher
+        self.output_path = run_folder.with_name(f"{run_folder.name}.{name}")
         with self.output_path.open("w") as output:
             self.process = subprocess.Popen(
-                command,
+                whole,
                 cwd=REPOSITORY,
-                env={**child_environment(), **(environment or {})},
+                env={**child_environment(), **holding},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def __enter__(self: Command) -> Command:
+    def __enter__(self) -> LiveRun:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,52 +148,6 @@ class LiveCommand:
             with suppress(psutil.NoSuchProcess):
                 victim.kill()
         self.process.wait()
-
-
-class LiveRun(LiveCommand):
-    """A run of ``launch/train.py``.
-
-    Args:
-        launcher: more options for torchrun. If given, a single process also runs under torchrun.
-        environment: variables in addition to the caller's.
-        command: a launcher to use instead of python and torchrun, without the script.
-        name: the suffix of the output file, if several launchers start one run.
-        hold_after: every rank waits after this step, until ``release`` is called.
-        hold_in: ``step``, or ``save`` or ``evaluation`` to wait inside the save or the evaluation of this step. With
-            ``step``, a signal that asks a rank to stop also ends the wait.
-    """
-
-    def __init__(
-        self,
-        config: str,
-        run_folder: Path,
-        sections: Sections,
-        processes: int = 1,
-        script: Path = TRAIN,
-        launcher: Sequence[str] = (),
-        environment: dict[str, str] | None = None,
-        command: Sequence[str] | None = None,
-        name: str = "output",
-        hold_after: int | None = None,
-        hold_in: str = "step",
-    ) -> None:
-        self.run_folder = run_folder
-        self.hold_path = run_folder.with_name(f"{run_folder.name}.hold")
-        holding = {}
-        if hold_after is not None:
-            script = HELD_TRAIN
-            self.hold_path.touch()
-            holding = {
-                "HOLD_AFTER": str(hold_after),
-                "HOLD_FILE": str(self.hold_path),
-                "HOLD_IN": hold_in,
-            }
-        arguments = train_arguments(config, run_folder, sections)
-        whole = (
-            [*command, str(script), *arguments] if command else ranks_command(processes, script, arguments, launcher)
-        )
-        output_path = run_folder.with_name(f"{run_folder.name}.{name}")
-        super().__init__(whole, script, output_path, {**holding, **(environment or {})})
 
     def last_step(self) -> int:
         """Return the last training step that the run has logged, or 0."""

@@ -36,6 +36,7 @@ PRELOADED = (
     "torch._inductor.compile_fx",  # DeepSpeed imports most of it, and FSDP and DDP on several ranks some of it
     "torch.utils.tensorboard",
 )
+ANSWER_S = 600.0  # for the imports, and for a build of an extension
 GRACE_S = 30.0  # between SIGTERM and SIGKILL for the remaining ranks, as in torchrun
 
 
@@ -112,7 +113,7 @@ class RankServer:
             self._statuses[number] = status
             self._pid_known = threading.Event()
             self._server.stdin.write(json.dumps({"number": number, **request}) + "\n")
-            if self._server.poll() is not None or not self._pid_known.wait(300):
+            if self._server.poll() is not None or not self._pid_known.wait(ANSWER_S):
                 raise RuntimeError("the rank server does not answer")
             return self._pid, status
 
@@ -146,6 +147,7 @@ def _first_failure(pids: list[int], statuses: list[Future[int]], timeout_s: floa
         if failures and not failed:
             failed = failures[0]
             _signal(pids, statuses, signal.SIGTERM)
+            _signal(pids, statuses, signal.SIGCONT)  # a suspended rank receives no SIGTERM
     return failed
 
 
@@ -175,15 +177,20 @@ def serve() -> None:
 
     for module in PRELOADED:
         importlib.import_module(module)
+    from pipeline.backends.deepspeed_zero import cpu_adam_problem
+
     shorten_ceilings()
     gc.freeze()  # the ranks collect garbage, and need not look at what was imported
     requests, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(2, 1)  # what this process prints is no answer
     numbers: dict[int, int] = {}
     signal.signal(signal.SIGCHLD, lambda *_: _report_ended(numbers, answers))
     for line in os.fdopen(requests, closefd=False):
         request = json.loads(line)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        if any("offload" in argument for argument in request["argv"]):
+            cpu_adam_problem()  # loads DeepSpeed's CPUAdam once for all ranks, which takes 3 s of CPU time
         pid = os.fork()
         if pid == 0:
             os.close(requests)

@@ -1,4 +1,4 @@
-"""Run ``launch/train.py`` with one rank that fails or hangs in the middle of training.
+"""Run ``launch/train.py`` with one rank that fails, hangs or gets a signal in the middle of training.
 
 Environment:
 
@@ -66,5 +66,6 @@ if __name__ == "__main__":
     break_once(*WHERE[os.environ["STUCK_WHERE"]])
     if os.environ.get("ABORTING_RANK") == str(launched_rank()):
         heartbeat.find_lost = lambda _: os.abort()
-    dist.destroy_process_group = sleep_for_ever  # as NCCL's does while other ranks are in a collective
+    if not os.environ["STUCK_HOW"].startswith("gets "):
+        dist.destroy_process_group = sleep_for_ever  # as NCCL's does while other ranks are in a collective
     run_command(main)

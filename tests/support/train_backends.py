@@ -30,7 +30,7 @@ from tests.support.checkpoints import save_checkpoint
 from tests.support.runs import CONFIGS, Sections, merged, overrides, split_config
 
 SEED = 1  # of the initial weights
-STEPS, SAVED_AT = 6, 3
+STEPS, SAVED_AT = 4, 2
 MICRO_BATCHES = 12  # per step, a multiple of 1, 2, 3 and 4 ranks
 BATCH_SIZE, SEQ_LEN, VOCAB_SIZE = 1, 8, 89
 

@@ -9,9 +9,10 @@ import pytest
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.state import read_state
 from tests.support.agreement import LOSS_TOLERANCE
-from tests.support.runs import TINY_BYTE_RUN, TINY_RUN, Curve, Sections, curve_of, merged, read_curve
+from tests.support.runs import REPOSITORY, TINY_BYTE_RUN, TINY_RUN, Curve, Sections, curve_of, merged, read_curve
 
 STEPS, EVERY_STEPS = 14, 4
+STUCK_TRAIN = REPOSITORY / "tests" / "support" / "stuck_train.py"
 
 SHORT_RUN: Sections = {
     "model": {"dropout": 0.1},
@@ -46,6 +47,13 @@ def whole_folder(sections: Sections, tmp_path_factory: pytest.TempPathFactory) -
 def whole(whole_folder: Path) -> Curve:
     """Return the curve of the uninterrupted run."""
     return read_curve(whole_folder)
+
+
+def break_rank(monkeypatch: pytest.MonkeyPatch, rank: int, where: str, how: str, after: int = 6) -> None:
+    """Break a rank of ``STUCK_TRAIN`` after some steps."""
+    fault = {"STUCK_RANK": str(rank), "STUCK_STEP": str(after), "STUCK_WHERE": where, "STUCK_HOW": how}
+    for name, value in fault.items():
+        monkeypatch.setenv(name, value)
 
 
 def steps_of(run_folder: Path) -> list[int]:

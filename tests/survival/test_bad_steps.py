@@ -16,6 +16,19 @@ from tests.support.runs import REPOSITORY, Sections, merged, train_run
 from tests.survival.conftest import steps_of
 
 FAULTY_TRAIN = REPOSITORY / "tests" / "support" / "faulty_train.py"
+FIVE_STEPS: Sections = {"schedule": {"max_steps": 5}}
+
+
+@pytest.fixture(scope="module")
+def skipping(sections: Sections, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Return the losses of single-process DDP without step 3, which is skipped."""
+    folder = tmp_path_factory.mktemp("skipping")
+    train("ddp", 1, folder, merged(sections, FIVE_STEPS), "9", "nan")
+    return finite_losses(folder)
+
+
+def finite_losses(run_folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_folder) if "loss" in row and row["step"] != 3]
 
 
 def train(backend: str, processes: int, folder: Path, sections: Sections, samples: str, fault: str) -> tuple[int, str]:
@@ -27,16 +40,25 @@ def train(backend: str, processes: int, folder: Path, sections: Sections, sample
 
 
 @pytest.mark.parametrize(
-    ("backend", "processes", "precision"),
-    [("ddp", 1, "fp32"), ("fsdp", 2, "bf16"), ("zero0", 2, "fp32"), ("zero1", 1, "bf16"), ("zero2", 2, "fp32")]
-    + [("zero3", 2, "fp32"), ("zero3", 1, "bf16"), ("ddp", 2, "amp_fp16")],
+    ("backend", "processes", "precision", "fault"),
+    [
+        ("ddp", 1, "fp32", "nan"),
+        ("fsdp", 2, "fp32", "inf"),
+        ("zero0", 2, "fp32", "nan"),
+        ("zero1", 1, "bf16", "nan"),
+        ("zero2", 2, "fp32", "inf"),
+        ("zero3", 2, "fp32", "nan"),
+        ("zero3", 1, "bf16", "nan"),
+        ("fsdp", 2, "bf16", "nan"),
+        ("ddp", 2, "amp_fp16", "nan"),
+    ],
 )
 def test_a_step_that_is_not_finite_is_skipped(
-    backend: str, processes: int, precision: str, sections: Sections, tmp_path: Path
+    backend: str, processes: int, precision: str, fault: str, sections: Sections, tmp_path: Path, skipping: list[float]
 ) -> None:
-    """Step 3 has samples 8 to 11; sample 9 is bad, on one rank only."""
-    sections = merged(sections, {"run": {"precision": precision}, "schedule": {"max_steps": 5}})
-    status, output = train(backend, processes, tmp_path / "run", sections, "9", "nan")
+    """Step 3 has samples 8 to 11; sample 9 is bad, on one rank only. In fp32, all curves agree."""
+    sections = merged(sections, FIVE_STEPS, {"run": {"precision": precision}})
+    status, output = train(backend, processes, tmp_path / "run", sections, "9", fault)
     assert status == 0, output
     assert output.count("not finite, the step is skipped") == 1
     assert "step 3: gradient norm" in output and "(samples 8 to 11)" in output
@@ -46,21 +68,10 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert by_step[3]["grad_norm"] is None
     assert [by_step[step]["skipped_steps"] for step in (2, 3, 5)] == [0, 1, 1]
     assert all(by_step[step]["loss"] is not None for step in (4, 5))
+    if precision == "fp32":
+        assert finite_losses(tmp_path / "run") == pytest.approx(skipping, rel=0, abs=LOSS_TOLERANCE["fp32"])
     state, _ = read_state(list_checkpoints(tmp_path / "run")[-1])
     assert (state.step, state.updates) == (5, 4)
-
-
-def test_a_skip_is_the_same_on_every_backend(sections: Sections, tmp_path: Path) -> None:
-    sections = merged(sections, {"schedule": {"max_steps": 6}})
-    for backend, processes in (("ddp", 1), ("zero2", 2), ("fsdp", 1), ("zero3", 2)):
-        train(backend, processes, tmp_path / backend, sections, "9", "inf")
-    curves = {backend: read_metrics(tmp_path / backend) for backend in ("ddp", "zero2", "fsdp", "zero3")}
-    losses = {
-        backend: [row["loss"] for row in rows if "loss" in row and row["step"] != 3] for backend, rows in curves.items()
-    }
-    for backend in losses:
-        differences = [abs(a - b) for a, b in zip(losses[backend], losses["ddp"], strict=True)]
-        assert max(differences) <= LOSS_TOLERANCE["fp32"], backend
 
 
 @pytest.mark.parametrize(("backend", "processes"), [("ddp", 1), ("zero1", 2)])
@@ -76,7 +87,7 @@ def test_too_many_in_a_row_stop_the_run(backend: str, processes: int, sections: 
     assert find_damage(list_checkpoints(tmp_path / "run")[0]) is None
 
 
-@pytest.mark.parametrize(("backend", "processes"), [("ddp", 1), ("fsdp", 2), ("zero2", 2)])
+@pytest.mark.parametrize(("backend", "processes"), [("ddp", 1), ("fsdp", 2)])
 def test_a_spike_rolls_the_run_back_and_leaves_the_batch_out(
     backend: str, processes: int, sections: Sections, tmp_path: Path
 ) -> None:

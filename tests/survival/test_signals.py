@@ -17,22 +17,20 @@ from pipeline.run_folder.metrics import read_metrics
 from tests.support.agreement import LOSS_TOLERANCE
 from tests.support.live_run import LiveRun
 from tests.support.runs import Curve, Sections, curve_of, train_run
-from tests.survival.conftest import assert_same_curve
+from tests.survival.conftest import STUCK_TRAIN, assert_same_curve, break_rank
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name)
 def test_a_signal_ends_the_run_after_a_save(
-    number: signal.Signals, sections: Sections, tmp_path: Path, whole: Curve
+    number: signal.Signals, sections: Sections, tmp_path: Path, whole: Curve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    with LiveRun("ddp", folder, sections, hold_after=2) as run:
-        run.wait_until(lambda: "step  2/" in run.output)
-        run.process.send_signal(number)
-        assert run.wait() == 128 + number
-        answer, _, rest = run.output.partition(f"{number.name} received: finishing the step, then saving")
-        assert "step  2/" in answer
-        assert f"{number.name} received: stopped after step" in rest
-        assert "error" not in run.output and "Traceback" not in run.output
+    break_rank(monkeypatch, 0, "step", f"gets {number.name}", after=2)
+    result = train_run("ddp", folder, sections, script=STUCK_TRAIN)
+    assert result.returncode == 128 + number
+    assert "step  2/" in result.stdout.partition(f"{number.name} received: finishing the step, then saving")[0]
+    assert result.stderr.startswith(f"{number.name} received: stopped after step ")
+    assert "error" not in result.stdout + result.stderr and "Traceback" not in result.stderr
     (last,) = list_checkpoints(folder)
     assert find_damage(last) is None
     assert read_state(last)[0].step == max(row["step"] for row in read_metrics(folder))
@@ -40,12 +38,9 @@ def test_a_signal_ends_the_run_after_a_save(
     assert continued == whole, "on the same backend and world size, bit for bit"
 
 
-@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(
-    backend: str, sections: Sections, tmp_path: Path, whole: Curve
-) -> None:
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(sections: Sections, tmp_path: Path, whole: Curve) -> None:
     folder = tmp_path / "run"
-    with LiveRun(backend, folder, sections, processes=2, hold_after=2) as run:
+    with LiveRun("fsdp", folder, sections, processes=2, hold_after=2) as run:
         run.wait_for_step(2)
         run.ranks()[1].send_signal(signal.SIGUSR1)
         run.release()
@@ -57,13 +52,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     assert_same_curve(folder, whole)
 
 
-@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
-def test_a_signal_stops_a_running_evaluation(
-    backend: str, sections: Sections, tmp_path: Path, whole_folder: Path
-) -> None:
+def test_a_signal_stops_a_running_evaluation(sections: Sections, tmp_path: Path, whole_folder: Path) -> None:
     """One of two ranks gets the signal. Another backend repeats the evaluation and continues the run."""
     folder = tmp_path / "run"
-    with LiveRun(backend, folder, sections, processes=2, hold_after=5, hold_in="evaluation") as run:
+    with LiveRun("zero3", folder, sections, processes=2, hold_after=5, hold_in="evaluation") as run:
         run.wait_until(lambda: run.output.count("waits in the evaluation") == 2)
         run.ranks()[0].send_signal(signal.SIGUSR1)
         run.wait_until(lambda: "SIGUSR1 received: finishing" in run.output)
