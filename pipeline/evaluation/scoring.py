@@ -94,7 +94,8 @@ class Scorer:
                 world.progress.pass_mark()
                 turn = batches[first : first + world.size]  # one batch per rank
                 inputs, links = make_batch(turn[world.rank] if world.rank < len(turn) else idle)
-                scores = self.compute(_copy_batch(inputs, device), method="score").to(sums.dtype)  # (2, N)
+                log_probabilities, ranks = self.compute(_copy_batch(inputs, device), method="score")  # (N,) each
+                scores = torch.stack((log_probabilities, ranks == 0)).to(sums.dtype)  # (2, N)
                 to_requests, from_scores = copy_to(links, device)
                 sums.index_add_(1, to_requests, scores[:, from_scores])
                 progress.update(sum(len(tree.scored) for trees in turn for tree in trees))

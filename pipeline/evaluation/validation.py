@@ -25,6 +25,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.intervals import WINDOWS, Z_95
 from pipeline.evaluation.results import VALIDATION
+from pipeline.model.gpt2 import ScoringBatch
 from pipeline.model.output_layer import IGNORE_INDEX
 from pipeline.model.precision import ComputeModel
 from pipeline.run_folder.metrics import DATASET_LOSS_PREFIX, perplexity
@@ -148,15 +149,21 @@ def score_split(
     ):
         world.progress.pass_mark()
         tokens, targets = batch.to(device)
-        logits = compute(tokens, method="logits").float()
-        sums = _sum_batch(logits, targets, stream.manifest.tokenizer.end_of_text, dtype)
+        outputs = torch.arange(targets.numel(), device=device)
+        # Unscored targets get any id of a token here. Their scores are not used.
+        scores = compute(ScoringBatch(tokens, targets.flatten().clamp(min=0), outputs), method="score")
+        sums = _sum_batch(scores, targets, stream.manifest.tokenizer.end_of_text, dtype)
         by_position += sums[0]
         overall += sums[1]
     return _figures(world.sum(by_position).cpu(), world.sum(overall).cpu(), stream)
 
 
-def _sum_batch(logits: Tensor, targets: Tensor, end_of_text: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _sum_batch(scores: Tensor, targets: Tensor, end_of_text: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return sums over the targets of a batch.
+
+    Args:
+        scores: (2, B * T), the log-probability and the rank of each target.
+        targets: (B, T) int64 ids. Targets that are ``IGNORE_INDEX`` do not count.
 
     Returns:
         By position in the window, (4, T): loss, number of targets, top-1 matches, top-5 matches.
@@ -164,13 +171,11 @@ def _sum_batch(logits: Tensor, targets: Tensor, end_of_text: int, dtype: torch.d
         Overall, (5,): the loss on ``end_of_text`` targets, the number of windows, and the sums over windows of L^2, L*n
         and n^2. L is the loss of a window, and n is its number of targets.
     """
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    losses = losses.view_as(targets).to(dtype)  # (B, T)
-    scored = (targets != IGNORE_INDEX).to(dtype)  # (B, T)
-    matches = (logits.topk(TOP_K, dim=-1).indices == targets.unsqueeze(-1)).to(dtype)  # (B, T, 5)
-    by_position = torch.stack((losses, scored, matches[..., 0], matches.sum(-1))).sum(1)
+    log_probabilities, ranks = scores.to(dtype).view(2, *targets.shape)  # (B, T) each
+    is_scored = targets != IGNORE_INDEX  # (B, T)
+    losses, scored = torch.where(is_scored, -log_probabilities, 0.0), is_scored.to(dtype)
+    top1, top5 = (torch.where(ranks < k, scored, 0.0) for k in (1, TOP_K))
+    by_position = torch.stack((losses, scored, top1, top5)).sum(1)
     loss, count = losses.sum(1), scored.sum(1)  # (B,), by window
     windows = ((count > 0).to(dtype), loss**2, loss * count, count**2)
     of_end_of_text = torch.where(targets == end_of_text, losses, 0.0)

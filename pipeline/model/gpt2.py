@@ -137,9 +137,9 @@ class GPT2(nn.Module):
         return self.lm_head(self.hidden_states(tokens), method="logits")
 
     def score(self, batch: ScoringBatch) -> Tensor:
-        """Return each target's log-probability in nats, and whether the target is the most likely token (1 or 0).
+        """Return each target's log-probability in nats, and its rank among all tokens, fp32 of shape (2, N).
 
-        The result is fp32 of shape (2, number of targets).
+        The most likely token has rank 0.
         """
         hidden = self.hidden_states(
             batch.tokens,

@@ -68,9 +68,9 @@ class OutputLayer(nn.Linear):
         return self._padded_logits(hidden)[..., : self.vocab_size]
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return each target's log-probability in nats, and whether the target is the most likely token (1 or 0).
+        """Return each target's log-probability in nats, and its rank among all tokens, fp32 of shape (2, N).
 
-        The result is fp32 of shape (2, N).
+        The logits of at most ``SCORED_AT_ONCE`` targets are in memory at the same time.
 
         Args:
             hidden: shape (N, C).
@@ -123,15 +123,21 @@ class _CompiledCrossEntropy(torch.autograd.Function):
 
 
 def score_targets(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Return each target's log-probability in nats, and whether the target is the most likely token (1 or 0).
+    """Return each target's log-probability in nats, and its rank among all tokens, fp32 of shape (2, n).
 
-    The result is fp32 of shape (2, n).
+    The most likely token has rank 0. If tokens are equally likely, the token with the lower id comes first, as in
+    ``torch.argmax`` on a CPU.
 
     Args:
         logits: shape (n, padded vocabulary size). Columns from ``vocab_size`` on are padding.
-        targets: ids of shape (n,).
+        targets: (n,) int64 ids.
     """
-    logits = logits.float()  # also for argmax, which takes four times as long in bf16 on a CPU
+    logits = logits.float()  # also for comparisons, which take longer in bf16 on a CPU
     logits[:, vocab_size:] = -math.inf  # a slice without padding would be copied
-    log_probabilities = torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1)
-    return torch.stack((log_probabilities, (logits.argmax(1) == targets).float()))
+    columns = targets.unsqueeze(1)
+    log_probabilities = torch.log_softmax(logits, dim=1).gather(1, columns)
+    chosen = logits.gather(1, columns)  # (n, 1)
+    below = torch.nextafter(chosen, torch.full_like(chosen, -math.inf))  # x > below is the same as x >= chosen
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    is_before = logits > torch.where(ids < columns, below, chosen)
+    return torch.cat((log_probabilities, is_before.sum(1, keepdim=True, dtype=torch.int32)), dim=1).T

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.model.gpt2 import GPT2, build_model, gelu
-from pipeline.model.output_layer import IGNORE_INDEX, cross_entropy
+from pipeline.model.output_layer import IGNORE_INDEX, cross_entropy, score_targets
 from tests.pipeline.conftest import tiny_config
 
 VOCABULARY, PADDED, ROWS = 50, 64, 9
@@ -70,6 +70,18 @@ def test_logits_that_are_not_finite_are_not_hidden(
     losses, gradient = losses_and_gradient(logits, targets)
     assert losses[0].isnan()
     assert gradient[0, :VOCABULARY].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_are_the_places_in_a_stable_sort(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> None:
+    logits = logits.round().to(dtype)  # many ties
+    order = logits[:, :VOCABULARY].argsort(dim=1, descending=True, stable=True)
+    targets = targets.clamp(min=0)
+    targets[:2] = order[:2, 0]
+    log_probabilities, ranks = score_targets(logits, targets, VOCABULARY)
+    assert ranks.tolist() == (order == targets.unsqueeze(1)).nonzero()[:, 1].tolist()
+    expected = F.cross_entropy(logits[:, :VOCABULARY].double(), targets, reduction="none")
+    torch.testing.assert_close(log_probabilities, -expected.float(), rtol=1e-6, atol=1e-6)
 
 
 def test_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
