@@ -14,9 +14,9 @@ from data_tools.vocabulary import END_OF_TEXT
 from pipeline.errors import ConfigError
 from pipeline.evaluation.core_bundle import TASKS_FILE, BundleTask, read_bundle
 from pipeline.evaluation.examples import Settings
-from pipeline.evaluation.intervals import WILSON, Z_95, wilson
+from pipeline.evaluation.intervals import WILSON, Z_95
 from pipeline.evaluation.packing import Request
-from pipeline.evaluation.protocols import Figures
+from pipeline.evaluation.protocols import Figures, accuracy
 from pipeline.evaluation.results import CORE, INTERVAL, hash_folder
 from pipeline.evaluation.scoring import Score, Scorer
 
@@ -24,7 +24,7 @@ BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip
 
 _PROTOCOL = "nanochat core_eval: choices by mean loss of tokens, continuations greedy; mean of centered accuracies"
 _NORMAL = "95%, normal, from the accuracies"
-_ITEMS_AT_ONCE = 256  # some tasks have 10,000 examples, whose requests together would need gigabytes
+_EXAMPLES_AT_ONCE = 256  # some tasks have 10,000 examples, whose requests together would need gigabytes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PreparedCore:
         for task in self.tasks:
             right = 0
             for number, requests, scores in _score(task, scorer):
-                answer, gold = task.answer(requests, scores), task.items[number].gold
+                answer, gold = task.answer(requests, scores), task.examples[number].gold
                 right += answer == gold
                 truncated += sum(request.context[0] != END_OF_TEXT for request in requests)
                 examples.append(_describe(self.name, task, number, answer, scores))
@@ -54,8 +54,8 @@ class PreparedCore:
 
 def _score(task: BundleTask, scorer: Scorer) -> Iterator[tuple[int, list[Request], list[Score]]]:
     tokenizer = load_tokenizer()
-    for first in range(0, len(task.items), _ITEMS_AT_ONCE):
-        numbers = range(first, min(first + _ITEMS_AT_ONCE, len(task.items)))
+    for first in range(0, len(task.examples), _EXAMPLES_AT_ONCE):
+        numbers = range(first, min(first + _EXAMPLES_AT_ONCE, len(task.examples)))
         with scorer.world.progress.patience():
             groups = [task.requests(number, tokenizer, scorer.model.context_length) for number in numbers]
         yield from zip(numbers, groups, scorer.score(groups, f"{CORE}: {task.label}"), strict=True)
@@ -66,14 +66,13 @@ def _describe(name: str, task: BundleTask, number: int, answer: int, scores: Seq
     common = {"task": name, "core_task": task.label, "example": number + 1}
     if len(scores) == 1:
         return {**common, **likelihoods, "is_greedy": scores[0].is_greedy}
-    return {**common, "gold": task.items[number].gold, "choice": answer, **likelihoods}
+    return {**common, "gold": task.examples[number].gold, "choice": answer, **likelihoods}
 
 
 def _task_figures(task: BundleTask, right: int) -> Figures:
-    count = len(task.items)
+    count = len(task.examples)
     return {
-        "acc": right / count,
-        f"acc{INTERVAL}": list(wilson(right, count)),
+        **accuracy("acc", right, count),
         "centered": task.centered(right / count),
         "random_baseline": task.baseline,
         "shots": task.shots,
@@ -84,7 +83,7 @@ def _task_figures(task: BundleTask, right: int) -> Figures:
 def _summary(tasks: Sequence[BundleTask], figures: dict[str, Figures]) -> Figures:
     core = sum(each["centered"] for each in figures.values()) / len(tasks)
     variance = sum(
-        figures[task.label]["acc"] * (1 - figures[task.label]["acc"]) / len(task.items) / (1 - task.baseline) ** 2
+        figures[task.label]["acc"] * (1 - figures[task.label]["acc"]) / len(task.examples) / (1 - task.baseline) ** 2
         for task in tasks
     )
     margin = Z_95 * math.sqrt(variance) / len(tasks)
@@ -120,7 +119,7 @@ def prepare_core(path: str | None, settings: Settings, name: str) -> PreparedCor
         "protocol": _PROTOCOL,
         "data": str(folder),
         "data_sha256": hash_folder(folder),
-        "examples": sum(len(task.items) for task in tasks),
+        "examples": sum(len(task.examples) for task in tasks),
         "limit": settings.limit,
     }
     return PreparedCore(name, facts, tasks)

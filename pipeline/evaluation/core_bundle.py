@@ -5,7 +5,7 @@ Prompts and few-shot examples are those of ``nanochat/core_eval.py`` and ``scrip
 
 import csv
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
@@ -16,6 +16,7 @@ import yaml
 from data_tools.errors import DataError, one_line_read_errors
 from data_tools.tokenizer import Tokenizer
 from data_tools.vocabulary import END_OF_TEXT
+from pipeline.evaluation.examples import SHOT_SEPARATOR, Example, read_rows, reads
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.results import CORE
 from pipeline.evaluation.scoring import Score
@@ -24,39 +25,26 @@ from pipeline.evaluation.sources import Row, index_field, read_file, text_field,
 TASKS_FILE, BASELINES_FILE, DATA_FOLDER = "core.yaml", "eval_meta_data.csv", "eval_data"
 
 _ORDER_SEED, _SHOTS_SEED = 1337, 1234
-_SHOT_SEPARATOR = "\n\n"
 
 
-@dataclass(frozen=True)
-class Item:
-    """An example: pairs of a context and a continuation. ``gold`` is the index of the right pair."""
-
-    pairs: tuple[tuple[str, str], ...]  # a continuation without alternatives has one pair
-    gold: int = 0
-
-
-def _read_choices(row: Row) -> Item:
-    """Read ``query``, ``choices``, ``gold``."""
+@reads("query, choices, gold")
+def _choices(row: Row) -> Example:
     query, choices = text_field(row, "query"), texts_field(row, "choices")
-    return Item(tuple((query, choice) for choice in choices), index_field(row, "gold", len(choices)))
+    return Example(tuple((query, choice) for choice in choices), index_field(row, "gold", len(choices)))
 
 
-def _read_schema(row: Row) -> Item:
-    """Read ``context_options``, ``continuation``, ``gold``."""
+@reads("context_options, continuation, gold")
+def _schema(row: Row) -> Example:
     contexts, continuation = texts_field(row, "context_options"), text_field(row, "continuation")
-    return Item(tuple((context, continuation) for context in contexts), index_field(row, "gold", len(contexts)))
+    return Example(tuple((context, continuation) for context in contexts), index_field(row, "gold", len(contexts)))
 
 
-def _read_continuation(row: Row) -> Item:
-    """Read ``context``, ``continuation``."""
-    return Item(((text_field(row, "context").strip(), text_field(row, "continuation")),))
+@reads("context, continuation")
+def _continuation(row: Row) -> Example:
+    return Example(((text_field(row, "context").strip(), text_field(row, "continuation")),))
 
 
-_READERS: dict[str, Callable[[Row], Item]] = {
-    "multiple_choice": _read_choices,
-    "schema": _read_schema,
-    "language_modeling": _read_continuation,
-}
+_READERS = {"multiple_choice": _choices, "schema": _schema, "language_modeling": _continuation}
 
 
 @dataclass(frozen=True)
@@ -66,20 +54,20 @@ class BundleTask:
     delimiter: str  # the text between a context and its continuation
     shots: int
     baseline: float  # the accuracy of random answers, from 0 to 1
-    items: list[Item]
+    examples: list[Example]  # in nanochat's order
 
     def centered(self, accuracy: float) -> float:
         """Return the centered accuracy: 0 for random answers, 1 if all answers are right."""
         return (accuracy - self.baseline) / (1 - self.baseline)
 
     def prefix(self, number: int) -> str:
-        """Return the text of the few-shot examples for the item with the index ``number``.
+        """Return the text of the few-shot examples for the example with the index ``number``.
 
-        They are drawn from the other items of the task. ``number`` determines the seed of the draw.
+        They are drawn from the other examples of the task. ``number`` determines the seed of the draw.
         """
-        others = [i for i in range(len(self.items)) if i != number]
+        others = [i for i in range(len(self.examples)) if i != number]
         drawn = random.Random(_SHOTS_SEED + number).sample(others, self.shots)
-        return "".join(self._join(*self.items[i].pairs[self.items[i].gold]) + _SHOT_SEPARATOR for i in drawn)
+        return "".join(self._join(*self.examples[i].pairs[self.examples[i].gold]) + SHOT_SEPARATOR for i in drawn)
 
     def _join(self, context: str, continuation: str) -> str:
         return f"{context}{self.delimiter}{continuation}"
@@ -102,7 +90,7 @@ class BundleTask:
         def encode(text: str) -> list[int]:
             return [END_OF_TEXT, *tokenizer.encode(text).tolist()]
 
-        prefix, pairs = self.prefix(number), self.items[number].pairs
+        prefix, pairs = self.prefix(number), self.examples[number].pairs
         tokens = [encode(prefix + self._join(*pair)) for pair in pairs]
         if self.kind == "schema":
             shared = len(commonprefix([row[::-1] for row in tokens]))
@@ -187,21 +175,11 @@ def _read_task(
         raise DataError(f"{where} ({label}): icl_task_type is {kind}; it must be one of {', '.join(_READERS)}")
     if not 0 <= baselines.get(label, 1.0) < 1:
         raise DataError(f"{where} ({label}): {BASELINES_FILE} has no random baseline from 0 to below 100 for it")
-    items = _read_items(file, _READERS[kind], limit)
-    if len(items) <= shots:
-        raise DataError(f"{where} ({label}): {file} has {len(items)} examples, too few for {shots} few-shot examples")
-    return BundleTask(label, kind, delimiter, shots, baselines[label], items)
-
-
-def _read_items(path: Path, read: Callable[[Row], Item], limit: int | None) -> list[Item]:
-    """Return the first ``limit`` examples of a file, in nanochat's order."""
-    rows = read_file(path)
-    items = []
-    for number, row in enumerate(rows.rows):
-        try:
-            items.append(read(row))
-        except (KeyError, ValueError) as error:
-            reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{rows.where(number)}: {reason}; {read.__doc__}") from error
-    random.Random(_ORDER_SEED).shuffle(items)
-    return items[:limit]
+    examples = read_rows(read_file(file), _READERS[kind])
+    random.Random(_ORDER_SEED).shuffle(examples)
+    examples = examples[:limit]
+    if len(examples) <= shots:
+        raise DataError(
+            f"{where} ({label}): {file} has {len(examples)} examples, too few for {shots} few-shot examples"
+        )
+    return BundleTask(label, kind, delimiter, shots, baselines[label], examples)

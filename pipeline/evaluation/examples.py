@@ -1,8 +1,4 @@
-"""Turn the rows of a dataset into examples and few-shot prompts, as lm-evaluation-harness does.
-
-A function that converts a row to an example is called a *reader*. The first line of its docstring names the expected
-columns. Error messages quote this line.
-"""
+"""Turn the rows of a dataset into examples and few-shot prompts, as lm-evaluation-harness does."""
 
 import random
 import re
@@ -44,33 +40,48 @@ class Example:
             raise ValueError("the text to score is empty")
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A function that converts a row to an example.
+
+    Args:
+        columns: the columns that ``convert`` needs, as text for error messages.
+        convert: raises KeyError if a column is missing, and ValueError if a value is wrong.
+    """
+
+    columns: str
+    convert: Callable[[Row], Example]
+
+    def __call__(self, row: Row) -> Example:
+        return self.convert(row)
+
+
+def reads(columns: str) -> Callable[[Callable[[Row], Example]], Reader]:
+    """Return a decorator that turns a function into a ``Reader`` of these columns."""
+    return lambda convert: Reader(columns, convert)
+
+
 def _choose(context: str, choices: list[str], gold: int) -> Example:
     """Return an example with a space before each choice, as in lm-evaluation-harness."""
     return Example(tuple((context, " " + choice) for choice in choices), gold, tuple(choices))
 
 
+@reads("query, choices, gold: the context, its continuations, and the index of the right continuation")
 def any_choices(row: Row) -> Example:
-    """Read ``query``, ``choices``, ``gold``: the context, its continuations, and the index of the right continuation.
-
-    Each continuation gets a space at its beginning.
-    """
+    """Return the query as the context. Each choice is a continuation, with a space at its beginning."""
     choices = texts_field(row, "choices")
     return _choose(text_field(row, "query"), choices, index_field(row, "gold", len(choices)))
 
 
+@reads("context and continuation")
 def any_continuation(row: Row) -> Example:
-    """Read ``context`` and ``continuation``.
-
-    If no white space separates them, the continuation gets a space at its beginning.
-    """
+    """Return one pair. If no white space separates context and continuation, the continuation gets a space."""
     return Example((_joined(text_field(row, "context"), text_field(row, "continuation")),))
 
 
+@reads("contexts (a list), continuation, and gold (the index of the right context)")
 def any_contexts(row: Row) -> Example:
-    """Read ``contexts`` (a list), ``continuation``, and ``gold`` (the index of the right context).
-
-    If no white space separates a context from the continuation, a space is inserted.
-    """
+    """Return a pair per context. If no white space separates it from the continuation, a space is inserted."""
     contexts, continuation = texts_field(row, "contexts"), text_field(row, "continuation")
     pairs = tuple(_joined(context, continuation) for context in contexts)
     return Example(pairs, index_field(row, "gold", len(contexts)), tuple(contexts))
@@ -81,22 +92,20 @@ def _joined(context: str, continuation: str) -> tuple[str, str]:
     return context, f" {continuation}" if needs_space else continuation
 
 
+@reads("goal, sol1, sol2, label; or query, choices, gold")
 def piqa(row: Row) -> Example:
-    """Read ``goal``, ``sol1``, ``sol2``, ``label``; or ``query``, ``choices``, ``gold``.
-
-    The context is the question, followed by "Answer:".
-    """
+    """Return the question, followed by "Answer:", as the context."""
     if "query" in row:
         return _question(row, range(2, 3))
     choices = [text_field(row, "sol1"), text_field(row, "sol2")]
     return _choose(f"Question: {text_field(row, 'goal')}\nAnswer:", choices, index_field(row, "label", 2))
 
 
+@reads("question, choices and answerKey, or else query, choices and gold")
 def arc(row: Row) -> Example:
-    """Read ``question``, ``choices`` and ``answerKey``, or else ``query``, ``choices`` and ``gold``.
+    """Return the question, followed by "Answer:", as the context.
 
-    In the first form, ``choices`` has the lists ``text`` and ``label``. The context is the question, followed by
-    "Answer:".
+    Beside ``answerKey``, ``choices`` is an object with the lists ``text`` and ``label``.
     """
     if "query" in row:
         return _question(row, range(3, 6))
@@ -122,11 +131,11 @@ def _question(row: Row, counts: range) -> Example:
     return _choose(f"{question}\nAnswer:", row["choices"], example.gold)
 
 
+@reads("activity_label, ctx_a, ctx_b, endings, label; or query, choices, gold")
 def hellaswag(row: Row) -> Example:
-    """Read ``activity_label``, ``ctx_a``, ``ctx_b``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
+    """Return ``activity_label``, ``ctx_a`` and ``ctx_b`` as the context, without markup such as ``[title]``.
 
-    In the first form, the context consists of the first three columns. In this form, markup in brackets, such as
-    ``[title]``, is removed from the context and from the endings.
+    The markup is also removed from the endings. A ``query`` and its choices do not change.
     """
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
@@ -142,22 +151,20 @@ def _without_markup(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
+@reads("ctx, endings, label; or query, choices, gold")
 def hellaswag_completion(row: Row) -> Example:
-    """Read ``ctx``, ``endings``, ``label``; or ``query``, ``choices``, ``gold``.
-
-    The context is ``ctx`` or ``query``. Markup in brackets is not removed.
-    """
+    """Return ``ctx`` or ``query`` as the context. Markup in brackets is not removed."""
     if "query" in row:
         return replace(any_choices(row), rendered_by_file=True)
     endings = texts_field(row, "endings")
     return _choose(text_field(row, "ctx"), endings, index_field(row, "label", len(endings)))
 
 
+@reads("sentence, option1, option2, answer; or contexts, continuation, gold")
 def winogrande(row: Row) -> Example:
-    """Read ``sentence``, ``option1``, ``option2``, ``answer``; or ``contexts``, ``continuation``, ``gold``.
+    """Return a context per option: the text before the ``_`` in the sentence, followed by the option.
 
-    The sentence contains a ``_``. Each context is the text before the ``_``, followed by an option. Only the text after
-    the ``_`` is scored (Trinh and Le 2018).
+    Only the text after the ``_`` is scored (Trinh and Le 2018).
     """
     if "contexts" in row:
         return replace(any_contexts(row), rendered_by_file=True)
@@ -171,8 +178,9 @@ def winogrande(row: Row) -> Example:
     )
 
 
+@reads("text, or instead context and continuation. The last word of text is the continuation")
 def lambada(row: Row) -> Example:
-    """Read ``text``, or instead ``context`` and ``continuation``. The last word of ``text`` is the continuation.
+    """Return the last word of the text as the continuation.
 
     Few-shot prompts have two spaces before the last word, as in lm-evaluation-harness. If the continuation has
     several words, ``rendered_by_file`` is True, because the row is not in LAMBADA's format.
@@ -215,7 +223,7 @@ class TaskData:
     context_length: int
 
 
-def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[Example], list[str]]:
+def read_examples(data: TaskData, read: Reader) -> tuple[list[Example], list[str]]:
     """Convert the rows of a task to examples, and draw few-shot examples.
 
     Returns:
@@ -224,16 +232,19 @@ def read_examples(data: TaskData, read: Callable[[Row], Example]) -> tuple[list[
     Raises:
         DataError: a row lacks a column, an answer is empty, or there are too few rows for the few-shot examples.
     """
-    examples = _read_rows(data.rows, read, data.settings.limit, require_answers=True)
+    examples = read_rows(data.rows, read, data.settings.limit, require_answers=True)
     if not data.settings.shots:
         return examples, [""] * len(examples)
-    shots = draw_shots(examples, _read_rows(data.pool, read, None), data.settings.shots, spare=data.spare_shot)
+    shots = draw_shots(examples, read_rows(data.pool, read), data.settings.shots, spare=data.spare_shot)
     return examples, ["".join(shot.shot for shot in drawn) for drawn in shots]
 
 
-def _read_rows(
-    rows: Rows, read: Callable[[Row], Example], limit: int | None, *, require_answers: bool = False
-) -> list[Example]:
+def read_rows(rows: Rows, read: Reader, limit: int | None = None, *, require_answers: bool = False) -> list[Example]:
+    """Convert the first ``limit`` rows to examples.
+
+    Raises:
+        DataError: a row cannot be converted, or its example has an empty answer and ``require_answers`` is True.
+    """
     examples = []
     for number, row in enumerate(rows.rows[:limit]):
         try:
@@ -243,10 +254,9 @@ def _read_rows(
             examples.append(example)
         except (KeyError, ValueError) as error:
             reason = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error)
-            columns = (read.__doc__ or "").split("\n")[0].removeprefix("Read ").removesuffix(".").replace("``", "")
             raise DataError(
                 f"{rows.where(number)} has {list_names(row)} and is no example of this task ({reason}); "
-                f"expected {columns}"
+                f"expected {read.columns}"
             ) from error
     return examples
 

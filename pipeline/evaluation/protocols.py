@@ -10,11 +10,11 @@ import numpy as np
 from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
-from pipeline.evaluation.examples import Example, TaskData, read_examples
+from pipeline.evaluation.examples import Example, Reader, TaskData, read_examples
 from pipeline.evaluation.intervals import NORMAL, WILSON, normal_mean, wilson
 from pipeline.evaluation.packing import Request
+from pipeline.evaluation.results import INTERVAL
 from pipeline.evaluation.scoring import Score, Scorer
-from pipeline.evaluation.sources import Row
 from pipeline.run_folder.metrics import perplexity
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class ChoiceTask:
     """
 
     protocol: str
-    read: Callable[[Row], Example]
+    read: Reader
     encode: Encode = encode_pair
     normalised_by: str | None = "characters"
 
@@ -136,7 +136,7 @@ class ChoiceTask:
         figures: Figures = {}
         for key, answers in self.answers(examples, groups, scores).items():
             right = sum(answer == example.gold for answer, example in zip(answers, examples, strict=True))
-            figures |= _accuracy(key, right, len(examples))
+            figures |= accuracy(key, right, len(examples))
         return {**figures, "interval": WILSON}
 
     def answers(self, examples: Sequence[Example], groups: Groups, scores: Scores) -> dict[str, list[int]]:
@@ -165,7 +165,7 @@ class ContinuationTask:
     """
 
     protocol: str
-    read: Callable[[Row], Example]
+    read: Reader
 
     def prepare(self, name: str, data: TaskData) -> PreparedTask:
         """Read and encode the examples.
@@ -189,14 +189,14 @@ def _describe_continuations(scores: Scores) -> list[Figures]:
 def _continuation_figures(scores: Scores) -> Figures:
     losses = [-score.log_likelihood for (score,) in scores]
     return {
-        **_accuracy("acc", sum(score.is_greedy for (score,) in scores), len(scores)),
+        **accuracy("acc", sum(score.is_greedy for (score,) in scores), len(scores)),
         "perplexity": perplexity(float(np.mean(losses))),
         "perplexity_interval": [perplexity(loss) for loss in normal_mean(losses)],
         "interval": f"acc: {WILSON}; perplexity: {NORMAL}",
     }
 
 
-def _read_and_encode(data: TaskData, read: Callable[[Row], Example], encode: Encode) -> tuple[list[Example], Groups]:
+def _read_and_encode(data: TaskData, read: Reader, encode: Encode) -> tuple[list[Example], Groups]:
     if data.settings.stride:
         raise ConfigError(
             f"--stride {data.settings.stride}: {data.rows.origin} has no texts to score in windows; leave it out"
@@ -239,5 +239,6 @@ def facts_of(protocol: str, data: TaskData, examples: int) -> dict[str, Any]:
     }
 
 
-def _accuracy(key: str, right: int, examples: int) -> Figures:
-    return {key: right / examples, f"{key}_interval": list(wilson(right, examples))}
+def accuracy(key: str, right: int, examples: int) -> Figures:
+    """Return the share of right answers under ``key``, and its 95% interval."""
+    return {key: right / examples, f"{key}{INTERVAL}": list(wilson(right, examples))}

@@ -1,7 +1,7 @@
 """Define the named text tasks, such as ``hellaswag``, and prepare tasks for scoring."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
@@ -14,7 +14,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
 from pipeline.evaluation import examples
 from pipeline.evaluation.core import PreparedCore, prepare_core
-from pipeline.evaluation.examples import Example, Settings, TaskData
+from pipeline.evaluation.examples import Reader, Settings, TaskData
 from pipeline.evaluation.protocols import (
     ChoiceTask,
     ContinuationTask,
@@ -22,7 +22,7 @@ from pipeline.evaluation.protocols import (
     encode_apart,
 )
 from pipeline.evaluation.results import CORE, VALIDATION
-from pipeline.evaluation.sources import HubData, Row, Rows, read_file, read_hub
+from pipeline.evaluation.sources import HubData, Rows, read_file, read_hub
 from pipeline.evaluation.texts import TextTask
 
 TaskProtocol = ChoiceTask | ContinuationTask | TextTask
@@ -72,7 +72,7 @@ class NamedTask:
 _HARNESS = "lm-evaluation-harness"
 
 
-def _multiple_choice(name: str, read: Callable[[Row], Example]) -> ChoiceTask:
+def _multiple_choice(name: str, read: Reader) -> ChoiceTask:
     return ChoiceTask(f"{_HARNESS} {name}: acc by log-likelihood, acc_norm per character", read)
 
 
