@@ -1,5 +1,6 @@
 """Exchange heartbeats between ranks. If a rank dies or hangs, the other ranks print which rank it is, and exit."""
 
+import errno
 import json
 import os
 import signal
@@ -24,6 +25,12 @@ from pipeline.distributed.world import World
 from pipeline.errors import Interrupted, LostRankError
 
 _OVERDUE = "overdue"
+#: What gloo's errors contain if a connection has broken.
+_BROKEN_CONNECTION = (
+    *map(os.strerror, (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNABORTED)),
+    *map(os.strerror, (errno.ECONNRESET, errno.EPIPE)),
+    "Connection closed by peer",
+)
 _CURE = "; run the same command again (training continues from the last checkpoint)"
 
 
@@ -233,7 +240,7 @@ def failures_reported(world: World) -> Iterator[None]:
         if world.size == 1 or world.progress.has_failed:  # an inner block has reported the error
             raise
         world.progress.has_failed = True
-        if _may_come_from_a_collective(error) and (lost := find_lost(world)):
+        if _may_come_from_a_collective(error) and (lost := _find_cause(error, world)):
             lost_rank = LostRankError(lost + _CURE)
             report(lost_rank)
             raise lost_rank from error
@@ -244,6 +251,15 @@ def failures_reported(world: World) -> Iterator[None]:
         elif not isinstance(error, KeyboardInterrupt):
             publish_failure(world, describe_error(error))
         raise
+
+
+def _find_cause(error: BaseException, world: World) -> str | None:
+    """Return which ranks are lost, or that the network broke a connection although all ranks are alive, or None."""
+    lost = find_lost(world)
+    if lost is None and any(reason in str(error) for reason in _BROKEN_CONNECTION):
+        lost = f"the network broke a connection between ranks ({describe_error(error)})"
+        publish_failure(world, lost)
+    return lost
 
 
 def _is_overdue(beat: bytes) -> bool:

@@ -59,6 +59,19 @@ def test_no_rank_is_lost_while_all_send_heartbeats(worlds: list[World], ranks: l
         rank.stop()
 
 
+def test_a_broken_connection_between_healthy_ranks_is_one_line(worlds: list[World], ranks: list[Heartbeat]) -> None:
+    """The network is back before TCP gives up, so that all ranks still send heartbeats."""
+    for rank in ranks:
+        rank.start()
+    reason = "the network broke a connection between ranks .*Connection timed out"
+    with pytest.raises(LostRankError, match=reason), heartbeat.failures_reported(worlds[1]):
+        raise RuntimeError("[tcp/pair.cc:553] Read error [10.0.0.2]:3: Connection timed out")
+    verdict = ranks[0].take_turn(9, 1.0)
+    assert verdict and "which failed: the network broke a connection" in verdict.reason
+    for rank in ranks:
+        rank.stop()
+
+
 def test_a_silent_rank_is_named(worlds: list[World], ranks: list[Heartbeat]) -> None:
     for rank in ranks[:2]:
         rank.start()
