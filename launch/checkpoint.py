@@ -57,14 +57,18 @@ def _add_prune(commands: Any) -> None:
         print(prune(arguments.folder, arguments.keep, dry_run=arguments.dry_run))
 
     description = (
-        "Delete all checkpoints of a run except the newest good ones: older and damaged ones, those set aside, "
-        "and leftovers of interrupted saves."
+        "Delete old, damaged and abandoned checkpoints, and the leftovers of interrupted saves. Keep the newest "
+        "undamaged checkpoints, those of checkpoint.keep_every_steps, and the best one (checkpoint.keep_best)."
     )
     example = "gpt2-pipeline checkpoint prune runs/ddp --keep 2 --dry-run"
     parser = commands.add_parser("prune", help="delete what is not needed", description=description, example=example)
     parser.add_argument("folder", type=local_path, metavar="RUN", help="a run folder that no run is using")
     parser.add_argument(
-        "--keep", type=positive_int, default=1, metavar="N", help="good checkpoints to keep (default: %(default)s)"
+        "--keep",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="newest undamaged checkpoints to keep (default: %(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be deleted, and delete nothing")
     parser.set_defaults(run=run)

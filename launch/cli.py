@@ -79,14 +79,14 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="JSON run configs, or names of shipped ones such as zero1; later ones win over earlier ones",
+        help="JSON run configs, or names of shipped ones such as zero1; later files override earlier files",
     )
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="values that win over all files, such as schedule.max_steps=100",
+        help="values that override all files, such as schedule.max_steps=100",
     )
     parser.add_argument(
         "--deepspeed",
@@ -111,7 +111,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=path_or_url,
         metavar="DIR",
-        help="a checkpoint, or a run folder, whose newest good checkpoint is used; also a URL such as s3://bucket/run",
+        help="a checkpoint, or a run folder, whose newest undamaged checkpoint is used; also a URL such as s3://bucket/run",
     )
     add_weights_option(parser)
     parser.add_argument("--device", default="auto", choices=get_args(Device), help="the device (default: %(default)s)")

@@ -38,7 +38,7 @@ def build_parser() -> ArgumentParser:
         "--checkpoint",
         type=path_or_url,
         metavar="DIR",
-        help="export a checkpoint, or a run folder's newest good one; also a URL such as s3://bucket/run",
+        help="export a checkpoint, or a run folder's newest undamaged one; also a URL such as s3://bucket/run",
     )
     source.add_argument(
         "--from-hf",

@@ -41,7 +41,7 @@ def build_parser() -> ArgumentParser:
         required=True,
         type=local_path,
         metavar="DIR",
-        help="a checkpoint, or a run folder, whose newest good checkpoint is used",
+        help="a checkpoint, or a run folder, whose newest undamaged checkpoint is used",
     )
     add_weights_option(parser)
     parser.add_argument(

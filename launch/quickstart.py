@@ -76,7 +76,7 @@ def build_parser() -> ArgumentParser:
         nargs="+",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="values that win over the shipped configs ddp and quickstart; with schedule.max_steps=N, the command "
+        help="values that override the shipped configs ddp and quickstart; with schedule.max_steps=N, the command "
         "does not choose the number of steps",
     )
     return parser
@@ -108,7 +108,7 @@ def choose_settings(given: Sequence[str], config: Config, deadline: float) -> li
     step_s, start_s = measure_step(settings)
     left_s = deadline - time.perf_counter() - STARTS_AFTER_PROBE * start_s
     steps = fit_steps(config, step_s, left_s)
-    remark = f", and the command longer than --minutes allows: at least {FEWEST_STEPS} steps are trained"
+    remark = f", longer than --minutes allows: at least {FEWEST_STEPS} steps are trained"
     is_late = steps * step_s > max(left_s, 0)
     print(f"\n{step_s:.2f} s per step: {steps} steps will take {steps * step_s:.0f} s{remark * is_late}", flush=True)
     every_steps = steps if is_late else math.ceil(steps / EVALUATIONS)
@@ -145,12 +145,13 @@ def measure_step(settings: Sequence[str]) -> tuple[float, float]:
         short = {"run.out_dir": folder, "schedule.max_steps": PROBE_STEPS, "evaluation.sample": "false"}
         short |= {
             "logging.every_steps": 1,
-            "logging.sinks": '["jsonl", "console"]',
+            "logging.sinks": '["jsonl"]',
             "checkpoint.every_steps": PROBE_STEPS,
         }
         others = [value for value in settings if value.partition("=")[0] not in short]
         started = time.perf_counter()
-        train(train_options(_with_defaults(others, short)), stage="measure the time of a step")
+        options = train_options(_with_defaults(others, short))
+        run_stage("measure the time of a step", [sys.executable], "train.py", options, returns_output=True)
         command_s = time.perf_counter() - started
         step_s = [row["step_ms"] / 1e3 for row in read_metrics(Path(folder)) if "step_ms" in row]
     return statistics.median(step_s[PROBE_WARM_UP_STEPS:]), command_s - sum(step_s)

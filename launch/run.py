@@ -53,7 +53,7 @@ def tokenize(config: Config) -> None:
     run_stage("tokenize", [sys.executable], "tokenize_corpus.py", [*options, "--out", config.data.path])
 
 
-def train(options: Sequence[str], *, processes: int = 1, stage: str = "train") -> None:
+def train(options: Sequence[str], *, processes: int = 1) -> None:
     """Train the model, or resume an interrupted run. If the run is already complete, do nothing.
 
     Args:
@@ -63,7 +63,7 @@ def train(options: Sequence[str], *, processes: int = 1, stage: str = "train") -
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    run_stage(stage, launcher, "train.py", options)
+    run_stage("train", launcher, "train.py", options)
 
 
 def evaluate(config: Config) -> None:

@@ -45,13 +45,13 @@ class Estimate:
         return None if self.tokens is None else self.tokens * _TOKEN_BYTES
 
     def __str__(self) -> str:
-        free = "" if self.free_bytes is None else f"{format_size(self.free_bytes)} free"
+        free = "" if self.free_bytes is None else f" ({format_size(self.free_bytes)} free)"
         if self.tokens is None or self.text_bytes is None or self.shard_bytes is None:
-            size = f"text of unknown size, {self.bytes_per_token:.1f} bytes per token{free and f', {free}'}"
+            size = f"text of unknown size, {self.bytes_per_token:.1f} bytes per token{free}"
         else:
             size = (
                 f"about {format_size(self.text_bytes)} of text, {self.tokens:,} tokens, "
-                f"{format_size(self.shard_bytes)} in shards{free and f' of {free}'}"
+                f"{format_size(self.shard_bytes)} on the disk{free}"
             )
         memory = format_size(self.workers * WORKER_BYTES)
         return f"{size}; {self.chunks:,} chunks, {self.workers} processes, up to {memory} of memory"

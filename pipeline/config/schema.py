@@ -305,7 +305,7 @@ class BatchConfig(Section):
 
     tokens_per_step: PositiveInt = Field(
         524_288,
-        description="Tokens per optimizer step, over all ranks. It must be a multiple of `micro_batch_size` x "
+        description="Target tokens per optimizer step, summed over all ranks. A multiple of `micro_batch_size` x "
         "`data.seq_len` x number of ranks.",
     )
     micro_batch_size: PositiveInt = Field(16, description="Samples per forward pass on each rank.")

@@ -89,27 +89,27 @@ def format_table(results: Results) -> str:
         for key, value in result.items():
             if isinstance(value, float):
                 interval = result.get(key + INTERVAL)
-                bounds = "   [{:.4f}, {:.4f}]".format(*interval) if interval else ""
+                bounds = "   95% interval [{:.4f}, {:.4f}]".format(*interval) if interval else ""
                 lines.append(f"  {key:<18} {value:>14.4f}{bounds}")
             elif isinstance(value, int) and key != "step":
                 lines.append(f"  {key:<18} {value:>14,}")
             elif key == DIFFERENT_NUMBERS_KEY:
                 lines.append(f"  {'different numbers':<18} {', '.join(value)}")
         for name, figures in result.get("tasks", {}).items():  # the tasks of CORE
-            bounds = "   [{:.4f}, {:.4f}]".format(*figures[f"acc{INTERVAL}"])
+            bounds = "   95% interval [{:.4f}, {:.4f}]".format(*figures[f"acc{INTERVAL}"])
             lines.append(f"  {name:<34} acc {figures['acc']:.4f}{bounds}   centered {figures['centered']:.4f}")
         lines.extend(_format_losses(result.get("loss_by_position", [])))
     return "\n".join(lines)
 
 
 def _format_losses(losses: list[float | None]) -> list[str]:
-    """Return the mean loss of each range of positions: 0, 1, 2-3, 4-7, ..."""
+    """Return a heading, and the mean loss of each range of positions: 0, 1, 2-3, 4-7, ..."""
     lines, low = [], 0
     while low < len(losses):
         high = min(max(2 * low, 1), len(losses))
         values = [loss for loss in losses[low:high] if loss is not None]
         if values:
-            label = f"loss at {low}" if high - low == 1 else f"loss at {low}-{high - 1}"
-            lines.append(f"  {label:<18} {sum(values) / len(values):>14.4f}")
+            label = f"{low}" if high - low == 1 else f"{low}-{high - 1}"
+            lines.append(f"    {label:<16} {sum(values) / len(values):>14.4f}")
         low = high
-    return lines
+    return ["  loss by position in the window", *lines] if lines else []

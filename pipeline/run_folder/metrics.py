@@ -88,7 +88,8 @@ def describe_speed(rows: Sequence[dict[str, Any]]) -> str:
         return ""
     tokens_per_s, step_ms, mfu, _ = (statistics.median(row[key] for row in trained) for key in _SPEED_KEYS)
     memory = max(row["peak_memory_gib"] for row in trained)
-    return f"{tokens_per_s:,.0f} tokens/s, {step_ms:,.0f} ms per step, MFU {mfu:.1%}, at most {memory:.2f} GiB"
+    speed = f"median {tokens_per_s:,.0f} tokens/s, {step_ms:,.0f} ms per step, {mfu:.1%} of the ceiling"
+    return f"{speed}; peak memory {memory:.2f} GiB"
 
 
 def perplexity(loss: float) -> float:

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 #: Keys that say how and where a run was started. They do not affect the training.
 _KEYS_OF_A_START = {"checkpoint.resume", "run.working_dir"}
 
+_BACKEND_OPTIONS = ("backend.ddp.", "backend.fsdp.", "backend.deepspeed.")
+
 AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other value is a path
 
 
@@ -243,10 +245,16 @@ def _start_from(folder: Path) -> str:
 def describe_changes(start: Path, config: Config) -> list[str]:
     """Return one text per config key that has changed since the checkpoint ``start`` was saved.
 
-    A text is, for example, ``optimizer.learning_rate 0.001 -> 0.0001``.
+    A text is, for example, ``optimizer.learning_rate 0.001 -> 0.0001``. If the backend has changed, the options of the
+    two backends are left out.
     """
     changes = changed_settings(read_state(start)[1], dump_config(config))
-    return [f"{key} {change}" for key, change in changes.items() if key not in _KEYS_OF_A_START]
+    ignored = _BACKEND_OPTIONS if "backend.name" in changes else ()
+    return [
+        f"{key} {change}"
+        for key, change in changes.items()
+        if key not in _KEYS_OF_A_START and not key.startswith(ignored)
+    ]
 
 
 def windows_per_evaluation(config: dict[str, Any]) -> int | None:

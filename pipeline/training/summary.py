@@ -8,7 +8,7 @@ from data_tools.formatting import format_duration
 from data_tools.shards.reader import TokenStream
 from data_tools.shards.validation_split import describe_small_validation
 from pipeline.checkpoint.layout import list_checkpoints
-from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.state import config_section, read_state, read_state_file
 from pipeline.config.loading import dump_config
 from pipeline.data.loader import scored_targets
 from pipeline.distributed.device import describe_fp32_products
@@ -40,7 +40,9 @@ def log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) ->
     remark = describe_fp32_products(config.run.precision, device)
     log.info("precision %s: %s%s", config.run.precision, dtypes, remark)
     log.info("attention %s", attention_kernel)
-    log.info("ceiling   %.3g FLOP/s in matrix products, measured (MFU 100%%)", trainer.throughput.ceiling_flops)
+    log.info(
+        "ceiling   %.3g FLOP/s, measured with matrix products; mfu is the share of it", trainer.throughput.ceiling_flops
+    )
     log.info("start     %s", _describe_start(start, trainer.origin))
     for change in describe_changes(start, config) if start else ():
         log.info("changed   %s", change)
@@ -50,7 +52,9 @@ def log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) ->
 
 def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
     if start:
-        return f"continues {start}"
+        saved = read_state_file(start)
+        backend = config_section(saved.config, "backend").get("name")
+        return f"continues {start}, saved with {backend}, world size {saved.world_size}"
     if origin is None:
         return "from scratch"
     step = "" if origin["step"] is None else f" (step {origin['step']} there)"
@@ -66,7 +70,7 @@ def log_results(trainer: Trainer) -> None:
         f"{state.tokens:,}",
         format_duration(trainer.record.elapsed_s()),
     )
-    names = {"loss": "in training", "validation_loss": "in validation"}
+    names = {"loss": "in the last logged step", "validation_loss": "in the last validation"}
     if losses := [f"{results[key]:.4f} {name}" for key, name in names.items() if key in results]:
         log.info("loss      %s", ", ".join(losses))
     if trainer.world.is_main and (speed := describe_speed(read_metrics(folder))):

@@ -40,8 +40,8 @@ def test_it_prints_the_estimate_and_what_it_wrote_and_where(tmp_path: Path, run_
         "tokens are noisy: tokenize more text into another folder: 500,000 tokens in 200 documents suffice with "
         "--val-fraction 0.1"
     )
-    assert planned.startswith("about 0.00 MB of text, 8 tokens, 0.00 MB in shards of ")
-    assert " free; 1 chunks, 1 processes, up to 0." in planned
+    assert planned.startswith("about 15 B of text, 8 tokens, 16 B on the disk (")
+    assert " free); 1 chunks, 1 processes, up to 367.0 MB of memory" in planned
     lines = ended.stdout.splitlines()
     assert lines[0].startswith("0.0 MB in ")
     assert lines[0].endswith(" MB/s")
@@ -160,7 +160,8 @@ def test_a_line_every_30_seconds_shows_the_progress(
     display = ProgressDisplay()
     display.planned(ESTIMATE)
     assert capsys.readouterr().err == (
-        "about 0.04 GB of text, 10,000,000 tokens, 0.02 GB in shards; 10 chunks, 2 processes, up to 0.73 GB of memory\n"
+        "about 40.0 MB of text, 10,000,000 tokens, 20.0 MB on the disk; "
+        "10 chunks, 2 processes, up to 734.0 MB of memory\n"
     )
     display.progressed(Contents(0, 0, 0))
     clock.now_s += 10

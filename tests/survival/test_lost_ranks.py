@@ -26,7 +26,7 @@ def test_torchrun_restarts_after_a_rank_was_killed(sections: Sections, tmp_path:
         run.release()
         assert run.wait() == 0
         assert re.search(rf"error: lost rank 0 \(.*, pid {pid}\)", run.output)
-        assert re.search(r"start +continues .*step_0*[48]$", run.output, re.MULTILINE)
+        assert re.search(r"start +continues .*step_0*[48], saved with ddp, world size 2$", run.output, re.MULTILINE)
     assert_same_curve(folder, whole)
 
 

@@ -41,7 +41,7 @@ def test_the_speed_is_the_median_of_the_training_rows() -> None:
         {"step": step, "tokens_per_s": speed, "step_ms": 1e6 / speed, "mfu": speed / 1e4, "peak_memory_gib": step / 8}
         for step, speed in ((1, 100.0), (2, 1250.0), (3, 1300.0))
     ]
-    said = "1,250 tokens/s, 800 ms per step, MFU 12.5%, at most 0.38 GiB"
+    said = "median 1,250 tokens/s, 800 ms per step, 12.5% of the ceiling; peak memory 0.38 GiB"
     assert describe_speed([*rows, {"step": 3, "val_loss": 2.0}, {**rows[0], "mfu": None}]) == said
     assert describe_speed([{"step": 0, "val_loss": 2.0}]) == ""
 

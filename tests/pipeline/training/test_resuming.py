@@ -432,7 +432,6 @@ class TestChanges:
         )
         learning_rate = config_of(run_folder).optimizer.learning_rate
         assert describe_changes(save(2), changed) == [
-            "backend.deepspeed.zero_optimization.stage unset -> 2",
             "backend.name ddp -> deepspeed",
             'evaluation.tasks ["validation"] -> ["validation", "lambada"]',
             f"optimizer.learning_rate {learning_rate} -> 0.0001",
