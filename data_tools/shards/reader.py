@@ -18,7 +18,9 @@ class TokenStream:
     Attributes:
         manifest: the manifest of the folder.
         split: the name of the split.
-        tokens, documents, utf8_bytes: the numbers of tokens, documents and bytes of text in the split.
+        tokens: the number of tokens in the split.
+        documents: the number of documents in the split.
+        utf8_bytes: the number of bytes of text in the split.
         has_mask: whether a mask says which tokens are scored (count in the loss). If False, all tokens are scored.
     """
 
