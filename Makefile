@@ -58,7 +58,7 @@ bench-loader: .venv/dev ## compare the data loader with one that reads whole sha
 	$(BIN)/python -m benchmarks.loader
 
 CHECK ?=
-gpu-check: .venv/dev ## check a machine with GPUs in nine minutes: CHECK="--minutes 20"
+gpu-check: .venv/dev ## run the most important GPU checks in nine minutes, repeat it for the rest: CHECK="--minutes 20"
 	$(BIN)/python -m benchmarks.gpu_check $(CHECK)
 
 DATA ?=
