@@ -37,7 +37,7 @@ def main() -> object:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description=__doc__,
-        example="torchrun --nproc_per_node=2 -m launch.train --config fsdp quickstart --set run.out_dir=runs/a",
+        example="torchrun --standalone --nproc_per_node=2 -m launch.train --config fsdp quickstart",
     )
     add_config_options(parser)
     parser.add_argument(

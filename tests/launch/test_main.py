@@ -50,7 +50,7 @@ def test_a_command_shows_its_own_help(
     printed = capsys.readouterr().out
     assert exit_.value.code == 0
     assert printed.startswith("usage: gpt2-pipeline ")
-    example = "torchrun --nproc_per_node=2 -m launch.train " if name == "train" else f"gpt2-pipeline {name} "
+    example = "torchrun --standalone --nproc_per_node=2 -m launch" if name == "train" else f"gpt2-pipeline {name} "
     assert f"example:\n  {'gpt2-pipeline config init ' if name == 'init' else example}" in printed
 
 
