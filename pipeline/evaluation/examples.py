@@ -196,7 +196,9 @@ def lambada(row: Row) -> Example:
 
 @dataclass(frozen=True)
 class Settings:
-    shots: int = 0
+    """The options of an evaluation that select and build the requests. They are part of the name of the results."""
+
+    shots: int = 0  # few-shot examples before each example
     limit: int | None = None  # score only this number of examples; all if None
     stride: int | None = None  # tokens between the starts of windows over a text; the model's context length if None
     limits: Mapping[str, int] = field(default_factory=dict)  # task -> limit, for tasks with another limit
@@ -215,9 +217,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class TaskData:
+    """The rows of a task, and everything else that turns them into requests."""
+
     rows: Rows
     pool: Rows  # the rows from which few-shot examples are drawn
-    spare_shot: bool  # the argument ``spare`` of ``draw_shots``
+    spare_shot: bool  # draw one row more, in case the example to score is among them; see ``draw_shots``
     settings: Settings
     tokenizer: Tokenizer
     context_length: int

@@ -27,6 +27,8 @@ Encode = Callable[[Tokenizer, str, str], Request]
 
 @dataclass(frozen=True)
 class PreparedTask:
+    """A task whose examples are read and encoded, so that only the model's scores are missing."""
+
     name: str
     facts: dict[str, Any]  # protocol, data, hash of the data, and counts
     groups: Groups
@@ -229,6 +231,7 @@ def _protocol_of(name: str, protocol: str, examples: Sequence[Example]) -> str:
 
 
 def facts_of(protocol: str, data: TaskData, examples: int) -> dict[str, Any]:
+    """Return the part of a result that does not depend on the model."""
     return {
         "protocol": protocol,
         "data": data.rows.origin,

@@ -83,6 +83,7 @@ def hash_folder(folder: Path) -> str:
 
 
 def format_table(results: Results) -> str:
+    """Return the results as text, with one line per figure and the 95% intervals beside the figures."""
     lines = []
     for task, result in results.items():
         lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")

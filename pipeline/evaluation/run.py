@@ -77,18 +77,18 @@ def run_tasks(
     suffix = "" if weights == "training" else f"_{weights}"
     results: Results = {}
     examples: list[Figures] = []
-    for task, of_task in prepared.items():
-        world.progress.reach(f"task {task}")
-        figures, scores = of_task.measure(scorer)
+    for name, task in prepared.items():
+        world.progress.reach(f"task {name}")
+        figures, scores = task.measure(scorer)
         facts = {
-            "task": task,
+            "task": name,
             "checkpoint": str(loaded.checkpoint),
             "step": loaded.step,
             "weights_sha256": loaded.weights_sha256,
             **({"weights": weights} if suffix else {}),
-            **({"precision": precision} if task != VALIDATION else {}),
+            **({"precision": precision} if name != VALIDATION else {}),
         }
-        results[of_task.name + suffix] = {**facts, **figures}
+        results[task.name + suffix] = {**facts, **figures}
         examples += scores
     world.progress.reach("writing the results", is_patient=True, repeats=False)
     if not world.is_main:

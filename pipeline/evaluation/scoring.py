@@ -60,7 +60,7 @@ class Scorer:
             TrainingError: a log-likelihood is not finite.
         """
         numbers: dict[Request, int] = {}
-        new_in_groups = [_number_new(group, numbers) for group in groups]
+        new_in_groups = [_add_new(group, numbers) for group in groups]
         requests = list(numbers)
         longest = max((len(request.continuation) for request in requests), default=0)
         assert longest <= self.model.context_length, "tasks refuse longer continuations when they are prepared"
@@ -119,7 +119,8 @@ def _copy_batch(batch: ScoringBatch, device: torch.device) -> ScoringBatch:
     return replace(batch, **tensors)
 
 
-def _number_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:
+def _add_new(group: Sequence[Request], numbers: dict[Request, int]) -> range:
+    """Give the next numbers to the requests of a group that have no number yet. Return these numbers."""
     first = len(numbers)
     for request in group:
         numbers.setdefault(request, len(numbers))

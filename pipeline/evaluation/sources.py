@@ -35,6 +35,8 @@ class HubData:
 
 @dataclass(frozen=True)
 class Rows:
+    """The rows of a dataset, where they come from, and a hash that identifies them."""
+
     rows: Sequence[Row]
     origin: str
     sha256: str  # the hash of the file, or of the rows from the hub as JSON lines with sorted keys
