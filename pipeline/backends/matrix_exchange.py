@@ -29,12 +29,13 @@ class Span:
 
 @dataclass(frozen=True)
 class _Overlap:
-    """The elements that are both in a span and in a matrix, as a range of the flattened parameter."""
+    """The elements that are both in a span and in a matrix."""
 
     span: int  # the index of the span among all spans of its rank
     matrix: Matrix
-    start: int
-    stop: int
+    in_span: slice  # the elements, counted in the span
+    in_matrix: slice  # the elements, counted in the flattened matrix
+    numel: int
 
 
 class MatrixExchange:
@@ -94,30 +95,22 @@ class MatrixExchange:
 
     def _assemble(self, batch: _Batch, elements: Sequence[Tensor]) -> list[Tensor]:
         """Return the matrices that this rank owns, one tensor (n, rows, columns) per shape."""
-        sent = [
-            [elements[o.span][o.start - batch.first(o.span) : o.stop - batch.first(o.span)] for o in overlaps]
-            for overlaps in batch.sent
-        ]
+        sent = [[elements[o.span][o.in_span] for o in overlaps] for overlaps in batch.sent]
         received = self._all_to_all(sent, batch.received) if self.ranks_per_copy > 1 else sent
         shapes = [(len(stack), stack[0].rows, stack[0].columns) for stack in batch.stacks]
         stacks = [torch.empty(shape, dtype=self.dtype, device=self.world.device) for shape in shapes]
         flat = batch.by_matrix(stacks)
         for overlap, values in zip(chain(*batch.received), chain(*received), strict=True):
-            matrix = overlap.matrix
-            flat[matrix][overlap.start - matrix.start : overlap.stop - matrix.start] = values
+            flat[overlap.matrix][overlap.in_matrix] = values
         return stacks
 
     def _return(self, batch: _Batch, stacks: list[Tensor], targets: Sequence[Tensor], alpha: float) -> None:
         """Send the owned matrices to all ranks that hold their elements. Add the received elements to the targets."""
         flat = batch.by_matrix(stacks)
-        sent = [
-            [flat[o.matrix][o.start - o.matrix.start : o.stop - o.matrix.start] for o in overlaps]
-            for overlaps in batch.returned
-        ]
+        sent = [[flat[o.matrix][o.in_matrix] for o in overlaps] for overlaps in batch.returned]
         received = self._all_to_all(sent, batch.kept) if self.world.size > 1 else sent
         for overlap, values in zip(chain(*batch.kept), chain(*received), strict=True):
-            first = batch.first(overlap.span)
-            target = targets[overlap.span][overlap.start - first : overlap.stop - first]
+            target = targets[overlap.span][overlap.in_span]
             # With offload, the targets are in host memory.
             target.add_(values.to(target.device), alpha=alpha * overlap.matrix.update_scale)
 
@@ -130,7 +123,7 @@ class MatrixExchange:
         """
         own = self.world.rank
         tensors = [[] if rank == own else to_rank for rank, to_rank in enumerate(sent)]
-        lengths = [[] if rank == own else [o.stop - o.start for o in each] for rank, each in enumerate(overlaps)]
+        lengths = [[] if rank == own else [o.numel for o in each] for rank, each in enumerate(overlaps)]
         sizes_sent = [sum(map(len, to_rank)) for to_rank in tensors]
         sizes_received = [sum(of_rank) for of_rank in lengths]
         sending = torch.empty(sum(sizes_sent), dtype=self.dtype, device=self.world.device)
@@ -154,7 +147,6 @@ class _Batch:
         self, matrices: Sequence[Matrix], spans: Sequence[Sequence[Span]], world: World, ranks_per_copy: int
     ) -> None:
         own = spans[world.rank]
-        self._firsts = [span.start for span in own]
         owned = assign_owners(matrices, world.size)
         self.stacks = group_by_shape(owned[world.rank])
         self.returned = [_overlaps(spans[rank], owned[world.rank]) for rank in range(world.size)]
@@ -172,17 +164,18 @@ class _Batch:
             for matrix, values in zip(matrices, stack, strict=True)
         }
 
-    def first(self, span: int) -> int:
-        return self._firsts[span]
-
 
 def _overlaps(spans: Sequence[Span], matrices: Iterable[Matrix]) -> list[_Overlap]:
     by_name: dict[str, list[int]] = {}
     for i, span in enumerate(spans):
         by_name.setdefault(span.name, []).append(i)
-    found = (
-        _Overlap(i, matrix, max(spans[i].start, matrix.start), min(spans[i].stop, matrix.stop))
-        for matrix in matrices
-        for i in by_name.get(matrix.name, ())
-    )
-    return [overlap for overlap in found if overlap.start < overlap.stop]
+    found = []
+    for matrix in matrices:
+        for i in by_name.get(matrix.name, ()):
+            span = spans[i]
+            start, stop = max(span.start, matrix.start), min(span.stop, matrix.stop)
+            if start < stop:
+                in_span = slice(start - span.start, stop - span.start)
+                in_matrix = slice(start - matrix.start, stop - matrix.start)
+                found.append(_Overlap(i, matrix, in_span, in_matrix, stop - start))
+    return found
