@@ -59,6 +59,12 @@ def random_tokens(*shape: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> t
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
 def write_shards(
     folder: Path,
     shards: dict[str, Sequence[np.ndarray]],

@@ -72,6 +72,16 @@ def make_backend(name: str, world: World, **sections: dict[str, Any]) -> Backend
     return backend
 
 
+def tensors_of(backend: Backend, *kinds: str) -> dict[str, torch.Tensor]:
+    """Return copies of the tensors of some kinds, or of all kinds."""
+    return {
+        f"{fragment.name} {kind}": tensor.clone()
+        for fragment in backend.fragments()
+        for kind, tensor in fragment.tensors.items()
+        if not kinds or kind in kinds
+    }
+
+
 class MostElements(TorchDispatchMode):
     """Records the largest number of elements of a single tensor, and of all weights of a model together.
 

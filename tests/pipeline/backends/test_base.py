@@ -7,35 +7,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.distributed.world import World
-from tests.pipeline.backends.conftest import count_graphs, make_backend
-from tests.pipeline.conftest import random_tokens
+from tests.pipeline.backends.conftest import count_graphs, make_backend, tensors_of
+from tests.pipeline.conftest import assert_same, random_tokens
 from tests.support.host_reads import HostReads
 
 BACKENDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 
 
-def contents(backend: Backend) -> dict[str, Tensor]:
-    """Return copies of weights and optimizer state."""
-    return {
-        f"{fragment.name} {fragment.start} {kind}": tensor.clone()
-        for fragment in backend.fragments()
-        for kind, tensor in fragment.tensors.items()
-    }
-
-
 def adam_steps(backend: Backend) -> set[float]:
     """Return AdamW's step counts."""
     return {float(state["step"]) for state in backend.state.adam_states()}
-
-
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 def train_step(backend: Backend, seed: int, loss_weights: tuple[float, ...] = (1 / 32, 1 / 32)) -> float:
@@ -80,13 +64,13 @@ BAD_STEPS: dict[str, Callable[[Backend], float]] = {
 def test_a_bad_step_leaves_no_trace(world: World, name: str, bad: str) -> None:
     steady, disturbed = (make_backend(name, world) for _ in range(2))
     for seed in range(2):
-        before, steps = contents(disturbed), adam_steps(disturbed)
+        before, steps = tensors_of(disturbed), adam_steps(disturbed)
         assert not math.isfinite(BAD_STEPS[bad](disturbed))
-        assert_same(contents(disturbed), before)
+        assert_same(tensors_of(disturbed), before)
         assert adam_steps(disturbed) == steps
         norms = [train_step(backend, seed) for backend in (steady, disturbed)]
         assert norms[0] == norms[1] > 0
-        assert_same(contents(disturbed), contents(steady))
+        assert_same(tensors_of(disturbed), tensors_of(steady))
     assert adam_steps(disturbed) == adam_steps(steady) == {2.0}
 
 
@@ -97,10 +81,10 @@ def test_a_step_with_a_loss_that_is_not_finite_leaves_no_trace(world: World, nam
     for backend in (steady, disturbed):
         train_step(backend, 0)
     assert not math.isfinite(poisoned(value)(disturbed))
-    assert_same(contents(disturbed), contents(steady))
+    assert_same(tensors_of(disturbed), tensors_of(steady))
     for backend in (steady, disturbed):
         train_step(backend, 1)
-    assert_same(contents(disturbed), contents(steady))
+    assert_same(tensors_of(disturbed), tensors_of(steady))
     assert adam_steps(disturbed) == {2.0}
 
 
@@ -110,10 +94,10 @@ def test_in_every_precision(world: World, name: str, precision: str) -> None:
     """The loss scale is halved if there is one, and nothing else changes."""
     backend = make_backend(name, world, run={"precision": precision})
     train_step(backend, 0)
-    before, scale = contents(backend), backend.loss_scaler.scale
+    before, scale = tensors_of(backend), backend.loss_scaler.scale
     for _ in range(2):
         assert not math.isfinite(train_step(backend, 1, (math.nan,)))
-    assert_same(contents(backend), before)
+    assert_same(tensors_of(backend), before)
     assert adam_steps(backend) == {1.0}
     assert backend.loss_scaler.scale == (scale / 4 if precision == "amp_fp16" else 1.0)
     assert math.isfinite(train_step(backend, 2))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from pipeline.backends import Backend
 from pipeline.backends.weight_average import WeightAverage
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import build_model
 from pipeline.model.parameter_state import EMA, WEIGHT
-from tests.pipeline.backends.conftest import make_backend
-from tests.pipeline.conftest import random_tokens
+from tests.pipeline.backends.conftest import make_backend, tensors_of
+from tests.pipeline.conftest import assert_same, random_tokens
 
 BACKENDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 DECAYS = [0.1, 0.5, 0.9, 0.97]
@@ -22,22 +21,6 @@ def average_and_train(backend: Backend, decay: float, seed: int, loss_weight: fl
     tokens = random_tokens(2, 9, seed=seed)
     backend.accumulate(tokens[:, :-1], tokens[:, 1:], loss_weight, is_last=True)
     backend.step(1e-2, decay)
-
-
-def tensors_of(backend: Backend, *kinds: str) -> dict[str, Tensor]:
-    """Return copies of the tensors of some kinds, or of all kinds."""
-    return {
-        f"{fragment.name} {kind}": tensor.clone()
-        for fragment in backend.fragments()
-        for kind, tensor in fragment.tensors.items()
-        if not kinds or kind in kinds
-    }
-
-
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -28,7 +28,7 @@ from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import build_model
-from tests.pipeline.conftest import random_tokens, tiny_config
+from tests.pipeline.conftest import assert_same, random_tokens, tiny_config
 from tests.support.checkpoints import save_checkpoint
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -70,12 +70,6 @@ def contents(backend: Backend) -> dict[str, Tensor]:
         for fragment in backend.fragments()
         for kind, tensor in fragment.tensors.items()
     }
-
-
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 @contextmanager

@@ -22,14 +22,13 @@ from pipeline.distributed.pinned_buffers import allocate_host_buffers
 from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import (
     WEIGHTS,
-    assert_same,
     contents,
     make_backend,
     state_of,
     train_steps,
     updates_of,
 )
-from tests.pipeline.conftest import largest_file
+from tests.pipeline.conftest import assert_same, largest_file
 
 MakeSaver = Callable[..., BackgroundSaver]
 

@@ -25,7 +25,6 @@ from pipeline.errors import CheckpointError
 from tests.pipeline.checkpoint.conftest import (
     MOMENTS,
     Save,
-    assert_same,
     contents,
     make_backend,
     state_of,
@@ -34,7 +33,7 @@ from tests.pipeline.checkpoint.conftest import (
     unchanged,
     updates_of,
 )
-from tests.pipeline.conftest import tiny_config
+from tests.pipeline.conftest import assert_same, tiny_config
 from tests.support.checkpoints import save_checkpoint
 
 

@@ -27,7 +27,6 @@ from tests.pipeline.checkpoint.conftest import (
     WEIGHTS,
     Save,
     assert_rejected,
-    assert_same,
     contents,
     edit_manifest,
     edit_tensors,
@@ -35,7 +34,7 @@ from tests.pipeline.checkpoint.conftest import (
     seal,
     updates_of,
 )
-from tests.pipeline.conftest import TINY_MODEL, tiny_model_config
+from tests.pipeline.conftest import TINY_MODEL, assert_same, tiny_model_config
 
 POSITIONS_SHAPE = (TINY_MODEL["context_length"], TINY_MODEL["n_embd"])
 N = TINY_MODEL["context_length"] * TINY_MODEL["n_embd"]

@@ -286,18 +286,15 @@ class TestWriting:
             "http" not in without_namespaces and "<script" not in report and "url(" not in report.replace("url(#", "")
         )
 
-    def test_names_are_text_and_not_markup(self, tmp_path: Path) -> None:
-        first = make_run(tmp_path / "_<b>$x$ & $y$", ordinary_rows(4), {"data": {"path": "<i>&"}})
+    def test_names_and_texts_are_not_markup_and_the_last_text_is_at_the_top(self, tmp_path: Path) -> None:
+        texts = [{"step": step, "sample": f"<p>text {step}\nline"} for step in (1, 2)]
+        rows = [*ordinary_rows(4), *texts]
+        first = make_run(tmp_path / "_<b>$x$ & $y$", rows, {"data": {"path": "<i>&"}})
         second = make_run(tmp_path / "b", ordinary_rows(4))
         write_report([first, second], tmp_path / "out")
         page = (tmp_path / "out" / PAGE_FILE).read_text()
         assert "<b>" not in page and "<i>" not in page
         assert page.count("_&lt;b&gt;$x$ &amp; $y$, training") == 3, "in the legends of the three loss charts"
-
-    def test_the_last_generated_text_is_at_the_top(self, tmp_path: Path) -> None:
-        texts = [{"step": step, "sample": f"<p>text {step}\nline"} for step in (1, 2)]
-        write_report([make_run(tmp_path / "run", [*ordinary_rows(4), *texts])], tmp_path / "out")
-        page = (tmp_path / "out" / PAGE_FILE).read_text()
         assert page.index("<h2>Runs") < page.index("&lt;p&gt;text 2\nline") < page.index("<h2>Curves")
         assert "text 1" not in page and ", step 2</figcaption>" in page
 
