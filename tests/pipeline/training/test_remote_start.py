@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.checkpoint.download import BLOCK_BYTES, share_of_blocks
 from pipeline.checkpoint.layout import list_checkpoints, step_of
+from pipeline.checkpoint.manifest import CheckpointManifest, FileEntry
 from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.pairing import abandon, is_paired
 from pipeline.checkpoint.remote_run import RemoteCheckpoint, RemoteRun
@@ -190,7 +191,7 @@ def test_a_run_does_not_continue_from_one_url_and_upload_to_that_of_another_run(
 def test_the_ranks_share_the_blocks(size: int) -> None:
     """All ranks together read each byte once, and no rank reads more than a block more than its share."""
     sizes = {"a": 5 * BLOCK_BYTES + 1, "b": 3, "c": 0, "d": 2 * BLOCK_BYTES}
-    manifest = {"files": {name: {"bytes": n} for name, n in sizes.items()}}
+    manifest = CheckpointManifest({}, {}, {name: FileEntry(n, "0" * 64) for name, n in sizes.items()})
     checkpoint = RemoteCheckpoint(RemoteRun(URL), 1, b"", manifest, {})
     shares = [share_of_blocks(checkpoint, rank, size) for rank in range(size)]
     covered = {name: 0 for name in sizes}
