@@ -25,6 +25,8 @@ PATIENCE_S = 600.0
 #: A rank loops if its CPU time since the last mark is more than this many times the longest so far. The factor is
 #: large, because waiting for a shared GPU also uses CPU time.
 LOOP_FACTOR = 20.0
+#: A rank may be idle for this many times its longest wait so far. On a slow network, a healthy step needs minutes.
+WAIT_FACTOR = 3.0
 #: A thread uses less than this share of a core if it only polls.
 _LEAST_CPU_SHARE = 0.01
 #: A message names at most this many ranks that are in the same state, and says how many others there are.
@@ -111,6 +113,7 @@ class Place:
     line: str  # the current line of source code
     busy_s: float = 0.0  # the CPU time since the last mark; 0 in a patient phase
     longest_s: float = 0.0  # the most CPU time between two marks so far; 0 if not known yet
+    longest_wait_s: float = 0.0  # the longest time between two signs of progress so far, in phases that repeat
 
     def to_json(self) -> str:
         """Return this object as JSON text, for a heartbeat."""
@@ -120,9 +123,10 @@ class Place:
         """Return whether the rank seems to be stuck: it loops (see ``loops``), or it has been idle for too long.
 
         Args:
-            timeout_s: the largest allowed ``idle_s``. If ``is_patient``, at least ``PATIENCE_S`` are allowed.
+            timeout_s: the largest allowed ``idle_s``. If ``is_patient``, at least ``PATIENCE_S`` are allowed. At least
+                ``WAIT_FACTOR * longest_wait_s`` are always allowed.
         """
-        allowed_s = max(timeout_s, PATIENCE_S) if self.is_patient else timeout_s
+        allowed_s = max(timeout_s, WAIT_FACTOR * self.longest_wait_s, PATIENCE_S if self.is_patient else 0.0)
         return self.idle_s > allowed_s or self.loops(timeout_s)
 
     def loops(self, timeout_s: float) -> bool:
@@ -146,6 +150,8 @@ class MainThread:
         self._own_cpu_s = self._read_own_cpu_s()
         self._cpu_s = self._read_cpu_s()
         self._idle_s = 0.0
+        self._repeats = progress.repeats
+        self._wait_s = self._longest_wait_s = 0.0
 
     def observe(self, elapsed_s: float) -> Place:
         """Return what the main thread is doing.
@@ -155,9 +161,15 @@ class MainThread:
         """
         progress = self._progress
         seen, cpu_s, own_cpu_s = (progress.position, progress.moves), self._read_cpu_s(), self._read_own_cpu_s()
+        is_compiling = _is_compiling()
+        if seen == self._seen:
+            self._wait_s += 0.0 if is_compiling else elapsed_s
+        else:
+            if self._repeats:
+                self._longest_wait_s = max(self._longest_wait_s, self._wait_s)
+            self._wait_s, self._repeats = 0.0, progress.repeats
         has_moved = seen != self._seen or cpu_s - self._cpu_s > _LEAST_CPU_SHARE * elapsed_s
         self._idle_s = 0.0 if has_moved else self._idle_s + elapsed_s
-        is_compiling = _is_compiling()
         if is_compiling:
             progress.excused_s += own_cpu_s - self._own_cpu_s
         self._seen, self._cpu_s, self._own_cpu_s = seen, cpu_s, own_cpu_s
@@ -170,6 +182,7 @@ class MainThread:
             self._line(),
             own_cpu_s - progress.marked_at_s - progress.excused_s if is_busy else 0.0,
             progress.longest_s,
+            self._longest_wait_s,
         )
 
     def stack(self) -> str:

@@ -21,6 +21,7 @@ from pipeline.distributed.progress import (
 TIMEOUT_S = 60.0
 MOVING = Place(position=7, phase="step 5, optimizer", is_patient=False, idle_s=0.0, line="trainer.py:1 in train_step")
 IDLE = replace(MOVING, idle_s=61.0)
+SLOW = replace(IDLE, longest_wait_s=28.0)  # for example in an all-reduce on a slow network
 BEHIND = replace(IDLE, position=6, phase="step 5, waiting for data", line="loader.py:2 in _read")
 PATIENT = replace(BEHIND, is_patient=True)
 OUT_OF_PATIENCE = replace(PATIENT, idle_s=PATIENCE_S + 1)
@@ -40,6 +41,9 @@ FIRST = replace(LOOPS, longest_s=0.0)
         pytest.param([MOVING, IDLE], [], id="the rank that is still may wait for the other one"),
         pytest.param([IDLE, IDLE], [0, 1], id="all are still at the same mark"),
         pytest.param([IDLE], [0], id="the only rank"),
+        pytest.param([SLOW, replace(SLOW, position=6)], [], id="all wait as long as they have waited before"),
+        pytest.param([SLOW, BEHIND], [1], id="a rank waits on a slow network for one that does not move"),
+        pytest.param([replace(SLOW, longest_wait_s=20.0)], [0], id="a rank waits for longer than ever before"),
         pytest.param([IDLE, PATIENT], [], id="the rank behind compiles"),
         pytest.param([IDLE, OUT_OF_PATIENCE], [1], id="the rank behind has compiled for too long"),
         pytest.param([BEHIND, IDLE, BEHIND], [0, 2], id="two ranks are behind"),
@@ -96,7 +100,8 @@ def test_a_thread_is_still_until_it_passes_a_mark_or_uses_the_cpu() -> None:
     main_thread = MainThread(progress, is_patient=False)
     assert [observe(progress, main_thread).idle_s for _ in range(3)] == [1.0, 2.0, 3.0]
     progress.move()
-    assert observe(progress, main_thread).idle_s == 0.0
+    place = observe(progress, main_thread)
+    assert (place.idle_s, place.longest_wait_s) == (0.0, 3.0)
     busy_until = time.thread_time() + 0.05
     while time.thread_time() < busy_until:
         pass
@@ -104,8 +109,11 @@ def test_a_thread_is_still_until_it_passes_a_mark_or_uses_the_cpu() -> None:
     place = observe(progress, main_thread)
     assert (place.idle_s, place.position, place.phase) == (1.0, 1, "step 1")
     assert place.line.endswith(" in join") or "threading.py" in place.line
+    progress.reach("save", repeats=False)
+    assert [observe(progress, main_thread).idle_s for _ in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
     progress.pass_mark()
-    assert observe(progress, main_thread).idle_s == 0.0
+    place = observe(progress, main_thread)
+    assert (place.idle_s, place.longest_wait_s) == (0.0, 3.0), "a save does not repeat"
 
 
 def use_cpu(seconds: float) -> None:
