@@ -35,13 +35,16 @@ def find_lost(world: World) -> str | None:
     The first rank that makes this call reads the heartbeats, and the other ranks wait for the result. If no result
     arrives in time, one of the waiting ranks reads the heartbeats.
     """
-    search, found = "", world.progress.verdict
+    search, found = "", None
     deadline = time.monotonic() + 2 * _STORE_TIMEOUT_S
     while found is None:
         if time.monotonic() > deadline:
-            return LOST_STORE
+            found = LOST_STORE
+            break
         otherwise: tuple[str, str | None] = (search, LOST_STORE)
         search, found = _within_store_timeout(partial(_search_or_wait, world, search), otherwise)
+    if found == LOST_STORE and world.progress.verdict:  # was read before the store ended
+        return world.progress.verdict
     return found or None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_the_error_of_one_rank_is_the_reason_on_the_other_ranks(
     verdict = ranks[other].take_turn(1, 1.0)
     assert verdict and verdict.reason.startswith(f"lost rank {rank} (")
     assert verdict.reason.endswith("), which failed: no deepspeed here")
-    monkeypatch.setattr(lost_ranks, "RankRecords", lambda world: pytest.fail("the store has ended"))
+    monkeypatch.setattr(lost_ranks, "RankRecords", Mock(side_effect=RuntimeError("the store has ended")))
     with pytest.raises(LostRankError, match="no deepspeed here"), heartbeat.failures_reported(worlds[other]):
         raise RuntimeError("connection closed by peer")
 
