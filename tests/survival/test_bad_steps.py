@@ -87,9 +87,15 @@ def test_too_many_in_a_row_stop_the_run(backend: str, processes: int, sections: 
     assert find_damage(list_checkpoints(tmp_path / "run")[0]) is None
 
 
-@pytest.mark.parametrize(("backend", "processes"), [("ddp", 1), ("fsdp", 2)])
+@pytest.fixture(scope="module")
+def rolled_back_losses() -> list[float]:
+    """Collect the losses of the first backend, with which the other backends must agree."""
+    return []
+
+
+@pytest.mark.parametrize(("backend", "processes"), [("ddp", 1), ("fsdp", 2), ("zero2", 2)])
 def test_a_spike_rolls_the_run_back_and_leaves_the_batch_out(
-    backend: str, processes: int, sections: Sections, tmp_path: Path
+    backend: str, processes: int, sections: Sections, tmp_path: Path, rolled_back_losses: list[float]
 ) -> None:
     guarded = merged(
         sections,
@@ -106,6 +112,9 @@ def test_a_spike_rolls_the_run_back_and_leaves_the_batch_out(
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 19)), "a gap or a duplicate"
     assert [row["left_out_samples"] for row in rows if "left_out_samples" in row] == [[52, 56]]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    rolled_back_losses[:] = rolled_back_losses or losses
+    assert losses == pytest.approx(rolled_back_losses, rel=0, abs=LOSS_TOLERANCE["fp32"])
     state, _ = read_state(list_checkpoints(folder)[-1])
     assert (state.step, state.updates, state.samples) == (18, 18, 19 * 4)
     assert state.guard.skipped_samples == ((52, 56),) and state.guard.rollbacks == 1
