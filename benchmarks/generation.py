@@ -28,7 +28,7 @@ from benchmarks.transformers_model import transformers_model
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig, SampleConfig
 from pipeline.generation.generate import Decoder, generate_batch
-from pipeline.generation.writer import DTYPES
+from pipeline.generation.text_generator import DTYPES
 from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.model.packed_linear import FILLED_ROWS, InferenceLinear, Way, pack_linear_layers
 

@@ -18,7 +18,7 @@ from benchmarks.run_options import OPTIMIZERS
 from benchmarks.wrapped_shards import WORLD_SIZES, compare_shards
 from pipeline.config.loading import load_config
 from pipeline.data.batch_plan import plan_batch
-from pipeline.planning.layouts import layout_of
+from pipeline.planning.memory import layout_of
 from pipeline.planning.planner import peak_memory
 from tests.support.rank_server import RankServer
 from tests.support.runs import CONFIGS, REPOSITORY, Sections, child_environment, merged, overrides, ranks_command

@@ -24,7 +24,7 @@ from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.distributed.environment import set_launcher_variables
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import allocate_model
-from pipeline.planning.layouts import layout_of
+from pipeline.planning.memory import layout_of
 from tests.support.runs import CONFIGS
 
 WORLD_SIZES = (8, 64, 1024, 4096)

@@ -27,7 +27,7 @@ from pipeline.config.schema import RunConfig, SampleConfig
 from pipeline.generation.options import Template, WeightsDtype
 
 if TYPE_CHECKING:
-    from pipeline.generation.writer import Writer
+    from pipeline.generation.text_generator import TextGenerator
 
 with suppress(ImportError):  # Windows has no readline
     import readline  # noqa: F401 - input() then edits the line and recalls earlier lines
@@ -46,7 +46,7 @@ def main() -> None:
     with quick_imports():
         from pipeline.distributed.world import join_world
         from pipeline.generation.chat import Chat
-        from pipeline.generation.writer import load_writer, prompt_loop
+        from pipeline.generation.text_generator import load_text_generator, prompt_loop
 
     start_logging()
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
@@ -54,20 +54,22 @@ def main() -> None:
     given = {key: getattr(arguments, key) for key in (*SAMPLING_OPTIONS, "stop")}
     with join_world(RunConfig(device=arguments.device), process_group=False) as world:
         together = 1 if arguments.chat else len(arguments.prompt or [None])
-        writer = load_writer(arguments.checkpoint, world.device, arguments.precision, arguments.weights, together)
-        sample = writer.sample.model_copy(update={key: value for key, value in given.items() if value is not None})
+        generator = load_text_generator(
+            arguments.checkpoint, world.device, arguments.precision, arguments.weights, together
+        )
+        sample = generator.sample.model_copy(update={key: value for key, value in given.items() if value is not None})
         prompts = arguments.prompt or [sample.prompt]
         if arguments.chat:
-            chat = Chat(writer, sample, arguments.chat, arguments.system)
+            chat = Chat(generator, sample, arguments.chat, arguments.system)
             prompt_loop(chat.answer, arguments.seed, partial(_next, iter(prompts)) if arguments.prompt else _ask, _show)
         elif arguments.interactive:
-            prompt_loop(partial(_continue, writer, sample), arguments.seed, _ask, _show)
+            prompt_loop(partial(_continue, generator, sample), arguments.seed, _ask, _show)
         elif len(prompts) == 1:
-            for piece in _continue(writer, sample, prompts[0], arguments.seed):
+            for piece in _continue(generator, sample, prompts[0], arguments.seed):
                 _show(piece)
             _show("\n")
         else:
-            for number, text in enumerate(writer.complete(prompts, sample, arguments.seed)):
+            for number, text in enumerate(generator.complete(prompts, sample, arguments.seed)):
                 _show(f"== {number + 1}/{len(prompts)}\n{prompts[number]}{text}\n")
 
 
@@ -131,9 +133,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def _continue(writer: Writer, sample: SampleConfig, prompt: str, seed: int) -> Generator[str]:
+def _continue(generator: TextGenerator, sample: SampleConfig, prompt: str, seed: int) -> Generator[str]:
     yield prompt
-    yield from writer.stream(prompt, sample, seed)
+    yield from generator.stream(prompt, sample, seed)
 
 
 def _ask() -> str:

@@ -16,7 +16,7 @@ PACKAGES = ("data_tools", "pipeline", "launch")
 #: The rooms of stage 1 that pipeline may import.
 OPEN_TO_PIPELINE = (
     "data_tools.formatting",
-    "data_tools.layout",
+    "data_tools.prompt_format",
     "data_tools.options",
     "data_tools.shards",
     "data_tools.tokenizer",
@@ -30,7 +30,7 @@ ROOMS: dict[str, str] = {
     "data_tools.errors": "",
     "data_tools.arrays": "",
     "data_tools.formatting": "",
-    "data_tools.layout": "",
+    "data_tools.prompt_format": "",
     "data_tools.options": "",
     "data_tools.threads": "",
     "data_tools.vocabulary": "",
@@ -38,7 +38,7 @@ ROOMS: dict[str, str] = {
     "data_tools.tokenizer": "errors arrays vocabulary",
     "data_tools.shards": "errors arrays threads storage vocabulary tokenizer",
     "data_tools.encoding": "errors arrays vocabulary tokenizer",
-    "data_tools.sources": "errors layout options storage encoding",
+    "data_tools.sources": "errors options prompt_format storage encoding",
     "data_tools.corpus": "errors arrays formatting options threads storage shards encoding sources",
     "data_tools.formats": "errors arrays options threads storage vocabulary tokenizer shards",
     "pipeline.errors": "",

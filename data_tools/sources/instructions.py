@@ -15,7 +15,7 @@ from typing import Any
 
 from data_tools.encoding.documents import Dialogue
 from data_tools.errors import json_type, list_names
-from data_tools.layout import ANSWERING_ROLE, END_OF_TURN, ROLES, heading_of_role, instruction_prompt
+from data_tools.prompt_format import ANSWERING_ROLE, END_OF_TURN, ROLES, heading_of_role, instruction_prompt
 from data_tools.sources.files import FileSource, Slice
 from data_tools.sources.jsonl import CHAT_FIELDS, JSONL_SUFFIXES, ROLE_FIELDS, read_records
 from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_bad_row

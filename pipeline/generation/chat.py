@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Generator
 
-from data_tools.layout import (
+from data_tools.prompt_format import (
     ANSWERING_ROLE,
     END_OF_TURN,
     INSTRUCTION_FIELDS,
@@ -15,7 +15,7 @@ from data_tools.layout import (
 from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
 from pipeline.generation.options import Template
-from pipeline.generation.writer import ENDS, Writer
+from pipeline.generation.text_generator import ENDS, TextGenerator
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,13 @@ class Chat:
         system: the text of a first message with the role "system", only for "messages".
     """
 
-    def __init__(self, writer: Writer, sample: SampleConfig, template: Template, system: str | None = None) -> None:
+    def __init__(
+        self, generator: TextGenerator, sample: SampleConfig, template: Template, system: str | None = None
+    ) -> None:
         assert system is None or template == "messages"
         headings = map(heading_of_role, ROLES) if template == "messages" else map(heading, INSTRUCTION_FIELDS)
         stops = [END_OF_TURN + line.rstrip() for line in headings]
-        self.writer = writer
+        self.generator = generator
         self.sample = sample.model_copy(update={"stop": [*sample.stop, *stops]})
         self.template = template
         self._system = [] if system is None else self._encode_message("system", system)
@@ -51,7 +53,7 @@ class Chat:
         prompt = [END_OF_TEXT, *self._recall(question), *question]
         answer = ""
         try:
-            for piece in self.writer.stream_tokens(prompt, self.sample, seed, self._ends):
+            for piece in self.generator.stream_tokens(prompt, self.sample, seed, self._ends):
                 answer += piece
                 yield piece
         finally:  # an interrupted answer is also part of the conversation
@@ -63,7 +65,7 @@ class Chat:
 
         If the context is too short for them and the question, remove the oldest exchanges.
         """
-        context = self.writer.model.config.context_length
+        context = self.generator.model.config.context_length
         room = context - min(self.sample.max_new_tokens, context // 2) - 1 - len(self._system) - len(question)
         forgotten = 0
         while self._history and sum(map(len, self._history)) > room:
@@ -87,4 +89,4 @@ class Chat:
 
     def _encode(self, segment: str) -> list[int]:
         """Encode a segment of a document separately from other segments, as the tokenize command does."""
-        return self.writer.tokenizer.encode(segment).tolist()
+        return self.generator.tokenizer.encode(segment).tolist()

@@ -27,7 +27,7 @@ from pipeline.evaluation.packing import Request
 from pipeline.evaluation.protocols import encode_pair
 from pipeline.evaluation.scoring import Scorer, compute_for_scoring
 from pipeline.evaluation.texts import rolling_windows
-from pipeline.generation.writer import Writer, load_writer
+from pipeline.generation.text_generator import TextGenerator, load_text_generator
 from pipeline.model.parameter_state import KINDS_OF_WEIGHTS
 
 HARNESS_MODEL = PROJECT  # the name for ``lm_eval --model``
@@ -128,7 +128,7 @@ class CheckpointModel(LM):  # type: ignore[misc]
         for sample, numbers in by_options.values():
             prompts = {number: self._encode_prompt(requests[number].args[0], sample) for number in numbers}
             for batch in _batches(sorted(numbers, key=lambda number: -len(prompts[number])), self.rows):
-                texts = self._writer.complete_tokens([prompts[number] for number in batch], sample, seed=0)
+                texts = self._generator.complete_tokens([prompts[number] for number in batch], sample, seed=0)
                 for number, text in zip(batch, texts, strict=True):
                     completions[number] = text
         return completions
@@ -138,10 +138,10 @@ class CheckpointModel(LM):  # type: ignore[misc]
         return self._tokenizer.encode(prompt).tolist()[-room:] or [END_OF_TEXT]
 
     @cached_property
-    def _writer(self) -> Writer:
+    def _generator(self) -> TextGenerator:
         """Return a second copy of the model, because scoring and generation may need different dtypes."""
         dtype = "fp32" if self.precision == "fp32" else "bf16"
-        return load_writer(self.checkpoint, self.world.device, dtype, self.weights, prompts=self.rows)
+        return load_text_generator(self.checkpoint, self.world.device, dtype, self.weights, prompts=self.rows)
 
     @property
     def tokenizer_name(self) -> str:

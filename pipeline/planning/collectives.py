@@ -15,7 +15,7 @@ from pipeline.data.batch_plan import BatchPlan
 from pipeline.model.gpt2 import flops_per_token
 from pipeline.model.muon_matrices import Matrix, divide_into_batches, muon_matrices
 from pipeline.planning.communication import Collective, Group, Kind
-from pipeline.planning.layouts import BF16, FP32, REDUCE_BUCKET_ELEMENTS, REPLICATED_BUCKET_ELEMENTS, Sizes, sizes_of
+from pipeline.planning.memory import BF16, FP32, REDUCE_BUCKET_ELEMENTS, REPLICATED_BUCKET_ELEMENTS, Sizes, sizes_of
 
 MAX_REUSE_ELEMENTS = 1_000_000_000  # DeepSpeed's default of ``stage3_max_reuse_distance``
 MIB = 1 << 20

@@ -8,7 +8,7 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, largest_divisor, plan_batch
 from pipeline.planning.activations import Peak, Request, trace_activations
 from pipeline.planning.devices import Device
-from pipeline.planning.layouts import checkpoint_bytes, layout_of, sizes_of
+from pipeline.planning.memory import checkpoint_bytes, layout_of, sizes_of
 from pipeline.planning.speed import Speed, estimate_speed
 
 SECONDS_PER_DAY = 86_400

@@ -11,7 +11,7 @@ from pipeline.model.gpt2 import flops_per_token
 from pipeline.planning.collectives import Stage, StepCollectives, muon_matrices_of, step_collectives
 from pipeline.planning.communication import Cluster, Collective, Link
 from pipeline.planning.devices import GB, Device
-from pipeline.planning.layouts import FP32, sizes_of
+from pipeline.planning.memory import FP32, sizes_of
 
 LINK_EFFICIENCY = 0.7  # assumed fraction of a link's published bandwidth
 #: Bytes per element that CPUAdam reads (weight, moments, gradient) and writes (weight, moments). The plan assumes that

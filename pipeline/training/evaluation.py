@@ -15,7 +15,7 @@ from pipeline.errors import TrainingError
 from pipeline.evaluation.run import measure_tasks
 from pipeline.evaluation.tasks import Prepared
 from pipeline.evaluation.validation import validate, validate_average
-from pipeline.generation.writer import complete_while_training
+from pipeline.generation.text_generator import complete_while_training
 from pipeline.run_folder.metrics import SAMPLE_KEY
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _LEAST_RELATIVE_SPREAD = 1e-3
 
 
-class Verdict(Enum):
+class StepVerdict(Enum):
     """The judgment of ``StepGuard`` on a finished step."""
 
     GOOD = "good"
@@ -62,13 +62,13 @@ class StepGuard:
         """Add a step to the queue of steps that the guard will judge."""
         self._queue.append(trained)
 
-    def judge_queued(self, *, leave: int = 0) -> Iterator[tuple[TrainedStep, Verdict]]:
+    def judge_queued(self, *, leave: int = 0) -> Iterator[tuple[TrainedStep, StepVerdict]]:
         """Judge all queued steps except the newest ``leave`` steps. Yield (step, verdict), the oldest step first."""
         while len(self._queue) > leave:
             trained = self._queue.popleft()
             yield trained, self.judge(trained)
 
-    def judge(self, trained: TrainedStep) -> Verdict:
+    def judge(self, trained: TrainedStep) -> StepVerdict:
         """Wait until the device has finished a step, judge it, update the state of the guard, and return the verdict.
 
         Raises:
@@ -79,10 +79,10 @@ class StepGuard:
             self._count_without_targets(trained)
         if not math.isfinite(grad_norm):
             self._count_skipped(trained)
-            return Verdict.SKIPPED
+            return StepVerdict.SKIPPED
         self.state = replace(self.state, bad_in_a_row=0)
         if self.config.spike_zscore is None or not has_targets:
-            return Verdict.GOOD
+            return StepVerdict.GOOD
         loss = trained.loss.read()
         if spike := self._describe_spike(loss, grad_norm, self.config.spike_zscore):
             if self.state.rollbacks >= self.config.max_rollbacks:
@@ -92,10 +92,10 @@ class StepGuard:
                     "or raise guard.max_rollbacks or guard.spike_zscore"
                 )
             log.warning("%s: %s", self._describe(trained), spike)
-            return Verdict.SPIKE
+            return StepVerdict.SPIKE
         recent = (*self.state.recent, (loss, grad_norm))[-self.config.spike_window :]
         self.state = replace(self.state, recent=recent)
-        return Verdict.GOOD
+        return StepVerdict.GOOD
 
     def after_rollback(self, stored: GuardState, spike: TrainedStep) -> None:
         """Restore the state of the guard, after a spike has made the run go back to a checkpoint.

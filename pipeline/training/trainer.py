@@ -36,7 +36,7 @@ from pipeline.training.rank_comparison import RankComparison
 from pipeline.training.resuming import load_checkpoint
 from pipeline.training.run_record import RunRecord
 from pipeline.training.schedule import ema_decay_at, lr_at
-from pipeline.training.step_guard import StepGuard, TrainedStep, Verdict
+from pipeline.training.step_guard import StepGuard, StepVerdict, TrainedStep
 from pipeline.training.step_profile import StepProfile
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 
@@ -314,9 +314,9 @@ class Trainer:
         """
         leave = 1 if self.world.device.type == "cuda" and not judge_all else 0
         for finished, verdict in self.guard.judge_queued(leave=leave):
-            if verdict is Verdict.SPIKE:
+            if verdict is StepVerdict.SPIKE:
                 yield finished
-            if verdict is Verdict.SKIPPED:
+            if verdict is StepVerdict.SKIPPED:
                 samples = [finished.first_sample, finished.stop_sample]
                 self.record.write({"step": finished.step, "skipped_samples": samples})
             else:

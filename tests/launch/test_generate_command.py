@@ -21,7 +21,7 @@ from launch.cli import run_command
 from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
-from pipeline.generation import writer as generation_writer
+from pipeline.generation import text_generator
 from pipeline.model.packed_linear import InferenceLinear, can_pack
 from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
 from tests.support.runs import REPOSITORY, child_environment
@@ -76,8 +76,8 @@ def test_several_prompts_are_completed_as_each_alone(command: Command) -> None:
 
 
 def test_an_empty_prompt_begins_a_new_text(command: Command, run_folder: Path) -> None:
-    writer = generation_writer.load_writer(run_folder, torch.device("cpu"))
-    [text] = writer.complete_tokens([[END_OF_TEXT]], writer.sample.model_copy(update={"temperature": 0.0}), 0)
+    generator = text_generator.load_text_generator(run_folder, torch.device("cpu"))
+    [text] = generator.complete_tokens([[END_OF_TEXT]], generator.sample.model_copy(update={"temperature": 0.0}), 0)
     assert text and command("--temperature", "0", "--prompt", "") == f"{text}\n"
 
 
@@ -100,8 +100,8 @@ def test_the_defaults_are_the_runs_own(command: Command, run_folder: Path) -> No
     assert shown == command(*options)
     assert shown != command("--temperature", "2")
     assert command("--max-new-tokens", "9").startswith(shown.removesuffix("\n"))
-    writer = generation_writer.load_writer(run_folder, torch.device("cpu"))
-    assert writer.sample == SampleConfig.model_validate(SAMPLE)
+    generator = text_generator.load_text_generator(run_folder, torch.device("cpu"))
+    assert generator.sample == SampleConfig.model_validate(SAMPLE)
     stop = shown.removeprefix("The run's own")[3:6]
     assert command("--stop", stop) == f"{shown[: shown.index(stop)]}\n"
 
@@ -123,10 +123,10 @@ def test_bf16(command: Command) -> None:
 
 
 def test_on_a_cpu_the_weights_are_packed(run_folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = generation_writer.load_writer(run_folder, torch.device("cpu"))
-    assert isinstance(writer.model.h[0].mlp.c_fc, InferenceLinear) == can_pack(torch.float32)
+    generator = text_generator.load_text_generator(run_folder, torch.device("cpu"))
+    assert isinstance(generator.model.h[0].mlp.c_fc, InferenceLinear) == can_pack(torch.float32)
     packed = command(*GREEDY, "--prompt", "Hello")
-    monkeypatch.setattr(generation_writer, "pack_linear_layers", lambda model, dtype, rows: None)
+    monkeypatch.setattr(text_generator, "pack_linear_layers", lambda model, dtype, rows: None)
     assert command(*GREEDY, "--prompt", "Hello") == packed
 
 

@@ -31,7 +31,7 @@ from pipeline.evaluation.protocols import PreparedTask
 from pipeline.evaluation.results import find_results, format_table
 from pipeline.evaluation.run import prepare_tasks, run_tasks
 from pipeline.evaluation.validation import validate
-from pipeline.generation.writer import load_writer
+from pipeline.generation.text_generator import load_text_generator
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.report.runs import read_runs
 from pipeline.report.tables import evaluation_table
@@ -380,7 +380,7 @@ def test_two_ranks_measure_what_the_checkpoint_measures(backend: str, corpus: Pa
     samples = [row["sample"] for row in read_metrics(run_folder) if "sample" in row]
     assert len(samples) == 3
     greedy = SampleConfig(prompt="The", max_new_tokens=6, temperature=0)
-    assert samples[-1] == "The" + load_writer(run_folder, ALONE.device).complete(["The"], greedy, seed=0)[0]
+    assert samples[-1] == "The" + load_text_generator(run_folder, ALONE.device).complete(["The"], greedy, seed=0)[0]
     events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
     texts = events.Tensors("sample/text_summary")
     assert [event.step for event in texts] == [0, 2, 4]

@@ -15,7 +15,7 @@ from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
 from pipeline.generation.chat import Chat
 from pipeline.generation.options import Template
-from pipeline.generation.writer import Writer
+from pipeline.generation.text_generator import TextGenerator
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import tiny_model_config
 
@@ -23,7 +23,7 @@ CONTEXT = 100
 ANSWERS = ["Fine, thanks.", "Bye!", "No."]
 
 
-class RecordingWriter(Writer):
+class RecordingGenerator(TextGenerator):
     """Records the prompts, and returns ``ANSWERS`` one after the other, word by word."""
 
     def __init__(self) -> None:
@@ -39,8 +39,8 @@ class RecordingWriter(Writer):
 
 
 @pytest.fixture
-def writer() -> RecordingWriter:
-    return RecordingWriter()
+def generator() -> RecordingGenerator:
+    return RecordingGenerator()
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def chat_record(*texts: str, system: str | None = None) -> dict[str, Any]:
     return {"messages": [{"role": "system", "content": system}, *messages] if system else messages}
 
 
-def talk(writer: RecordingWriter, *messages: str, template: Template = "messages", **options: Any) -> Chat:
-    chat = Chat(writer, SampleConfig(max_new_tokens=20, stop=["own"]), template, **options)
+def talk(generator: RecordingGenerator, *messages: str, template: Template = "messages", **options: Any) -> Chat:
+    chat = Chat(generator, SampleConfig(max_new_tokens=20, stop=["own"]), template, **options)
     for message in messages:
         "".join(chat.answer(message, seed=0))
     return chat
@@ -71,54 +71,54 @@ def talk(writer: RecordingWriter, *messages: str, template: Template = "messages
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_the_prompt_of_a_chat_is_what_the_model_was_trained_on(
-    writer: RecordingWriter, tokenizer: Tokenizer, system: str | None
+    generator: RecordingGenerator, tokenizer: Tokenizer, system: str | None
 ) -> None:
-    talk(writer, "How are you?", "Bye", system=system)
-    assert writer.prompts == [
+    talk(generator, "How are you?", "Bye", system=system)
+    assert generator.prompts == [
         trained_on(tokenizer, chat_record("How are you?", "MARKER", system=system)),
         trained_on(tokenizer, chat_record("How are you?", ANSWERS[0], "Bye", "MARKER", system=system)),
     ]
 
 
 def test_the_prompt_of_an_instruction_is_what_the_model_was_trained_on(
-    writer: RecordingWriter, tokenizer: Tokenizer
+    generator: RecordingGenerator, tokenizer: Tokenizer
 ) -> None:
     """Each by itself, because training data has no history."""
-    talk(writer, "Add.", "Subtract.", template="instruction")
-    assert writer.prompts == [
+    talk(generator, "Add.", "Subtract.", template="instruction")
+    assert generator.prompts == [
         trained_on(tokenizer, {"instruction": text, "output": "MARKER"}) for text in ("Add.", "Subtract.")
     ]
 
 
-def test_an_answer_ends_where_answers_in_training_end(writer: RecordingWriter, tokenizer: Tokenizer) -> None:
-    chat = talk(writer, "Hello")
+def test_an_answer_ends_where_answers_in_training_end(generator: RecordingGenerator, tokenizer: Tokenizer) -> None:
+    chat = talk(generator, "Hello")
     last_of_turn = tokenizer.encode("An answer.\n\n").tolist()[-1]
-    assert writer.ends == {END_OF_TEXT, last_of_turn}
+    assert generator.ends == {END_OF_TEXT, last_of_turn}
     assert last_of_turn not in tokenizer.encode("One paragraph.\n\nAnother.").tolist()
     assert {"own", "\n\n### User:", "\n\n### Assistant:"} <= set(chat.sample.stop)
-    chat = talk(RecordingWriter(), "Hello", template="instruction")
+    chat = talk(RecordingGenerator(), "Hello", template="instruction")
     assert {"own", "\n\n### Instruction:"} <= set(chat.sample.stop)
 
 
 def test_the_oldest_exchanges_are_forgotten_with_a_word(
-    writer: RecordingWriter, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+    generator: RecordingGenerator, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Answers of 20 tokens leave 80 of the context. The message of the system stays."""
     with caplog.at_level(logging.WARNING):
-        talk(writer, "long " * 30, "short", "last " * 20, system="Be brief.")
-    assert writer.prompts[2] == trained_on(
+        talk(generator, "long " * 30, "short", "last " * 20, system="Be brief.")
+    assert generator.prompts[2] == trained_on(
         tokenizer, chat_record("short", ANSWERS[1], "last " * 20, "MARKER", system="Be brief.")
     )
     assert "[the context of 100 tokens is full: the oldest exchanges are forgotten (1)]" in caplog.text
     with caplog.at_level(logging.WARNING):
-        talk(RecordingWriter(), "long " * 100)
+        talk(RecordingGenerator(), "long " * 100)
     assert "no room for the whole message" in caplog.text
 
 
-def test_an_interrupted_answer_belongs_to_the_conversation(writer: RecordingWriter, tokenizer: Tokenizer) -> None:
-    chat = Chat(writer, SampleConfig(max_new_tokens=20), "messages")
+def test_an_interrupted_answer_belongs_to_the_conversation(generator: RecordingGenerator, tokenizer: Tokenizer) -> None:
+    chat = Chat(generator, SampleConfig(max_new_tokens=20), "messages")
     answer = chat.answer("How are you?", seed=0)
     assert next(answer) == "Fine, "
     answer.close()
     list(chat.answer("Bye", seed=1))
-    assert writer.prompts[1] == trained_on(tokenizer, chat_record("How are you?", "Fine,", "Bye", "MARKER"))
+    assert generator.prompts[1] == trained_on(tokenizer, chat_record("How are you?", "Fine,", "Bye", "MARKER"))

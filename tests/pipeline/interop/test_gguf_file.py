@@ -15,7 +15,7 @@ from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
 from pipeline.errors import CheckpointError
-from pipeline.generation.writer import load_writer
+from pipeline.generation.text_generator import load_text_generator
 from pipeline.interop import gguf_file
 from pipeline.interop.gguf_file import export_gguf
 from pipeline.model.gpt2 import GPT2
@@ -187,7 +187,7 @@ def test_llama_cpp_itself_generates_the_same_text(run_folder: Path, readers: dic
     server = xllamacpp.Server(parameters)
     prompts = ["The meaning of life is", " Grüße, 世界! 🎉\n\n\ttabs don't 12345"]
     greedy = SampleConfig(temperature=0, max_new_tokens=20)
-    expected = load_writer(run_folder, torch.device("cpu")).complete(prompts, greedy, 0)
+    expected = load_text_generator(run_folder, torch.device("cpu")).complete(prompts, greedy, 0)
     for prompt, text in zip(prompts, expected, strict=True):
         found = server.handle_completions({"prompt": prompt, "max_tokens": 20, "temperature": 0.0, "top_k": 1})
         assert found["usage"]["prompt_tokens"] == len(load_tokenizer().encode(prompt))

@@ -18,7 +18,7 @@ from pipeline.distributed.device import GIB
 from pipeline.model.gpt2 import parameter_count
 from pipeline.planning.collectives import step_collectives
 from pipeline.planning.devices import DEVICES, Device, find_device
-from pipeline.planning.layouts import layout_of, sizes_of
+from pipeline.planning.memory import layout_of, sizes_of
 from pipeline.planning.planner import host_memory, largest_micro_batch, peak_memory, plan_run
 from pipeline.planning.speed import estimate_speed
 from tests.support.runs import CONFIGS

@@ -17,7 +17,7 @@ from pipeline.checkpoint.state import GuardState
 from pipeline.config.schema import GuardConfig
 from pipeline.distributed.device import LateValue
 from pipeline.errors import TrainingError
-from pipeline.training.step_guard import StepGuard, TrainedStep, Verdict, z_score
+from pipeline.training.step_guard import StepGuard, StepVerdict, TrainedStep, z_score
 
 WINDOW = 10
 
@@ -35,7 +35,7 @@ def finished(step: int = 1, *, norm: float = 1.0, loss: float = 3.0, loss_scale:
     return TrainedStep(step, 4 * step - 4, 4 * step, LateValue(loss), late_norm, loss_scale, 1e-3, LateValue(48))
 
 
-def judge_all(judge: StepGuard, norms: Iterable[float], **more: Any) -> list[Verdict]:
+def judge_all(judge: StepGuard, norms: Iterable[float], **more: Any) -> list[StepVerdict]:
     return [judge.judge(finished(step, norm=norm, **more)) for step, norm in enumerate(norms, start=1)]
 
 
@@ -44,7 +44,7 @@ def fill_window(judge: StepGuard, steps: int = WINDOW) -> None:
     for step in range(1, steps + 1):
         sign = 1 if step % 2 else -1
         verdict = judge.judge(finished(step, loss=3.0 + sign * 0.1, norm=1.0 + sign * 0.01))
-        assert verdict is Verdict.GOOD
+        assert verdict is StepVerdict.GOOD
 
 
 class TestSkips:
@@ -52,13 +52,13 @@ class TestSkips:
     def test_a_step_that_is_not_finite_is_skipped(self, norm: float, caplog: pytest.LogCaptureFixture) -> None:
         judge = guard()
         with caplog.at_level(logging.WARNING):
-            assert judge.judge(finished(7, norm=norm)) is Verdict.SKIPPED
+            assert judge.judge(finished(7, norm=norm)) is StepVerdict.SKIPPED
         assert judge.state.bad_in_a_row == 1
         assert f"step 7: gradient norm {norm} (samples 24 to 27)" in caplog.text
 
     def test_a_finite_step_is_good_and_does_not_change_the_state(self) -> None:
         judge = guard()
-        assert judge_all(judge, [1.0, 1e30, 0.0]) == [Verdict.GOOD] * 3
+        assert judge_all(judge, [1.0, 1e30, 0.0]) == [StepVerdict.GOOD] * 3
         assert judge.state == GuardState()
 
     def test_too_many_in_a_row_stop_the_run(self) -> None:
@@ -77,7 +77,7 @@ class TestSkips:
     def test_a_finite_step_resets_the_count(self) -> None:
         judge = guard(max_bad_steps=3)
         verdicts = judge_all(judge, [math.nan, math.nan, 1.0] * 5)
-        assert verdicts == [Verdict.SKIPPED, Verdict.SKIPPED, Verdict.GOOD] * 5
+        assert verdicts == [StepVerdict.SKIPPED, StepVerdict.SKIPPED, StepVerdict.GOOD] * 5
         assert judge.state.bad_in_a_row == 0
 
     def test_the_count_continues_after_a_restart(self) -> None:
@@ -89,7 +89,7 @@ class TestSkips:
         """fp16 starts with a high loss scale and halves it after each overflow."""
         judge = guard(max_bad_steps=2)
         for step in range(1, 17):
-            assert judge.judge(finished(step, norm=math.inf, loss_scale=2.0 ** (17 - step))) is Verdict.SKIPPED
+            assert judge.judge(finished(step, norm=math.inf, loss_scale=2.0 ** (17 - step))) is StepVerdict.SKIPPED
         assert judge.state.bad_in_a_row == 0
         judge.judge(finished(17, norm=math.inf, loss_scale=1.0))
         with pytest.raises(TrainingError, match="2 steps in a row"):
@@ -111,7 +111,7 @@ class TestSpikes:
     def test_without_a_threshold_no_step_is_a_spike(self) -> None:
         judge = guard()
         assert judge.config.spike_zscore is None
-        assert judge_all(judge, [1.0] * 200 + [1e9])[-1] is Verdict.GOOD
+        assert judge_all(judge, [1.0] * 200 + [1e9])[-1] is StepVerdict.GOOD
 
     @pytest.mark.parametrize("spike", [{"loss": 3.5}, {"norm": 1.05}], ids=["loss", "norm"])
     def test_a_loss_or_norm_far_above_the_last_ones_is_a_spike(
@@ -121,7 +121,7 @@ class TestSpikes:
         fill_window(judge)
         before = judge.state
         with caplog.at_level(logging.WARNING):
-            assert judge.judge(finished(11, **spike)) is Verdict.SPIKE
+            assert judge.judge(finished(11, **spike)) is StepVerdict.SPIKE
         what = "loss" if "loss" in spike else "gradient norm"
         assert f"step 11: loss {spike.get('loss', 3.0):.4g}" in caplog.text
         assert f"its {what} is 5.0 standard deviations above the last 10 steps" in caplog.text
@@ -132,18 +132,18 @@ class TestSpikes:
         """A fall is never a spike."""
         judge = spike_guard()
         fill_window(judge)
-        assert judge.judge(finished(11, **usual)) is Verdict.GOOD
+        assert judge.judge(finished(11, **usual)) is StepVerdict.GOOD
 
     @pytest.mark.parametrize("loss", [math.nan, math.inf])
     def test_a_loss_that_is_not_finite_is_a_spike(self, loss: float) -> None:
         judge = spike_guard()
         fill_window(judge)
-        assert judge.judge(finished(11, loss=loss)) is Verdict.SPIKE
+        assert judge.judge(finished(11, loss=loss)) is StepVerdict.SPIKE
 
     def test_no_step_is_a_spike_before_the_window_is_full(self) -> None:
         judge = spike_guard()
         fill_window(judge, WINDOW - 1)
-        assert judge.judge(finished(10, loss=1e6, norm=1e6)) is Verdict.GOOD
+        assert judge.judge(finished(10, loss=1e6, norm=1e6)) is StepVerdict.GOOD
 
     def test_the_window_moves(self) -> None:
         judge = spike_guard()
@@ -151,20 +151,20 @@ class TestSpikes:
         for step in range(11, 21):
             judge.judge(finished(step, loss=2.0 + 0.01 * (step % 2), norm=1.0))
         assert len(judge.state.recent) == WINDOW
-        assert judge.judge(finished(21, loss=2.9)) is Verdict.SPIKE, "the losses of 3 have left the window"
+        assert judge.judge(finished(21, loss=2.9)) is StepVerdict.SPIKE, "the losses of 3 have left the window"
 
     @pytest.mark.parametrize("value", [3.0, 1e-30, 1e6, 0.0])
     def test_rounding_in_a_flat_window_is_no_spike(self, value: float) -> None:
         judge = spike_guard()
         judge_all(judge, [value] * WINDOW, loss=value)
-        assert judge.judge(finished(11, loss=math.nextafter(value, -1), norm=value * (1 + 1e-7))) is Verdict.GOOD
+        assert judge.judge(finished(11, loss=math.nextafter(value, -1), norm=value * (1 + 1e-7))) is StepVerdict.GOOD
         if value:
-            assert judge.judge(finished(12, loss=value * 1.01, norm=value)) is Verdict.SPIKE
+            assert judge.judge(finished(12, loss=value * 1.01, norm=value)) is StepVerdict.SPIKE
 
     def test_in_a_window_of_zeros_any_increase_is_a_spike(self) -> None:
         judge = spike_guard()
         judge_all(judge, [1.0] * WINDOW, loss=0.0)
-        assert judge.judge(finished(11, loss=1e-9)) is Verdict.SPIKE
+        assert judge.judge(finished(11, loss=1e-9)) is StepVerdict.SPIKE
 
     def test_z_scores_computed_by_hand(self) -> None:
         assert z_score(10.0, (2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0)) == pytest.approx(2.5)
@@ -179,7 +179,7 @@ class TestRollbacks:
         stored = judge.state
         for step in (11, 12):
             spike = finished(step, loss=9.0)
-            assert judge.judge(spike) is Verdict.SPIKE
+            assert judge.judge(spike) is StepVerdict.SPIKE
             judge.after_rollback(stored, spike)
         assert judge.state.rollbacks == 2
         with pytest.raises(TrainingError) as caught:
@@ -250,7 +250,7 @@ class TestQueue:
         for step, norm in ((1, 1.0), (2, math.nan), (3, 2.0)):
             judge.enqueue(finished(step, norm=norm))
         judged = [(trained.step, verdict) for trained, verdict in judge.judge_queued(leave=1)]
-        assert judged == [(1, Verdict.GOOD), (2, Verdict.SKIPPED)]
+        assert judged == [(1, StepVerdict.GOOD), (2, StepVerdict.SKIPPED)]
         assert [trained.step for trained, _ in judge.judge_queued()] == [3]
         assert list(judge.judge_queued()) == []
 
@@ -260,7 +260,7 @@ class TestQueue:
         judge.enqueue(finished(11, loss=9.0))
         judge.enqueue(finished(12, norm=math.nan))
         spike, verdict = next(judge.judge_queued())
-        assert (spike.step, verdict) == (11, Verdict.SPIKE)
+        assert (spike.step, verdict) == (11, StepVerdict.SPIKE)
         judge.after_rollback(GuardState(), spike)
         assert list(judge.judge_queued()) == []
         assert judge.state.bad_in_a_row == 0
@@ -281,7 +281,7 @@ class TestState:
         whole = spike_guard(max_bad_steps=100)
         norms = [1.0 + 0.01 * (step % 3) for step in range(25)] + [math.nan, 1.01, 1.5]
         verdicts = judge_all(whole, norms)
-        assert verdicts[-3:] == [Verdict.SKIPPED, Verdict.GOOD, Verdict.SPIKE]
+        assert verdicts[-3:] == [StepVerdict.SKIPPED, StepVerdict.GOOD, StepVerdict.SPIKE]
         for stopped_at in (5, 15, 26):
             first = spike_guard(max_bad_steps=100)
             judge_all(first, norms[:stopped_at])

@@ -17,7 +17,7 @@ from pipeline.config.loading import dump_config
 from pipeline.config.schema import SampleConfig
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from pipeline.generation.writer import TextStream, complete_while_training, load_writer
+from pipeline.generation.text_generator import TextStream, complete_while_training, load_text_generator
 from pipeline.model.gpt2 import build_model
 from tests.pipeline.conftest import VOCAB_SIZE, tiny_config
 from tests.support.checkpoints import save_checkpoint
@@ -44,7 +44,7 @@ def sample(**options: Any) -> SampleConfig:
 
 
 def complete(run_folder: Path, options: SampleConfig, seed: int) -> str:
-    return load_writer(run_folder, CPU).complete([options.prompt], options, seed)[0]
+    return load_text_generator(run_folder, CPU).complete([options.prompt], options, seed)[0]
 
 
 def test_max_new_tokens_limits_the_completion(run_folder: Path) -> None:

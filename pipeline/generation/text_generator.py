@@ -27,10 +27,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENDS = frozenset({END_OF_TEXT})  # the tokens before which a completion ends
 
 
-def load_writer(
+def load_text_generator(
     checkpoint: Path | str, device: torch.device, dtype: str = "fp32", weights: str = "training", prompts: int = 1
-) -> Writer:
-    """Load the model of a checkpoint into a ``Writer``.
+) -> TextGenerator:
+    """Load the model of a checkpoint into a ``TextGenerator``.
 
     Args:
         checkpoint: the path or URL of a checkpoint folder or a run folder. From a run folder, the newest good
@@ -47,10 +47,10 @@ def load_writer(
     model = loaded.model.to(DTYPES[dtype])
     model.assert_tied()
     pack_linear_layers(model, DTYPES[dtype], rows=prompts)
-    return Writer(model, loaded.config.sample)
+    return TextGenerator(model, loaded.config.sample)
 
 
-class Writer:
+class TextGenerator:
     """Completes prompts with a model and GPT-2's tokenizer.
 
     The attribute ``sample`` contains the sampling options from the run's config. The methods use the options that the
