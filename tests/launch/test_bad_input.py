@@ -88,7 +88,7 @@ CONFIG_CASES = [
         "unknown_override",
         "optimizer.lr=1e-3",
         "optimizer.lr: no such key (set in --set)",
-        "valid keys here: name, learning_rate,",
+        "did you mean optimizer.learning_rate?",
     ),
     # --- types
     config(

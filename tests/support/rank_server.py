@@ -185,12 +185,22 @@ def serve() -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)  # what this process prints is no answer
     numbers: dict[int, int] = {}
-    signal.signal(signal.SIGCHLD, lambda *_: _report_ended(numbers, answers))
+    offloading: set[int] = set()  # requests whose ranks use DeepSpeed's CPUAdam, unless they fail before
+    has_built_adam = False
+
+    def report_ended(*_: object) -> None:
+        nonlocal has_built_adam
+        succeeded = _report_ended(numbers, answers)
+        has_built_adam = has_built_adam or not offloading.isdisjoint(succeeded)
+
+    signal.signal(signal.SIGCHLD, report_ended)
     for line in os.fdopen(requests, closefd=False):
         request = json.loads(line)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-        if any("offload" in argument for argument in request["argv"]):
-            cpu_adam_problem()  # loads DeepSpeed's CPUAdam once for all ranks, which takes 3 s of CPU time
+        if "train" in request["argv"][0] and any("offload" in argument for argument in request["argv"]):
+            offloading.add(request["number"])
+            if has_built_adam:
+                cpu_adam_problem()  # loads DeepSpeed's CPUAdam once for all later ranks, which takes 3 s of CPU time
         pid = os.fork()
         if pid == 0:
             os.close(requests)
@@ -206,15 +216,21 @@ def serve() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _report_ended(numbers: dict[int, int], answers: int) -> None:
+def _report_ended(numbers: dict[int, int], answers: int) -> set[int]:
+    """Report the ranks that have ended. Return the numbers of the requests whose rank has succeeded."""
+    succeeded = set()
     while numbers:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:  # the handler of a later signal has already reported all ranks
-            return
+            break
         if pid == 0:
-            return
-        _answer(answers, {"number": numbers.pop(pid), "status": os.waitstatus_to_exitcode(status)})
+            break
+        number = numbers.pop(pid)
+        if status == 0:
+            succeeded.add(number)
+        _answer(answers, {"number": number, "status": os.waitstatus_to_exitcode(status)})
+    return succeeded
 
 
 def _answer(answers: int, value: dict[str, int]) -> None:
