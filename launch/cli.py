@@ -111,7 +111,8 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=path_or_url,
         metavar="DIR",
-        help="a checkpoint, or a run folder, whose newest undamaged checkpoint is used; also a URL such as s3://bucket/run",
+        help="a checkpoint, or a run folder, whose newest undamaged checkpoint is used; also a URL, such as "
+        "s3://bucket/run",
     )
     add_weights_option(parser)
     parser.add_argument("--device", default="auto", choices=get_args(Device), help="the device (default: %(default)s)")

@@ -53,12 +53,19 @@ def log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) ->
 def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
     if start:
         saved = read_state_file(start)
-        backend = config_section(saved.config, "backend").get("name")
-        return f"continues {start}, saved with {backend}, world size {saved.world_size}"
+        return f"continues {start}, saved with {_name_backend(saved.config)}, world size {saved.world_size}"
     if origin is None:
         return "from scratch"
     step = "" if origin["step"] is None else f" (step {origin['step']} there)"
     return f"step 0 with the weights of {origin['path']}{step}; moments of zero"
+
+
+def _name_backend(config: dict[str, Any]) -> str:
+    """Return the name of the backend in a stored config. For DeepSpeed, return the stage, such as ``ZeRO-3``."""
+    backend = config_section(config, "backend")
+    if backend.get("name") != "deepspeed":
+        return str(backend.get("name"))
+    return f"ZeRO-{config_section(config_section(backend, 'deepspeed'), 'zero_optimization').get('stage', 0)}"
 
 
 def log_results(trainer: Trainer) -> None:
