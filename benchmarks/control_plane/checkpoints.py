@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint.layout import MANIFEST_FILE, checkpoint_folder, tensor_file
+from pipeline.checkpoint.layout import GROUPS, MANIFEST_FILE, MOMENTS, WEIGHTS, checkpoint_folder, tensor_file
 from pipeline.checkpoint.manifest import read_manifest
-from pipeline.checkpoint.pieces import GROUPS, MOMENTS, WEIGHTS, index_pieces, piece_key
+from pipeline.checkpoint.pieces import index_pieces, piece_key
 from pipeline.checkpoint.retention import delete_checkpoint
 from pipeline.checkpoint.saving import Files, Snapshot, complete_and_publish, write_tensor_files
 from pipeline.checkpoint.state import StateFile, TrainingState

@@ -10,8 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from data_tools.storage.atomic import hidden_partial_path
-from pipeline.checkpoint.layout import checkpoint_folder, tensor_file
-from pipeline.checkpoint.pieces import GROUPS
+from pipeline.checkpoint.layout import GROUPS, checkpoint_folder, tensor_file
 from tests.support.hosts import Host, Lab
 from tests.support.live_run import POLL_S, LiveRun
 from tests.support.runs import Sections, last_logged_step

@@ -26,8 +26,8 @@ FORMAT_VERSION = 1
 TOKEN_DTYPE_NAME = "uint16"
 MANIFEST_NAME = "manifest.json"
 TRAIN_SPLIT = "train"
-NO_TOKEN = -1  # the value of end_of_text if the vocabulary has no such token
 VAL_SPLIT = "val"
+NO_TOKEN = -1  # the value of ``end_of_text`` if the vocabulary has no such token
 
 _MASK_SUFFIX = ".mask.npy"
 # The key of the hash of all other keys. Another program may omit this key.

@@ -215,6 +215,7 @@ def _find_remote(text: str, suffixes: tuple[str, ...]) -> FileSizes:
 def _list_remote(text: str, suffixes: tuple[str, ...]) -> list[str]:
     file_system, root = find_file_system(text)
     file_system.invalidate_cache()
+    # This is the first request. If the server never answers, an error names it.
     is_file = wait_for_answer(text, lambda: file_system.isfile(root))
     if glob.has_magic(root):
         matches = (path for path in file_system.glob(root) if file_system.isfile(path))

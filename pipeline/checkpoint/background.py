@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.backends import Backend, Fragment
+from pipeline.checkpoint.layout import GROUPS, group_of
 from pipeline.checkpoint.mirror import Mirror
-from pipeline.checkpoint.pieces import GROUPS, group_of, piece_key
+from pipeline.checkpoint.pieces import piece_key
 from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.tensor_stream import TensorGroups, in_memory

@@ -11,10 +11,10 @@ from torch import Tensor
 from data_tools.storage.atomic import write_json_durably
 from data_tools.storage.files import require_writable
 from data_tools.storage.new_folders import create_folder, removed_if_unused
-from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, list_checkpoints
+from pipeline.checkpoint.layout import GROUPS, MANIFEST_FILE, STATE_FILE, group_of, list_checkpoints
 from pipeline.checkpoint.loading import read_parameter
 from pipeline.checkpoint.manifest import read_manifest
-from pipeline.checkpoint.pieces import GROUPS, group_of, index_pieces, piece_key
+from pipeline.checkpoint.pieces import index_pieces, piece_key
 from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, TensorGroups

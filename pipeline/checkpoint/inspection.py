@@ -10,6 +10,7 @@ import torch
 from data_tools.formatting import format_size
 from data_tools.storage.files import is_remote
 from pipeline.checkpoint.layout import (
+    GROUPS,
     MANIFEST_FILE,
     STATE_FILE,
     is_checkpoint,
@@ -20,10 +21,9 @@ from pipeline.checkpoint.layout import (
     size_of_folder,
 )
 from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
-from pipeline.checkpoint.pieces import GROUPS
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun, parse_url
 from pipeline.checkpoint.retention import list_abandoned, list_leftovers
-from pipeline.checkpoint.state import StateFile, config_section, read_state_file
+from pipeline.checkpoint.state import StateFile, backend_name, config_section, read_state_file
 from pipeline.checkpoint.verification import find_size_damage
 from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.schema import MODEL_SIZES, Config, describe_model
@@ -171,7 +171,7 @@ def _read_contents(state: StateFile, manifest: CheckpointManifest, file_sizes: M
         "rollbacks": state.guard.rollbacks,
         "averaged_steps": state.averaged_steps,
         "precision": str(config_section(state.config, "run").get("precision", "unknown")),
-        "backend": _backend_name(config_section(state.config, "backend")),
+        "backend": backend_name(state.config),
         "world_size": state.world_size,
         "model": {key: model[key] for key in ("preset", *MODEL_SIZES) if key in model},
         "parameters": _count_parameters(manifest.parameters, model.get("vocab_size")),
@@ -179,12 +179,6 @@ def _read_contents(state: StateFile, manifest: CheckpointManifest, file_sizes: M
         "ranks": _sizes_per_rank(manifest.files, file_sizes),
         "state_bytes": sum(file_sizes.get(name, 0) for name in (STATE_FILE, MANIFEST_FILE)),
     }
-
-
-def _backend_name(backend: dict[str, Any]) -> str:
-    name = str(backend.get("name", "unknown"))
-    stage = config_section(config_section(backend, "deepspeed"), "zero_optimization").get("stage")
-    return name if stage is None else f"{name} ZeRO-{stage}"
 
 
 def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from pipeline.checkpoint.json_files import read_json_object
 from pipeline.errors import CheckpointError
+from pipeline.model.parameter_state import WEIGHT
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
+#: Each rank writes one file per group. ``moments`` contains the optimizer's state.
+WEIGHTS, MOMENTS = GROUPS = ("weights", "moments")
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _CHECKPOINT_URL = re.compile(rf"(?P<run>.+)/{CHECKPOINTS_FOLDER}/(?P<name>step_\d{{8,}})/?")
-_TENSOR_FILE = re.compile(r"rank_(\d{5,})_(weights|moments)\.safetensors")
+_TENSOR_FILE = re.compile(rf"rank_(\d{{5,}})_({'|'.join(GROUPS)})\.safetensors")
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -104,6 +107,14 @@ def step_of(folder: Path) -> int:
     step = parse_step(folder.name)
     assert step is not None, folder
     return step
+
+
+def group_of(kind: str) -> str:
+    """Return which tensor files store a kind of tensors: ``weights`` or ``moments``.
+
+    A kind is ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
+    """
+    return WEIGHTS if kind == WEIGHT else MOMENTS
 
 
 def tensor_file(rank: int, group: str) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.backends import Backend, Fragment
-from pipeline.checkpoint.layout import STATE_FILE, tensor_file
+from pipeline.checkpoint.layout import GROUPS, STATE_FILE, tensor_file
 from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
-from pipeline.checkpoint.pieces import GROUPS, Piece, PieceIndex, index_pieces, manifest_of_weights, open_tensors
+from pipeline.checkpoint.pieces import Piece, PieceIndex, index_pieces, manifest_of_weights, open_tensors
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json

@@ -11,7 +11,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, TypeAdapter, Valid
 
 from data_tools.storage.files import sha256_of_json
 from pipeline.checkpoint.json_files import malformed_error, read_json_object
-from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, parse_tensor_file
+from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, group_of, parse_tensor_file
 from pipeline.errors import CheckpointError
 from pipeline.model.parameter_state import ADAMW_STATE, KINDS_OF_WEIGHTS, WEIGHT
 
@@ -62,9 +62,9 @@ class CheckpointManifest:
         Args:
             weights: ``training`` for the trained weights, or ``ema`` for their moving average.
         """
-        group = "weights" if KINDS_OF_WEIGHTS[weights] == WEIGHT else "moments"
-        hashes = ((parse_tensor_file(name), name, entry.sha256) for name, entry in self.files.items())
-        return sha256_of_json({name: sha256 for found, name, sha256 in hashes if found and found[1] == group})
+        group = group_of(KINDS_OF_WEIGHTS[weights])
+        parsed = ((parse_tensor_file(name), name, entry.sha256) for name, entry in self.files.items())
+        return sha256_of_json({name: sha256 for found, name, sha256 in parsed if found and found[1] == group})
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON values. The last value is a SHA-256 of all values before it."""

@@ -19,13 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_tools.storage.content import describe_content
-from pipeline.checkpoint.layout import parse_tensor_file
+from pipeline.checkpoint.layout import MOMENTS, group_of, parse_tensor_file
 from pipeline.checkpoint.manifest import CheckpointManifest
 from pipeline.errors import CheckpointError
 from pipeline.model.parameter_state import KINDS_OF_WEIGHTS, WEIGHT
-
-#: Each rank writes one file per group. ``moments`` contains the optimizer's state.
-WEIGHTS, MOMENTS = GROUPS = ("weights", "moments")
 
 _RANGE_KEY = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 _DTYPE = "F32"  # the name in safetensors
@@ -44,14 +41,6 @@ class Piece:
 #: kind -> parameter -> pieces, sorted by their first element. A kind is ``weight`` or the name of an optimizer tensor.
 #: An optimizer tensor need not exist for every parameter.
 PieceIndex = dict[str, dict[str, list[Piece]]]
-
-
-def group_of(kind: str) -> str:
-    """Return which tensor files store a kind of tensors: ``weights`` or ``moments``.
-
-    A kind is ``weight``, or the name of an optimizer tensor, such as ``exp_avg``.
-    """
-    return WEIGHTS if kind == WEIGHT else MOMENTS
 
 
 def piece_key(kind: str, name: str, elements: tuple[int, int] | None = None) -> str:

@@ -106,3 +106,11 @@ def config_section(content: dict[str, Any], key: str) -> dict[str, Any]:
     """Return the section ``key`` of a stored config, or an empty dict if the section is missing or malformed."""
     section = content.get(key)
     return section if isinstance(section, dict) else {}
+
+
+def backend_name(config: dict[str, Any]) -> str:
+    """Return the name of the backend in a stored config, such as ``fsdp`` or ``deepspeed ZeRO-3``."""
+    backend = config_section(config, "backend")
+    name = str(backend.get("name", "unknown"))
+    stage = config_section(config_section(backend, "deepspeed"), "zero_optimization").get("stage")
+    return name if stage is None else f"{name} ZeRO-{stage}"

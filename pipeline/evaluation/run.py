@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.backends import Backend
 from pipeline.checkpoint.inspection import find_different_numbers
@@ -74,21 +75,13 @@ def run_tasks(
     precision = precision or config.run.precision
     compute = compute_for_scoring(loaded.model, precision, world.device)
     scorer = Scorer(compute, config.model, world, (batch_size or config.batch.micro_batch_size) * config.seq_len)
-    suffix = "" if weights == "training" else f"_{weights}"
     results: Results = {}
     examples: list[Figures] = []
     for name, task in prepared.items():
         world.progress.reach(f"task {name}")
         figures, scores = task.measure(scorer)
-        facts = {
-            "task": name,
-            "checkpoint": str(loaded.checkpoint),
-            "step": loaded.step,
-            "weights_sha256": loaded.weights_sha256,
-            **({"weights": weights} if suffix else {}),
-            **({"precision": precision} if name != VALIDATION else {}),
-        }
-        results[task.name + suffix] = {**facts, **figures}
+        key = task.name if weights == "training" else f"{task.name}_{weights}"
+        results[key] = {**_facts_of(name, loaded, precision, weights), **figures}
         examples += scores
     world.progress.reach("writing the results", is_patient=True, repeats=False)
     if not world.is_main:
@@ -97,6 +90,18 @@ def run_tasks(
         results = {name: {**result, DIFFERENT_NUMBERS_KEY: keys} for name, result in results.items()}
     show(results)
     return results, output.write(results, examples, loaded.step)
+
+
+def _facts_of(task: str, loaded: LoadedModel, precision: str, weights: str) -> dict[str, Any]:
+    """Return the part of a task's result that says what was measured, and how."""
+    return {
+        "task": task,
+        "checkpoint": str(loaded.checkpoint),
+        "step": loaded.step,
+        "weights_sha256": loaded.weights_sha256,
+        **({} if weights == "training" else {"weights": weights}),
+        **({} if task == VALIDATION else {"precision": precision}),
+    }
 
 
 def _prepare(

@@ -8,7 +8,7 @@ from data_tools.formatting import format_duration
 from data_tools.shards.reader import TokenStream
 from data_tools.shards.validation_split import describe_small_validation
 from pipeline.checkpoint.layout import list_checkpoints
-from pipeline.checkpoint.state import config_section, read_state, read_state_file
+from pipeline.checkpoint.state import backend_name, read_state, read_state_file
 from pipeline.config.loading import dump_config
 from pipeline.data.loader import scored_targets
 from pipeline.distributed.device import describe_fp32_products
@@ -53,19 +53,11 @@ def log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) ->
 def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
     if start:
         saved = read_state_file(start)
-        return f"continues {start}, saved with {_name_backend(saved.config)}, world size {saved.world_size}"
+        return f"continues {start}, saved with {backend_name(saved.config)}, world size {saved.world_size}"
     if origin is None:
         return "from scratch"
     step = "" if origin["step"] is None else f" (step {origin['step']} there)"
     return f"step 0 with the weights of {origin['path']}{step}; moments of zero"
-
-
-def _name_backend(config: dict[str, Any]) -> str:
-    """Return the name of the backend in a stored config. For DeepSpeed, return the stage, such as ``ZeRO-3``."""
-    backend = config_section(config, "backend")
-    if backend.get("name") != "deepspeed":
-        return str(backend.get("name"))
-    return f"ZeRO-{config_section(config_section(backend, 'deepspeed'), 'zero_optimization').get('stage', 0)}"
 
 
 def log_results(trainer: Trainer) -> None:

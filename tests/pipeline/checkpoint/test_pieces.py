@@ -14,9 +14,9 @@ from torch import Tensor
 from pipeline.backends import Backend, Fragment
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.background import fragments_to_write, slice_fragment
-from pipeline.checkpoint.layout import tensor_file
+from pipeline.checkpoint.layout import GROUPS, group_of, tensor_file
 from pipeline.checkpoint.loading import load_training_state, load_weights
-from pipeline.checkpoint.pieces import GROUPS, group_of, piece_key
+from pipeline.checkpoint.pieces import piece_key
 from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.layout import GROUPS, group_of, list_checkpoints
 from pipeline.checkpoint.manifest import read_manifest
-from pipeline.checkpoint.pieces import GROUPS, group_of, piece_key
+from pipeline.checkpoint.pieces import piece_key
 from pipeline.checkpoint.saving import Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.tensor_stream import TensorGroups, in_memory
