@@ -89,7 +89,8 @@ def build_parser() -> ArgumentParser:
 def _add_process_options(parser: ArgumentParser) -> None:
     """Add the options that say which processes do the work."""
     add = partial(_add_with_default, parser)
-    add("--workers", "processes on this machine (default: all cores)", type=int, metavar="N")
+    workers = "processes on this machine (default: one per core, or fewer if memory is short)"
+    add("--workers", workers, type=int, metavar="N")
     add("--engine", "encode in processes of this machine, or on a Ray cluster", choices=get_args(Engine))
     add("--ray-address", "address of the Ray cluster (default: start a cluster here)", metavar="ADDRESS")
     parser.add_argument(

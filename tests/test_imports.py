@@ -16,6 +16,7 @@ PACKAGES = ("data_tools", "pipeline", "launch")
 #: The rooms of stage 1 that pipeline may import.
 OPEN_TO_PIPELINE = (
     "data_tools.formatting",
+    "data_tools.memory",
     "data_tools.prompt_format",
     "data_tools.options",
     "data_tools.shards",
@@ -30,6 +31,7 @@ ROOMS: dict[str, str] = {
     "data_tools.errors": "",
     "data_tools.arrays": "",
     "data_tools.formatting": "",
+    "data_tools.memory": "formatting",
     "data_tools.prompt_format": "",
     "data_tools.options": "",
     "data_tools.threads": "",
@@ -39,7 +41,7 @@ ROOMS: dict[str, str] = {
     "data_tools.shards": "errors arrays threads storage vocabulary tokenizer",
     "data_tools.encoding": "errors arrays vocabulary tokenizer",
     "data_tools.sources": "errors options prompt_format storage encoding",
-    "data_tools.corpus": "errors arrays formatting options threads storage shards encoding sources",
+    "data_tools.corpus": "errors arrays formatting memory options threads storage shards encoding sources",
     "data_tools.formats": "errors arrays options threads storage vocabulary tokenizer shards",
     "pipeline.errors": "",
     "pipeline.seeds": "",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from data_tools.corpus.chunks import Chunk, SkippedRows, documents_of
 from data_tools.corpus.request import TokenizeRequest
-from data_tools.corpus.worker_server import workers_of
+from data_tools.corpus.worker_server import WORKER_BYTES, workers_of
 from data_tools.encoding.documents import encode_document, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
 from data_tools.errors import DataError
@@ -14,8 +14,6 @@ from data_tools.sources import Source
 
 _SAMPLE_BYTES = 256 << 10
 _TOKEN_BYTES = 2
-#: Memory of one process while it encodes. docs/benchmarks/data.md has the measurement.
-WORKER_BYTES = 350 << 20
 
 
 @dataclass(frozen=True)

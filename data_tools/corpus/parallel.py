@@ -22,6 +22,7 @@ from multiprocessing.context import BaseContext
 from typing import Any, Generic, TypeVar
 
 from data_tools.errors import DataError
+from data_tools.memory import MemoryKills
 from data_tools.threads import lock_bars_among_threads
 
 Item = TypeVar("Item")
@@ -136,6 +137,7 @@ class _Pool(Generic[Item, Result]):
         self._waiting = deque(items)
         self._suspects: list[Item] = []  # no worker gets one of these items together with another item
         self._deaths: list[Item] = []  # the items at which a process died
+        self._memory_kills = MemoryKills()
         self._workers: list[_Worker[Item, Result]] = []
 
     def start(self, workers: int, context: BaseContext) -> None:
@@ -189,9 +191,10 @@ class _Pool(Generic[Item, Result]):
         else:
             self._deaths += worker.items
             if self._deaths.count(worker.items[0]) == _ATTEMPTS:
+                cause = str(self._memory_kills) or "it may have been killed, or memory may be short"
                 raise DataError(
-                    f"the worker process died {_ATTEMPTS} times at {worker.items[0]} (killed, or out of memory?); "
-                    "repeat the command to continue, with fewer --workers if memory is short"
+                    f"the worker process died {_ATTEMPTS} times at {worker.items[0]}: {cause}; repeat the command to "
+                    "continue, with fewer --workers if memory is short"
                 )
         self._waiting.extendleft(reversed(worker.restart()))
 

@@ -7,8 +7,11 @@ import os
 
 from data_tools.corpus.parallel import start_server
 from data_tools.corpus.request import TokenizeRequest
+from data_tools.memory import available_memory
 from data_tools.threads import available_cores
 
+#: Memory of one process while it encodes. docs/benchmarks/data.md has the measurement.
+WORKER_BYTES = 350 << 20
 _LARGE_INPUT_BYTES = 8 << 20  # several chunks, unless a compressed file is one chunk
 
 
@@ -33,5 +36,8 @@ def worker_modules(request: TokenizeRequest) -> tuple[str, ...]:
 
 
 def workers_of(request: TokenizeRequest) -> int:
-    """Return how many worker processes to start on this machine: the number in the request, or one per core."""
-    return request.workers or available_cores()
+    """Return how many worker processes to start on this machine.
+
+    This is the number in the request. By default, it is one process per core, or fewer if they need too much memory.
+    """
+    return request.workers or max(1, min(available_cores(), available_memory() // WORKER_BYTES))

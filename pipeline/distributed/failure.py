@@ -17,7 +17,7 @@ from pipeline.errors import Interrupted, LostRankError, MainRankError
 
 #: Errors of the operating system that a user can correct, even if the error does not name a file.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_LESS_MEMORY = (
+LESS_MEMORY = (
     "To use less memory, lower batch.micro_batch_size (in evaluation: --batch-size), or set run.loss_in_blocks or "
     "model.activation_checkpointing to true. Without dropout, this does not change the training loss."
 )
@@ -90,7 +90,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
     text = "".join(traceback.format_exception(error)).rstrip()
     # Torch's error for a GPU and its error for a CPU. This module does not import torch.
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error):
-        text += f"\n{_LESS_MEMORY}"
+        text += f"\n{LESS_MEMORY}"
     if launched_world_size() > 1:
         text = f"[rank {launched_rank()} on {socket.gethostname()}] {text}"
     return 1, text

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.distributed import DistError
 
 from data_tools.errors import UserError, describe_error
-from pipeline.distributed.failure import report
+from pipeline.distributed.failure import LESS_MEMORY, report
 from pipeline.distributed.flight_recorder import report_collectives
 from pipeline.distributed.lost_ranks import INTERVAL_S, LOST_STORE, find_lost, publish_failure
 from pipeline.distributed.progress import NAMED_RANKS, MainThread, Place, describe_places, find_stuck
@@ -31,7 +31,10 @@ _BROKEN_CONNECTION = (
     *map(os.strerror, (errno.ECONNRESET, errno.EPIPE)),
     "Connection closed by peer",
 )
-_CURE = "; run the same command again (training continues from the last checkpoint)"
+_CURE = "run the same command again (training continues from the last checkpoint)"
+_LESS_HOST_MEMORY = (
+    "Raise the memory limit of the job or container, start fewer ranks per host, or use a backend without offload."
+)
 
 
 class Heartbeat:
@@ -101,7 +104,7 @@ class Heartbeat:
         if self._stopped.wait(INTERVAL_S):  # the main thread has reported an error
             return
         stopped = Interrupted("SIGTERM received: stopped", signal.SIGTERM)
-        os._exit(report(LostRankError(lost + _CURE) if lost else stopped))
+        os._exit(report(_lost_rank_error(lost, self._world) if lost else stopped))
 
     def _run(self) -> None:
         for number, turn_s in enumerate(self._turns()):
@@ -183,7 +186,7 @@ class Heartbeat:
         if self.rank in verdict.stuck[:NAMED_RANKS]:
             print(f"[rank {self.rank}] the main thread is stuck here:\n{self._main_thread.stack()}", file=sys.stderr)
         report_collectives(self._flight_records, self.rank)
-        os._exit(report(LostRankError(verdict.reason + _CURE)))
+        os._exit(report(_lost_rank_error(verdict.reason, self._world)))
 
 
 @contextmanager
@@ -241,7 +244,7 @@ def failures_reported(world: World) -> Iterator[None]:
             raise
         world.progress.has_failed = True
         if _may_come_from_a_collective(error) and (lost := _find_cause(error, world)):
-            lost_rank = LostRankError(lost + _CURE)
+            lost_rank = _lost_rank_error(lost, world)
             report(lost_rank)
             raise lost_rank from error
         report(error)
@@ -251,6 +254,16 @@ def failures_reported(world: World) -> Iterator[None]:
         elif not isinstance(error, KeyboardInterrupt):
             publish_failure(world, describe_error(error))
         raise
+
+
+def _lost_rank_error(reason: str, world: World) -> LostRankError:
+    """Return the error that ends this rank. It also says whether the kernel has killed processes of this host."""
+    if kills := str(world.progress.memory_kills):
+        advice = LESS_MEMORY if world.device.type == "cpu" else _LESS_HOST_MEMORY
+        reason = f"{reason}; {kills}. {advice} Then"
+    else:
+        reason += ";"
+    return LostRankError(f"{reason} {_CURE}")
 
 
 def _find_cause(error: BaseException, world: World) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data_tools.errors import DataError, install_command
+from data_tools.memory import available_memory
 from data_tools.tokenizer import load_tokenizer
 from pipeline.backends import cpu_adam_problem
 from pipeline.distributed.device import GIB, compiler_works, device_name
@@ -102,8 +103,9 @@ def _rate(subject: str, says: str, cure: str, *, size: float, comfortable: float
 
 
 def check_memory() -> Finding:
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cure = "torch and DeepSpeed alone take one GiB: use model.preset gpt2-tiny, or another machine"
+    """Check that this process may use enough memory. In a container or a Slurm job, the limit can be small."""
+    size = available_memory()
+    cure = "torch and DeepSpeed alone take one GiB: use model.preset gpt2-tiny, a larger limit, or another machine"
     return _rate("memory", f"{size / GIB:.1f} GiB", cure, size=size, comfortable=2 * GIB)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from data_tools.corpus import worker_server
 from data_tools.corpus.request import TokenizeRequest
-from data_tools.corpus.worker_server import has_large_input, worker_modules
+from data_tools.corpus.worker_server import has_large_input, worker_modules, workers_of
 from data_tools.encoding.encoders import load_encoder
 from data_tools.errors import DataError
 from launch import tokenize_corpus
@@ -36,6 +36,16 @@ def test_only_files_can_be_a_large_input(tmp_path: Path, large: Path) -> None:
     assert has_large_input(make_request(tmp_path, small, large))
     for inputs in ([small], [tmp_path, tmp_path / "missing", "s3://bucket/large.txt", tmp_path / "*.txt"]):
         assert not has_large_input(make_request(tmp_path, *inputs))
+
+
+@pytest.mark.parametrize(("memory_bytes", "workers"), [(64 << 30, 8), (1 << 30, 2), (64 << 20, 1)])
+def test_workers_need_not_more_memory_than_available(
+    memory_bytes: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_server, "available_cores", lambda: 8)
+    monkeypatch.setattr(worker_server, "available_memory", lambda: memory_bytes)
+    assert workers_of(make_request(tmp_path)) == workers
+    assert workers_of(make_request(tmp_path, workers=5)) == 5
 
 
 def test_a_command_with_a_large_input_starts_it_first(

@@ -82,6 +82,22 @@ def test_a_silent_rank_is_named(worlds: list[World], ranks: list[Heartbeat]) -> 
         rank.stop()
 
 
+@pytest.mark.parametrize(
+    ("device", "advice"), [("cpu", "lower batch.micro_batch_size"), ("cuda", "start fewer ranks per host")]
+)
+def test_a_rank_that_the_kernel_killed_to_free_memory(
+    device: str, advice: str, worlds: list[World], ranks: list[Heartbeat]
+) -> None:
+    kills = "the kernel of node1 has killed 1 process since the start of this command, because memory was short"
+    world = replace(worlds[0], device=torch.device(device))
+    world.progress.memory_kills = kills  # type: ignore[assignment]
+    with pytest.raises(LostRankError) as caught, heartbeat.failures_reported(world):
+        raise RuntimeError("Connection closed by peer")
+    assert str(caught.value).startswith("lost rank 1 (")
+    assert f"; {kills}. " in str(caught.value) and advice in str(caught.value).lower()
+    assert ". Then run the same command again" in str(caught.value)
+
+
 def test_only_one_rank_reads_the_heartbeats_of_all_ranks(
     worlds: list[World], ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch
 ) -> None:

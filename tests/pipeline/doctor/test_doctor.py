@@ -143,6 +143,11 @@ class TestMachine:
         monkeypatch.setattr(machine.os, "access", lambda *_: False)
         assert machine.check_disk(tmp_path).level == "problem"
 
+    def test_the_memory_limit_of_a_container(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "available_memory", lambda: 1 << 30)
+        finding = machine.check_memory()
+        assert (finding.level, finding.says) == ("note", "1.0 GiB")
+
     def test_shared_memory_of_a_container(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20, total=64 << 20))
         finding = found(machine.check_limits(), "shared memory")

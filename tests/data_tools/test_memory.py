@@ -1,0 +1,116 @@
+"""Containers and Slurm limit the memory of their processes, and the kernel kills processes that need more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_tools import memory
+from data_tools.memory import MemoryKills, available_memory
+from tests.support.runs import REPOSITORY
+
+MACHINE_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+LIMIT_BYTES = 60 << 20
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the root of a file tree that replaces ``/proc`` and ``/sys/fs/cgroup``."""
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def join_group(kernel: Path, line: str) -> None:
+    write(kernel / "proc" / "self" / "cgroup", f"9:name=systemd:/a\n3:cpu,cpuacct:/b\n{line}\n")
+
+
+class TestAvailableMemory:
+    def test_without_control_groups(self, kernel: Path) -> None:
+        assert available_memory() == MACHINE_BYTES
+        join_group(kernel, "0::/")
+        assert available_memory() == MACHINE_BYTES
+
+    def test_the_smallest_limit_of_the_groups_around_a_slurm_step(self, kernel: Path) -> None:
+        join_group(kernel, "0::/system.slice/job_7/step_0")
+        for group, limit in (("", "max"), ("/job_7", "1048576"), ("/job_7/step_0", "max")):
+            write(kernel / "cgroup" / f"system.slice{group}" / "memory.max", f"{limit}\n")
+        assert available_memory() == 1048576
+
+    def test_version_1(self, kernel: Path) -> None:
+        join_group(kernel, "4:memory:/slurm/job_7")
+        write(kernel / "cgroup" / "memory" / "memory.limit_in_bytes", "9223372036854771712\n")
+        write(kernel / "cgroup" / "memory" / "slurm" / "job_7" / "memory.limit_in_bytes", "2097152\n")
+        assert available_memory() == 2097152
+
+    @pytest.mark.parametrize(
+        ("line", "file"), [("0::/docker/4711", "memory.max"), ("4:memory:/docker/4711", "memory/memory.limit_in_bytes")]
+    )
+    def test_a_container_that_sees_only_its_own_group(self, line: str, file: str, kernel: Path) -> None:
+        join_group(kernel, line)
+        write(kernel / "cgroup" / file, "3145728\n")
+        assert available_memory() == 3145728
+
+
+class TestMemoryKills:
+    @pytest.mark.parametrize(
+        ("line", "file"),
+        [
+            ("0::/job", "cgroup/job/memory.events"),
+            ("4:memory:/job", "cgroup/memory/job/memory.oom_control"),
+            ("0::/", "proc/vmstat"),
+        ],
+    )
+    def test_only_kills_after_the_start_count(self, line: str, file: str, kernel: Path) -> None:
+        join_group(kernel, line)
+        write(kernel / "proc" / "vmstat", "oom_kill 5\n")  # of all processes of the machine
+        write(kernel / file, "low 0\noom 4\noom_kill 3\noom_group_kill 0\n")
+        kills = MemoryKills()
+        assert str(kills) == ""
+        write(kernel / file, "low 0\noom 7\noom_kill 5\noom_group_kill 0\n")
+        assert " has killed 2 processes since the start of this command, because memory was short" in str(kills)
+
+    def test_without_counters(self, kernel: Path) -> None:
+        assert str(MemoryKills()) == ""
+
+
+@pytest.fixture
+def limited_group() -> Iterator[Path]:
+    """Return a control group with ``LIMIT_BYTES`` of memory."""
+    root = Path("/sys/fs/cgroup")
+    version_1 = (root / "memory").is_dir()
+    group = (root / "memory" if version_1 else root) / f"gpt2_pipeline_test_{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("this machine does not allow new control groups")
+    try:
+        (group / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(LIMIT_BYTES))
+        yield group
+    except OSError:
+        pytest.skip("this machine does not allow memory limits")
+    finally:
+        group.rmdir()
+
+
+def test_a_child_that_the_kernel_kills(limited_group: Path) -> None:
+    child = "x = []\nwhile True: x.append(bytearray(b'1') * (1 << 20))"
+    parent = (
+        f"import os, subprocess, sys\nopen({str(limited_group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
+        "from data_tools.memory import MemoryKills, available_memory\nkills = MemoryKills()\n"
+        f"print(available_memory(), subprocess.run([sys.executable, '-c', {child!r}]).returncode)\nprint(kills)"
+    )
+    result = subprocess.run([sys.executable, "-c", parent], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    numbers, text = result.stdout.splitlines()
+    assert numbers == f"{LIMIT_BYTES} -9", result.stderr
+    assert "has killed 1 process " in text and text.endswith("(the limit is 62.9 MB)")
