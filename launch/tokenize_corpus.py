@@ -60,7 +60,8 @@ def build_parser() -> ArgumentParser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="files, folders, glob patterns, or URLs of them; for hf the name or folder of one dataset",
+        help="files, folders, glob patterns, or URLs of them; for hf the folder of one dataset, "
+        "or its name or NAME@REVISION on the hub",
     )
     parser.add_argument(
         "--out",

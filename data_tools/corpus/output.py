@@ -129,14 +129,20 @@ class OutputFolder:
         calls return None.
 
         Raises:
-            DataError: the source has no document with text.
+            DataError: the source has no document with text, or another process has removed shards from the folder.
         """
-        if self._shared:
-            if self._lock is not None and not self._lock.make_exclusive():
-                return None
+        if self._shared and self._lock is not None and not self._lock.make_exclusive():
+            return None
+        if self._shared or self._lock is None:
             self._find_finished()
             if len(self.finished) < len(self.chunks):
-                return load_complete(self._out, self._identity)  # another process may have completed a remote folder
+                completed = load_complete(self._out, self._identity)  # by another process, in a remote folder
+                if completed or self._shared:
+                    return completed
+                raise DataError(
+                    f"{self._out}: shards are missing, because another command has written to the same URL; run this "
+                    "command again, and only one at a time"
+                )
         records = [self.finished[chunk.index] for chunk in self.chunks]
         shards = [shard for record in records for shard in record.shards]
         if not shards:
@@ -148,14 +154,7 @@ class OutputFolder:
             settings=self._identity["settings"],
             shards=tuple(sorted(shards, key=lambda shard: shard.split)),
             report=_report(records, "on_bad_rows" in self._identity["source"]["options"]),
-            made={
-                "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "encoder": encoder_version(encoder),
-                "reference": encoder_version(REFERENCE_ENCODER),
-                "checked_documents": sum(record.checked for record in records),
-                "python": platform.python_version(),
-                "engine": engine,
-            },
+            made=self._describe_work(records, encoder, engine),
         )
         self.folder.sync()  # the manifest must not be durable before its shards are
         self.folder.write(MANIFEST_NAME, manifest.to_bytes())
@@ -177,9 +176,23 @@ class OutputFolder:
         if not any(name.startswith(RECORDS_FOLDER) for name in self.folder.names()):
             self.folder.remove({PLAN_NAME})
 
+    def _describe_work(self, records: list[ChunkRecord], encoder: str, engine: str) -> dict[str, Any]:
+        made: dict[str, Any] = {
+            "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "encoder": encoder_version(encoder),
+            "reference": encoder_version(REFERENCE_ENCODER),
+            "checked_documents": sum(record.checked for record in records),
+            "python": platform.python_version(),
+            "engine": engine,
+        }
+        if "dataset" in self._identity["source"]["options"]:
+            made["dataset"] = self.chunks[0].slices[0].path  # with its commit, if it is on the hub
+        return made
+
     def _find_finished(self) -> None:
         """Load the records of chunks that have all their shards. All other chunks will be encoded again."""
         names = self.folder.names()
+        self.finished = {}
         for chunk in self.chunks:
             if chunk.record_file not in names:
                 continue
@@ -197,10 +210,10 @@ def open_output(out: Path | str, identity: dict[str, Any], *, shared: bool) -> I
     """Return a context manager that creates an output folder, or opens the folder of an interrupted request.
 
     The ``with`` block gets an ``OutputFolder``. If the block raises an error, ``OutputFolder.abandon`` is called.
-    ``shared`` must be True if other processes write to the folder at the same time.
+    ``shared`` must be True if other processes write to the folder at the same time. A folder at a URL is not locked.
 
     Raises:
-        DataError: the folder is in use, or contains files that stage 1 did not write.
+        DataError: the local folder is in use, or the folder contains files that stage 1 did not write.
     """
     folder = open_folder(out)
     path = folder.path if isinstance(folder, LocalFolder) else None

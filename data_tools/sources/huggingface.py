@@ -33,12 +33,17 @@ _ENDINGS = {
 
 
 class HuggingFaceSource:
-    """One split of a Hugging Face dataset. The documents are not copied to a cache."""
+    """One split of a Hugging Face dataset. The documents are not copied to a cache.
+
+    The slices of a dataset on the hub name the commit that was the newest when they were made. An interrupted request,
+    and all processes that share a request, therefore read the same documents, also after an update of the dataset.
+    """
 
     def __init__(self, inputs: Sequence[str], text_field: str, dataset_config: str | None, dataset_split: str) -> None:
         """Choose a dataset.
 
-        ``inputs`` has one element: a name on the hub, a folder with data files, or the output of ``save_to_disk``.
+        ``inputs`` has one element: a name on the hub, a folder with data files, or the output of ``save_to_disk``. A
+        name can end with ``@`` and a branch, a tag or a commit.
         """
         if len(inputs) != 1:
             raise DataError(f"--source hf takes one --input, a dataset's name or folder, not {len(inputs)}")
@@ -55,19 +60,18 @@ class HuggingFaceSource:
         self._split = dataset_split
 
     def options(self) -> dict[str, Any]:
-        is_local = os.path.isdir(self._dataset)
         return {
             "dataset": self._dataset,
             "config": self._config,
             "split": self._split,
             "text_field": self._text_field,
-            **(describe_files(find_files((self._dataset,), suffixes=())) if is_local else {}),
+            **(describe_files(find_files((self._dataset,), suffixes=())) if self._is_local() else {}),
         }
 
     def text_bytes(self) -> int | None:
         """Return the approximate size of the text in bytes, or None if ``save_to_disk`` did not write the dataset."""
         with self._one_line_errors():
-            rows = self._open() if self._is_saved() else None
+            rows = self._open(self._dataset) if self._is_saved() else None
             return None if rows is None else _text_bytes_of(rows, self._text_field)
 
     def notices(self) -> list[str]:
@@ -76,10 +80,10 @@ class HuggingFaceSource:
         If a local folder contains several types of files, the library ``datasets`` reads one type and skips the others.
         This method finds the skipped files if the type that the library reads is JSON, Parquet, CSV, text or Arrow.
         """
-        if not os.path.isdir(self._dataset) or self._is_saved():
+        if not self._is_local() or self._is_saved():
             return []
         with self._one_line_errors():
-            endings = _ENDINGS.get(self._open().info.builder_name)
+            endings = _ENDINGS.get(self._open(self._dataset).info.builder_name)
         others = find_other_files((self._dataset,), endings) if endings else []
         return [describe_skipped_files(others)] if others else []
 
@@ -87,13 +91,15 @@ class HuggingFaceSource:
         """Divide the dataset into slices.
 
         In a dataset that ``save_to_disk`` has written, a slice is a range of rows. Otherwise, a slice is one data file.
+        The ``path`` of a slice is the local folder, or the dataset and its commit: ``name@commit``.
         """
         with self._one_line_errors():
             self._require_fetched_files()
-            rows = self._open()
+            place = self._dataset if self._is_local() else _with_newest_commit(self._dataset)
+            rows = self._open(place)
             if not self._is_saved():
                 file_bytes = self._mean_file_bytes(rows.num_shards)
-                return [Slice(self._dataset, shard, shard + 1, file_bytes) for shard in range(rows.num_shards)]
+                return [Slice(place, shard, shard + 1, file_bytes) for shard in range(rows.num_shards)]
             text_bytes = _text_bytes_of(rows, self._text_field)
             count = min(max(1, -(-text_bytes // slice_bytes)), len(rows))
             bounds = [len(rows) * index // count for index in range(count + 1)] if count else []
@@ -105,7 +111,7 @@ class HuggingFaceSource:
             return text_of_record(row, self._text_field, f"{piece}: row {number}")
 
         with self._one_line_errors(piece):
-            rows = self._open()
+            rows = self._open(piece.path)
             if not self._is_saved():
                 rows = rows.shard(num_shards=rows.num_shards, index=piece.start)
                 first = 0
@@ -127,21 +133,28 @@ class HuggingFaceSource:
             ) from error
 
     def _require_fetched_files(self) -> None:
-        if os.path.isdir(self._dataset):
+        if self._is_local():
             for path, _ in find_files((self._dataset,), suffixes=()):
                 require_fetched(path)
 
-    def _open(self) -> Any:
-        """Return a ``Dataset`` for a folder that ``save_to_disk`` wrote, otherwise a streamed ``IterableDataset``."""
+    def _open(self, place: str) -> Any:
+        """Return a ``Dataset`` for a folder that ``save_to_disk`` wrote, otherwise a streamed ``IterableDataset``.
+
+        Args:
+            place: the ``path`` of a slice.
+        """
         # Import datasets here, because the import takes a second.
         import datasets
 
         # This logger warns that a README.md has no metadata, which are not needed.
         logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)
         if not self._is_saved():
-            # The library takes a name such as ``csv`` for a builder, which reads the working directory.
-            name = os.path.abspath(self._dataset) if os.path.isdir(self._dataset) else self._dataset
-            return datasets.load_dataset(name, self._config, split=self._split, streaming=True)
+            if self._is_local():
+                # The library takes a name such as ``csv`` for a builder, which reads the working directory.
+                name, commit = os.path.abspath(place), ""
+            else:
+                name, _, commit = place.partition("@")
+            return datasets.load_dataset(name, self._config, split=self._split, streaming=True, revision=commit or None)
         try:
             saved = datasets.load_from_disk(self._dataset)
         except IndexError as error:
@@ -157,14 +170,39 @@ class HuggingFaceSource:
             raise DataError(f"{self._dataset} has no split {self._split!r}; it has {list_names(saved)}")
         return saved[self._split]
 
+    def _is_local(self) -> bool:
+        return os.path.isdir(self._dataset)
+
     def _is_saved(self) -> bool:
         """Return whether the dataset is a folder that ``save_to_disk`` wrote."""
         return any(Path(self._dataset, name).is_file() for name in (_SAVED_DATASET, _SAVED_DATASET_DICT))
 
     def _mean_file_bytes(self, files: int) -> int | None:
-        if not os.path.isdir(self._dataset):
+        if not self._is_local():
             return None
         return sum(size for _, size in find_files((self._dataset,), suffixes=())) // max(files, 1)
+
+
+def _with_newest_commit(dataset: str) -> str:
+    """Return ``name@commit`` for a dataset on the hub. Without a network, return the dataset unchanged.
+
+    Args:
+        dataset: its name, or ``name@revision``.
+
+    Raises:
+        DataError: the dataset does not have the revision.
+    """
+    from huggingface_hub import HfApi, constants, errors  # takes a second to import
+
+    if constants.HF_HUB_OFFLINE:  # the library datasets reads its cache
+        return dataset
+    name, _, revision = dataset.partition("@")
+    try:
+        return f"{name}@{HfApi().dataset_info(name, revision=revision or None).sha}"
+    except errors.RevisionNotFoundError as error:
+        raise DataError(f"dataset {name} has no revision {revision!r} on the hub") from error
+    except errors.RepositoryNotFoundError:
+        return dataset  # the library datasets explains this error
 
 
 def _text_bytes_of(rows: Any, text_field: str) -> int:

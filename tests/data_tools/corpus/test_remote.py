@@ -107,6 +107,27 @@ def test_an_interrupted_run_continues(tmp_path: Path, out: str, whole: dict[str,
     assert remote_result(out) == whole
 
 
+class RemoveFirstShard(StopAfter):
+    """Removes a shard after a number of documents, as a second command with the same URL would do."""
+
+    def progressed(self, progress: Contents) -> None:
+        files = fsspec.filesystem("memory")
+        shards = [path for path in files.find("/bucket/corpora/out") if path.endswith(".npy")]
+        if progress.documents >= self._documents and shards:
+            files.rm(shards[0])
+            self._documents = len(DOCUMENTS) + 1
+
+
+def test_a_manifest_never_names_shards_that_another_command_has_removed(
+    tmp_path: Path, out: str, whole: dict[str, bytes | str]
+) -> None:
+    with pytest.raises(DataError, match="another command has written to the same URL; run this command again"):
+        tokenize_corpus(request_for(tmp_path, out), RemoveFirstShard(20))
+    assert "manifest.json" not in names(out)
+    tokenize_corpus(request_for(tmp_path, out))
+    assert remote_result(out) == whole
+
+
 @pytest.mark.parametrize("deduplicate", ["off", "exact"])
 def test_shares(tmp_path: Path, out: str, deduplicate: str) -> None:
     tokenize_corpus(request_for(tmp_path, tmp_path / "whole", deduplicate=deduplicate))

@@ -16,12 +16,14 @@ from unittest import mock
 
 import datasets
 import fsspec
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
 from data_tools.errors import DataError
 from data_tools.sources import SOURCE_KINDS, Slice, Source, SourceRequest, open_source
 from data_tools.sources import text as text_module
@@ -503,19 +505,50 @@ def test_a_saved_dataset_is_cut_by_rows_that_keep_their_numbers(tmp_path: Path) 
         list(opened.read(parts[-1]))
 
 
-def test_fineweb_edu_is_the_streamed_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*arguments: object, **options: object) -> datasets.IterableDataset:
-        calls.append((arguments, options))
-        return datasets.Dataset.from_dict({"text": ["a", "b"]}).to_iterable_dataset()
+class _Hub:
+    """A dataset on the hub. Each commit adds a document."""
 
-    calls: list[object] = []
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert documents("fineweb-edu") == ["a", "b"]
-    streamed = {"split": "train", "streaming": True}
-    assert set(map(repr, calls)) == {repr((("HuggingFaceFW/fineweb-edu", "sample-10BT"), streamed))}
-    calls.clear()
-    assert documents("fineweb-edu", dataset_config="sample-100BT") == ["a", "b"]
-    assert set(map(repr, calls)) == {repr((("HuggingFaceFW/fineweb-edu", "sample-100BT"), streamed))}
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.documents = {"c1": ["a"], "c2": ["a", "b"]}
+        self.newest = "c1"
+        self.calls: list[tuple[object, ...]] = []
+        monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", self.dataset_info)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def dataset_info(self, name: str, *, revision: str | None) -> mock.Mock:
+        if revision not in (None, *self.documents):
+            raise huggingface_hub.errors.RevisionNotFoundError("404", response=mock.Mock())
+        return mock.Mock(sha=revision or self.newest)
+
+    def load_dataset(self, *names: object, split: str, streaming: bool, revision: str) -> datasets.IterableDataset:
+        self.calls.append((*names, split, streaming))
+        return datasets.Dataset.from_dict({"text": self.documents[revision]}).to_iterable_dataset()
+
+
+def test_fineweb_edu_is_the_streamed_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = _Hub(monkeypatch)
+    for config in ("sample-10BT", "sample-100BT"):
+        options = {} if config == "sample-10BT" else {"dataset_config": config}
+        assert documents("fineweb-edu", **options) == ["a"]
+        assert set(hub.calls) == {("HuggingFaceFW/fineweb-edu", config, "train", True)}
+        hub.calls.clear()
+
+
+def test_an_update_on_the_hub_does_not_change_a_request_that_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = _Hub(monkeypatch)
+    opened = source_of("hf", "me/texts")
+    (piece,) = opened.slices(WHOLE)
+    hub.newest = "c2"
+    assert piece.path == "me/texts@c1"
+    assert list(opened.read(piece)) == ["a"]
+    assert documents("hf", "me/texts") == ["a", "b"]
+    assert documents("hf", "me/texts@c1") == ["a"]
+    request = TokenizeRequest(source="hf", inputs=("me/texts",), out=tmp_path / "out", workers=1)
+    assert (tokenize_corpus(request).made or {})["dataset"] == "me/texts@c2"
+    assert refusal("hf", "me/texts@v9") == "dataset me/texts has no revision 'v9' on the hub"
 
 
 # The embedded corpus
