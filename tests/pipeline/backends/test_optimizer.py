@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backends import optimizer as optimizer_module
+from pipeline.backends.eager_optimizers import without_compiler_wrappers
 from pipeline.backends.optimizer import (
     GROWTH_INTERVAL,
     LossScaler,
@@ -349,3 +351,18 @@ train(theirs, torch.optim.AdamW([theirs], **settings))
 assert torch.equal(ours, theirs)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_a_wrapper_of_a_later_torch_stays() -> None:
+    def step(parameter: int) -> int:
+        return parameter
+
+    @functools.wraps(step)
+    def _later_wrapper(parameter: int) -> int:
+        return step(parameter) + 1
+
+    @functools.wraps(_later_wrapper)
+    def _use_grad(parameter: int) -> int:
+        return _later_wrapper(parameter) + 10
+
+    assert without_compiler_wrappers(_use_grad)(0) == 1
