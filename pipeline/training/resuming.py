@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +42,10 @@ _BACKEND_OPTIONS = ("backend.ddp.", "backend.fsdp.", "backend.deepspeed.")
 AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other value is a path
 
 
-def choose_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_of_file) -> Path | None:
-    """Return the checkpoint from which to resume, or None to start from scratch.
+def find_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_of_file) -> Path | None:
+    """Return the checkpoint from which to resume, or None to start from scratch. The function changes no file.
 
-    The caller must hold the lock of the run folder. The function deletes the folders of interrupted saves.
-
-    The next start must not use checkpoints that are later than the chosen one. Therefore, the function renames later
-    checkpoints in the run folder. For ``checkpoint.remote``, it records in the run folder that later checkpoints are
-    abandoned.
+    The caller must hold the lock of the run folder.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, all checkpoints are damaged, the run folder contains another
@@ -55,8 +53,7 @@ def choose_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_
         ConfigError: the checkpoint belongs to another run, and a run that starts from it is already complete.
     """
     run_folder = Path(config.run.out_dir)
-    try:
-        remove_leftovers(run_folder)
+    with _errors_of_folder(run_folder):
         start = _find_start(run_folder, config.checkpoint.resume, hash_file)
         if start is None:
             if list_checkpoints(run_folder):  # a start from scratch would delete the metrics of the run
@@ -71,12 +68,38 @@ def choose_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_
         _check_same_run(config, data_sha256, start, state, stored_config)
         if _is_of_another_run(start, config) and (reason := why_no_step_is_left(state, config.schedule)):
             raise ConfigError(f"{start}: {reason}, or name an earlier checkpoint with --at-step")
-        if state.step < config.schedule.max_steps:
-            set_aside_after(run_folder, state.step, start)
-            if config.checkpoint.resume not in (AUTO, NONE):
-                is_own = start.resolve() == checkpoint_folder(run_folder, state.step).resolve()
-                abandon(run_folder, state.step + 1 if is_own else state.step)
         return start
+
+
+def prepare_run_folder(start: Path | None, config: Config) -> None:
+    """Prepare the folder of a run that continues from ``start``, or begins from scratch if ``start`` is None.
+
+    Call this function when nothing else can stop the run from training. The caller must hold the lock of the run
+    folder.
+
+    The function deletes the folders of interrupted saves. The next start must not use checkpoints that are later than
+    ``start``. Therefore, the function renames later checkpoints in the run folder. For ``checkpoint.remote``, it
+    records in the run folder that later checkpoints are abandoned.
+
+    Raises:
+        CheckpointError: a folder cannot be deleted or renamed.
+    """
+    run_folder = Path(config.run.out_dir)
+    with _errors_of_folder(run_folder):
+        remove_leftovers(run_folder)
+        if start is None:
+            return
+        step = read_state_file(start).step
+        set_aside_after(run_folder, step, start)
+        if config.checkpoint.resume not in (AUTO, NONE):
+            is_own = start.resolve() == checkpoint_folder(run_folder, step).resolve()
+            abandon(run_folder, step + 1 if is_own else step)
+
+
+@contextmanager
+def _errors_of_folder(run_folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"{run_folder}: cannot be prepared ({error})") from None
 

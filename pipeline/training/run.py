@@ -9,10 +9,10 @@ import torch
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.backends import create_backend
 from pipeline.checkpoint.hashing import HashFile
-from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.state import read_state_file
 from pipeline.config.paths import with_working_dir
 from pipeline.config.schema import Config
-from pipeline.data.batch_plan import plan_batch
+from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
 from pipeline.data.loader import TrainLoader
 from pipeline.distributed.cpu import configure_cpu
@@ -34,11 +34,7 @@ from pipeline.training.initial_weights import find_initial_weights, write_initia
 from pipeline.training.loss_in_blocks import choose_loss_in_blocks
 from pipeline.training.rank_agreement import check_agreement
 from pipeline.training.remote_start import fetch_remote_start
-from pipeline.training.resuming import (
-    choose_start,
-    load_start,
-    why_complete,
-)
+from pipeline.training.resuming import find_start, load_start, prepare_run_folder, why_complete
 from pipeline.training.run_record import send_missing_rows
 from pipeline.training.summary import log_results, log_settings
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
@@ -80,49 +76,82 @@ def train(config: Config, hash_file: HashFile = sha256_of_file) -> Trainer | Non
 def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file: HashFile) -> Trainer | None:
     """Build the trainer and everything that it needs, or return None if the run is already complete.
 
+    Every step that can fail comes before ``prepare_run_folder``. A run that cannot train therefore leaves the
+    checkpoints as they are.
+
     Args:
         resources: the stack that holds the lock of the run folder and the choice of the attention kernel.
     """
-    _check_device(config, world.device)
-    if "mlflow" in config.logging.sinks:
-        set_mlflow_defaults()
-    world.call_on_main(lambda: check_sinks(config.logging.sinks, config.logging.project))
+    _check_support(config, world)
     plan = world.call_on_main(lambda: plan_batch(config, world.size))
     datasets = open_datasets(config)
     loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
-
     sha256 = data_sha256(datasets)
-    run_folder = Path(config.run.out_dir)
-    world.call_on_main(lambda: resources.enter_context(open_run_folder(run_folder)))
-    check_agreement(config, sha256, world)
-    fetch_remote_start(config, world)
-    start = world.call_on_main(lambda: choose_start(config, sha256, hash_file))
+
+    start = _lock_and_find_start(config, sha256, world, resources, hash_file)
     if start and (reason := world.call_on_main(lambda: why_complete(start, config))):
         log.info("%s: %s", start, reason)
         world.call_on_main(lambda: send_missing_rows(config))
         return None
-    heartbeat_file = HeartbeatFile(run_folder if world.is_main else None)
-    resources.enter_context(heartbeat_file.starting(read_state(start)[0].step if start else 0))
-    world.progress.listener = heartbeat_file.beat
+    heartbeat_file = _start_heartbeat_file(config, start, world, resources)
+    # Before the data is read: a mistake in ``checkpoint.init_from`` must be reported at once.
     weights = None if start else world.call_on_main(lambda: find_initial_weights(config))
     if config.data.verify:
         verify_datasets(datasets, world)
     tasks = prepare_tasks(config, world)
 
-    dtype = matmul_dtype(config.run.precision)
-    ceiling_flops = measure_ceiling(world, config)
-    throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), ceiling_flops)
-    queries = (plan.micro_batch_size, config.model.n_head, config.seq_len, config.model.n_embd // config.model.n_head)
-    kernel = resources.enter_context(fastest_kernel(world.device, dtype, queries, config.model.dropout))
-    config = choose_compilation(config, world, plan, start)
-    config = choose_loss_in_blocks(config, world, plan, start)
+    flops = flops_per_token(config.model, config.seq_len)
+    throughput = ThroughputMeter(plan.tokens_per_step, flops, measure_ceiling(world, config))
+    config, kernel = _tune(config, plan, start, world, resources)
     backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
     backend.model.assert_tied()
     origin = None if start else write_initial_weights(weights, backend, config.run.seed)
     state = load_start(start, config, sha256, backend, world)
+    world.call_on_main(lambda: prepare_run_folder(start, config))
     trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin, heartbeat_file)
     log_settings(trainer, kernel, start)
     return trainer
+
+
+def _check_support(config: Config, world: World) -> None:
+    """Raise UserError if the device or the installed packages do not support the config."""
+    _check_device(config, world.device)
+    if "mlflow" in config.logging.sinks:
+        set_mlflow_defaults()
+    world.call_on_main(lambda: check_sinks(config.logging.sinks, config.logging.project))
+
+
+def _lock_and_find_start(
+    config: Config, data_sha256: str, world: World, resources: ExitStack, hash_file: HashFile
+) -> Path | None:
+    """Lock the run folder, and return the checkpoint from which the run continues, or None for a new run."""
+    run_folder = Path(config.run.out_dir)
+    world.call_on_main(lambda: resources.enter_context(open_run_folder(run_folder)))  # before all writes into it
+    check_agreement(config, data_sha256, world)  # before the ranks download into the folder that they must share
+    fetch_remote_start(config, world)
+    return world.call_on_main(lambda: find_start(config, data_sha256, hash_file))
+
+
+def _start_heartbeat_file(config: Config, start: Path | None, world: World, resources: ExitStack) -> HeartbeatFile:
+    heartbeat_file = HeartbeatFile(Path(config.run.out_dir) if world.is_main else None)
+    resources.enter_context(heartbeat_file.starting(read_state_file(start).step if start else 0))
+    world.progress.listener = heartbeat_file.beat
+    return heartbeat_file
+
+
+def _tune(
+    config: Config, plan: BatchPlan, start: Path | None, world: World, resources: ExitStack
+) -> tuple[Config, str]:
+    """Choose what makes a step fast. Returns the config with these choices, and the name of the attention kernel.
+
+    ``choose_compilation`` and ``choose_loss_in_blocks`` measure with the chosen kernel. The kernel stays selected until
+    ``resources`` is closed, because each forward pass uses the selected kernel.
+    """
+    model, dtype = config.model, matmul_dtype(config.run.precision)
+    queries = (plan.micro_batch_size, model.n_head, config.seq_len, model.n_embd // model.n_head)
+    kernel = resources.enter_context(fastest_kernel(world.device, dtype, queries, model.dropout))
+    config = choose_compilation(config, world, plan, start)
+    return choose_loss_in_blocks(config, world, plan, start), kernel
 
 
 def _check_device(config: Config, device: torch.device) -> None:

@@ -20,7 +20,13 @@ from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.lock import open_run_folder
-from pipeline.training.resuming import choose_start, describe_changes, describe_started_decay
+from pipeline.training.resuming import (
+    describe_changes,
+    describe_started_decay,
+    find_start,
+    prepare_run_folder,
+    why_complete,
+)
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
 
@@ -60,7 +66,12 @@ def save(run_folder: Path, world: World) -> Save:
 
 
 def start(run_folder: Path, resume: str | Path = "auto", sha256: str = DATA, **sections: dict[str, Any]) -> Path | None:
-    return choose_start(config_of(run_folder, resume, **sections), sha256)
+    """Find the checkpoint from which a run starts. If the run is not complete, prepare its folder."""
+    config = config_of(run_folder, resume, **sections)
+    found = find_start(config, sha256)
+    if found is None or why_complete(found, config) is None:
+        prepare_run_folder(found, config)
+    return found
 
 
 def damage(folder: Path) -> None:
@@ -224,6 +235,19 @@ class TestGoingBack:
         save(4)
         damage(older)
         assert_refused("rank_00000_moments.safetensors: .*give another checkpoint", run_folder, older)
+
+    def test_only_a_run_that_trains_sets_later_ones_aside(self, save: Save, run_folder: Path) -> None:
+        """The metrics of a run that does not train keep the rows of the later steps, too."""
+        url = "s3://bucket/run"
+        older = [save(step) for step in (2, 4)][0]
+        (older.parent / ".step_00000006.partial").mkdir()
+        pair(run_folder, url)
+        before = names(run_folder)
+        config = config_of(run_folder, older)
+        assert find_start(config, DATA) == older
+        assert names(run_folder) == before and not is_abandoned(run_folder, url, 4)
+        prepare_run_folder(older, config)
+        assert names(run_folder) == ["step_00000002", "step_00000004.abandoned"] and is_abandoned(run_folder, url, 4)
 
     def test_one_set_aside_can_be_named(self, save: Save, run_folder: Path) -> None:
         older = [save(step) for step in (2, 4)][0]
@@ -448,5 +472,5 @@ class TestRunFolder:
         (tmp_path / existing).mkdir(exist_ok=True)
         config = config_of(tmp_path / "runs" / "new" / "run", resume=tmp_path / "none")
         with pytest.raises(CheckpointError, match="none"), open_run_folder(Path(config.run.out_dir)):
-            choose_start(config, DATA)
+            find_start(config, DATA)
         assert [path.name for path in tmp_path.rglob("*")] == ([existing] if existing else [])

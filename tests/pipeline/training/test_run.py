@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.errors import DataError
 from pipeline.checkpoint.layout import checkpoint_folder
 from pipeline.config.loading import config_from_json
 from pipeline.model.initialisation import draw_elements
@@ -93,6 +94,51 @@ def test_only_a_new_run_draws_weights(tmp_path: Path, monkeypatch: pytest.Monkey
     drawn.clear()
     assert losses_of_a_run(tmp_path / "run", tmp_path / "data", {}).keys() == {1, 4, 8}
     assert not drawn
+
+
+def names_of_checkpoints(run_folder: Path) -> list[str]:
+    return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
+
+
+class TestAStartThatTrainsNothing:
+    """A start from an earlier checkpoint leaves the later checkpoints and their metrics unless it trains."""
+
+    @pytest.fixture
+    def trained(self, tmp_path: Path) -> Path:
+        """Return the folder of a run with checkpoints of steps 4 and 8."""
+        write_ours(tmp_path / "data", {"train": [documents(50)], "val": [np.arange(500, dtype=np.uint16)]})
+        losses_of_a_run(tmp_path / "run", tmp_path / "data", {"evaluation": {"every_steps": 4}})
+        return tmp_path / "run"
+
+    def assert_unchanged(self, run_folder: Path, metrics: list[dict[str, Any]]) -> None:
+        assert names_of_checkpoints(run_folder) == ["step_00000004", "step_00000008"]
+        assert read_metrics(run_folder) == metrics
+
+    def test_an_early_stop_is_in_force(self, trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+        metrics = read_metrics(trained)
+        changes: Sections = {
+            "checkpoint": {"resume": str(checkpoint_folder(trained, 4))},
+            "schedule": {"stop_at_val_loss": 99.0},
+        }
+        with caplog.at_level("INFO"):
+            losses_of_a_run(trained, trained.parent / "data", changes)
+        assert "at step 4, nothing to train: validation loss" in caplog.text
+        self.assert_unchanged(trained, metrics)
+
+    def test_the_data_is_damaged(self, trained: Path) -> None:
+        metrics = read_metrics(trained)
+        data = trained.parent / "data"
+        (shard,) = data.glob("train_*.npy")
+        content = bytearray(shard.read_bytes())
+        content[-2] ^= 1
+        shard.write_bytes(content)
+        changes: Sections = {
+            "checkpoint": {"resume": str(checkpoint_folder(trained, 4))},
+            "data": {"verify": True},
+        }
+        with pytest.raises(DataError):
+            losses_of_a_run(trained, data, changes)
+        self.assert_unchanged(trained, metrics)
 
 
 def losses_of_a_run(folder: Path, data: Path, changes: Sections) -> dict[int, float]:
