@@ -144,14 +144,23 @@ def test_a_kill_during_an_upload_leaves_no_checkpoint_that_looks_complete(
 
 
 def test_a_server_that_refuses_does_not_stop_the_training(server: S3Server, byte_corpus: Path, tmp_path: Path) -> None:
+    """The run ends with an error, because its last checkpoint is not at the URL. The next start uploads it."""
+    run_folder, url = tmp_path / "run", "s3://bucket/runs/refused"
     try:
         server.on_request = lambda method, path: method == "PUT"
-        result = train_run("ddp", tmp_path, sections(byte_corpus, "s3://bucket/runs/refused"))
+        result = train_run("fsdp", run_folder, sections(byte_corpus, url), processes=2)
     finally:
         server.on_request = lambda method, path: False
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(
-        r"uploads to s3://bucket/runs/refused: 0, failed uploads: [12345]; the last one failed: ", result.stdout
-    )
-    assert read_metrics(tmp_path)[-1]["ended"] == "finished"
-    assert complete_steps("s3://bucket/runs/refused") == []
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert re.search(rf"uploads to {url}: 0, failed uploads: [12345]; the last one failed: ", result.stdout)
+    assert read_metrics(run_folder)[-1]["ended"] == "finished"
+    assert f"done      {STEPS} steps" in result.stdout
+    errors = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert errors and errors[0].startswith(f"error: the last checkpoint is not at {url}: ")
+    assert "run the same command again to upload it" in errors[0] and "Traceback" not in result.stderr
+    assert complete_steps(url) == []
+
+    again = train_run("fsdp", run_folder, sections(byte_corpus, url), processes=2)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"uploaded step {STEPS} to {url}: " in again.stdout
+    assert complete_steps(url) == [SAVED_AT, STEPS]

@@ -37,14 +37,15 @@ _VISIBLE_S = 10.0  # a network file system may show a new file late on other hos
 class UploadOutcome:
     """The result of uploading one checkpoint.
 
-    The upload thread can also fail outside an upload, for example while it lists the files at the URL. Such an error
-    counts as a failed upload of the newest checkpoint.
+    The upload thread can also fail outside an upload, for example while it lists or deletes files at the URL. Such an
+    error counts as a failed upload of the newest checkpoint.
     """
 
     step: int
     seconds: float
     bytes: int  # of all ranks; 0 if the upload failed
     problem: str | None  # the reason in one line if the upload failed
+    is_uploaded: bool = True  # whether the URL has the checkpoint
 
 
 class Mirror:
@@ -71,6 +72,7 @@ class Mirror:
         self._uploading: set[int] = set()
         self._lock = threading.Lock()  # held while checkpoints on the disk are deleted or chosen for an upload
         self._outcomes: deque[UploadOutcome] = deque()
+        self._last_problem = "the upload did not begin"
         self._due, self._ending = threading.Event(), threading.Event()
         run = self._lead if world.is_main else self._follow
         self._thread = threading.Thread(target=run, name="mirror", daemon=True)
@@ -118,9 +120,21 @@ class Mirror:
                 log.info("waiting for the upload to %s, at most %.0f s", self.url, self.timeout_s)
                 is_announced = True
         if self._rank == 0 and self._thread.is_alive():
-            self._outcomes.append(UploadOutcome(self._newest_step(), self.timeout_s, 0, "the upload took too long"))
+            self._fail(self._newest_step(), self.timeout_s, "the upload took too long")
             self._rounds.end()
         return self.poll()
+
+    def why_missing(self) -> str | None:
+        """Return why the newest checkpoint is not at the URL. Return None if it is there, or if there is none.
+
+        Call this method on rank 0, after ``finish``.
+        """
+        newest = self._newest_step()
+        return None if newest in self._known or newest == 0 else self._last_problem
+
+    def _fail(self, step: int, seconds: float, problem: str) -> None:
+        self._last_problem = problem
+        self._outcomes.append(UploadOutcome(step, seconds, 0, problem, step in self._known))
 
     def _newest_step(self) -> int:
         return max(map(step_of, list_checkpoints(self.run_folder)), default=0)
@@ -154,7 +168,7 @@ class Mirror:
             self._delete_older(found)
         except Exception as error:  # noqa: BLE001 - reported; the thread must live until the end of the run
             if not failed:  # otherwise, the reason is probably the same
-                self._outcomes.append(UploadOutcome(newest, time.monotonic() - started, 0, _reason(error)))
+                self._fail(newest, time.monotonic() - started, _reason(error))
         finally:
             with self._lock:
                 self._uploading.clear()
@@ -165,7 +179,7 @@ class Mirror:
         try:
             size, listed = self._upload(step, found)
         except Exception as error:  # noqa: BLE001 - reported; the other checkpoints must not wait for this one
-            self._outcomes.append(UploadOutcome(step, time.monotonic() - started, 0, _reason(error)))
+            self._fail(step, time.monotonic() - started, _reason(error))
             return None
         self._outcomes.append(UploadOutcome(step, time.monotonic() - started, size, None))
         return listed

@@ -39,6 +39,7 @@ from pipeline.training.run_record import send_missing_rows
 from pipeline.training.summary import log_results, log_settings
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 from pipeline.training.trainer import Trainer
+from pipeline.training.uploads import require_uploaded, upload_missing
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,9 @@ def train(config: Config, hash_file: HashFile = sha256_of_file) -> Trainer | Non
                 return None
             log_file.open(trainer.run_folder)
             trainer.fit()
+            log_results(trainer)
+            require_uploaded(trainer.mirror, world)
         trainer.backend.close()
-        log_results(trainer)
     return trainer
 
 
@@ -92,6 +94,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
     if start and (reason := world.call_on_main(lambda: why_complete(start, config))):
         log.info("%s: %s", start, reason)
         world.call_on_main(lambda: send_missing_rows(config))
+        upload_missing(config, world)
         return None
     heartbeat_file = _start_heartbeat_file(config, start, world, resources)
     # Before the data is read: a mistake in ``checkpoint.init_from`` must be reported at once.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
-from data_tools.formatting import format_size
 from data_tools.storage.atomic import write_json_durably
 from pipeline.checkpoint.background import SaveOutcome
 from pipeline.checkpoint.mirror import UploadOutcome
@@ -19,6 +18,7 @@ from pipeline.report.page import write_report
 from pipeline.run_folder.layout import CONFIG_FILE, REPORT_FOLDER
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, read_metrics
 from pipeline.run_folder.sinks import SERVICES, ServiceSink, Sink, create_sinks
+from pipeline.training.uploads import log_upload
 
 log = logging.getLogger(__name__)
 
@@ -90,30 +90,26 @@ class RunRecord:
                 for sink in self._sinks:
                     sink.settle(outcome.step)
 
-    def write_uploads(self, outcomes: list[UploadOutcome]) -> None:
-        """Write one row per outcome of an upload.
+    def write_uploads(
+        self, outcomes: list[UploadOutcome], then: str = "training continues, and the next save tries again"
+    ) -> None:
+        """Write one row per outcome of an upload, and log it.
 
-        A failed upload is also logged, but not if the previous upload has failed for the same reason.
+        A failed upload is not logged if the previous upload has failed for the same reason.
+
+        Args:
+            then: what happens after a failed upload.
         """
-        url = self.config.checkpoint.remote
         for outcome in outcomes:
+            if outcome.problem is None or outcome.problem != self._upload_problem:
+                log_upload(str(self.config.checkpoint.remote), outcome, then)
             if outcome.problem is None:
                 self.uploads += 1
-                self._upload_problem = None
-                size = format_size(outcome.bytes)
-                log.info("uploaded step %d to %s: %s in %.2f s", outcome.step, url, size, outcome.seconds)
                 row: dict[str, Any] = {"upload_s": outcome.seconds, "upload_bytes": outcome.bytes}
             else:
                 self.failed_uploads += 1
-                if outcome.problem != self._upload_problem:
-                    log.warning(
-                        "cannot upload step %d to %s: %s; training continues, and the next save tries again",
-                        outcome.step,
-                        url,
-                        outcome.problem,
-                    )
-                self._upload_problem = outcome.problem
                 row = {"failed_uploads": self.failed_uploads}
+            self._upload_problem = outcome.problem
             self.write({"step": outcome.step, **row})
 
     def rewind(self, step: int) -> None:

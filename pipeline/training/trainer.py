@@ -11,7 +11,6 @@ from typing import Any
 
 from pipeline.backends import Backend
 from pipeline.checkpoint.background import BackgroundSaver
-from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
@@ -39,6 +38,7 @@ from pipeline.training.schedule import ema_decay_at, lr_at
 from pipeline.training.step_guard import StepGuard, StepVerdict, TrainedStep
 from pipeline.training.step_profile import StepProfile
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
+from pipeline.training.uploads import create_mirror
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Trainer:
         self.run_folder = Path(config.run.out_dir)
         self.guard = StepGuard(config.guard, state.guard)
         self.stop_request = StopRequest(world)
-        self.mirror = _create_mirror(config, world)
+        self.mirror = create_mirror(config, world)
         self.saver = BackgroundSaver(
             self.run_folder,
             dump_config(config),
@@ -217,7 +217,7 @@ class Trainer:
     def _finish_uploads(self) -> None:
         if self.mirror:
             self._reach_rare("the upload of the last checkpoint")
-            self.record.write_uploads(self.mirror.finish(self.world.progress.move))
+            self.record.write_uploads(self.mirror.finish(self.world.progress.move), then="the next start tries again")
 
     def _record_start(self) -> None:
         started = {
@@ -423,15 +423,3 @@ class Trainer:
         with self.throughput.paused():
             self.backend.model.assert_tied()
             self.record.write_saves(self.saver.start(replace(self.state, guard=self.guard.state)))
-
-
-def _create_mirror(config: Config, world: World) -> Mirror | None:
-    """Return a started mirror that uploads checkpoints to ``checkpoint.remote``, or None."""
-    options = config.checkpoint
-    if options.remote is None:
-        return None
-    folder = Path(config.run.out_dir)
-    mirror = Mirror(options.remote, folder, world, keep_last=options.keep_last, timeout_s=options.remote_timeout_s)
-    mirror.start()
-    mirror.request()  # if the run has gone back, set later checkpoints at the URL aside at once
-    return mirror

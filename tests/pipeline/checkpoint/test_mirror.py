@@ -150,10 +150,37 @@ def test_a_server_that_refuses_is_tried_again_after_the_next_save(
         mirror.request()
         (failed,) = wait_for_outcomes(mirror, 1)
     assert failed.problem == f"rank 0: cannot use {url}: PermissionError: Access Denied"
+    assert (failed.is_uploaded, mirror.why_missing()) == (False, failed.problem)
     save(2)
     mirror.request()
     assert [(outcome.step, outcome.problem) for outcome in wait_for_outcomes(mirror, 2)] == [(2, None), (1, None)]
     assert mirror.finish(lambda: None) == []
+    assert mirror.why_missing() is None
+
+
+def test_a_server_that_refuses_to_delete(
+    tmp_path: Path, world: World, save: Save, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is uploaded, although this counts as a failed upload."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(RemoteRun, "delete", refuse)
+    mirror = Mirror(url, tmp_path, world, keep_last=1, timeout_s=30)
+    mirror.start()
+    for step in (1, 2):
+        save(step)
+        mirror.request()
+        uploaded = wait_for_outcomes(mirror, 1)
+    uploaded += wait_for_outcomes(mirror, 2 - len(uploaded))
+    assert [(outcome.step, outcome.problem) for outcome in uploaded] == [
+        (2, None),
+        (2, "Access Denied"),
+    ]
+    assert uploaded[1].is_uploaded
+    assert mirror.finish(lambda: None)[-1].is_uploaded
+    assert mirror.why_missing() is None
 
 
 def wait_for_outcomes(mirror: Mirror, count: int) -> list[UploadOutcome]:
