@@ -7,6 +7,7 @@ If several processes write into one folder, one of them calls ``make_empty_folde
 fsyncs its files. Last, one of them fsyncs the folder and calls ``publish``.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 from data_tools.storage.locks import lock_without_file
 
 PARTIAL_SUFFIX = ".partial"
+#: Errors of the operating system that only a write can cause: the disk or a quota is full, or the disk is read-only.
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def partial_path(path: Path) -> Path:
@@ -89,6 +92,8 @@ def atomic_file(path: Path, aside: Path | None = None, *, durable: bool = True) 
         else:
             os.replace(aside, path)
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
+            error.filename = str(path)  # write(2) and fsync(2) do not name the file
         with suppress(OSError):  # closing flushes the buffer, which fails again if the disk is full
             file.close()
         # GeneratorExit: garbage collection runs this code late. Another writer may then use the same path.

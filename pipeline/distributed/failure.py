@@ -1,6 +1,5 @@
 """Print the error that ends this process: only once, and before the process waits for other ranks."""
 
-import errno
 import re
 import signal
 import socket
@@ -12,11 +11,10 @@ from contextlib import suppress
 
 from data_tools.errors import DataError, UserError
 from data_tools.formatting import printable
+from data_tools.storage.atomic import WRITE_ERRORS
 from pipeline.distributed.environment import launched_local_rank, launched_rank, launched_world_size
 from pipeline.errors import Interrupted, LostRankError, MainRankError
 
-#: Errors of the operating system that a user can correct, even if the error does not name a file.
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 LESS_MEMORY = (
     "To use less memory, lower batch.micro_batch_size (in evaluation: --batch-size), or set run.loss_in_blocks or "
     "model.activation_checkpointing to true. Without dropout, this does not change the training loss."
@@ -84,7 +82,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return error.exit_status, _one_line("" if isinstance(error, Interrupted) else "error: ", str(error))
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "error: interrupted"
-    if isinstance(error, OSError) and (error.errno in _FULL_DISK or (error.errno and error.filename)):
+    if isinstance(error, OSError) and (error.errno in WRITE_ERRORS or (error.errno and error.filename)):
         what = f"{error.strerror}: {error.filename2 or error.filename or 'the output or a temporary file'}"
         return UserError.exit_status, _one_line("error: ", what)
     text = "".join(traceback.format_exception(error)).rstrip()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,10 +120,12 @@ class TensorBoardLog(Sink):
         self._run_folder = run_folder
         self._folder = str(run_folder / TENSORBOARD_FOLDER)
         self._writer: SummaryWriter | None = None
+        self._open = ExitStack()  # until the end of the run
         self._config: dict[str, Any] = {}
         self._purge_step: int | None = None  # the first step whose old events are hidden
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:
+        self._open.enter_context(_quiet_writer_threads())
         self._config = config
         self._purge_step = resumed_step + 1 if resumed_step else 0
 
@@ -158,11 +161,32 @@ class TensorBoardLog(Sink):
             with suppress(OSError):  # an earlier row has logged the error
                 self._writer.add_hparams(settings, results, run_name=".")
         self._close()
+        self._open.close()
 
     def _close(self) -> None:
         if self._writer:
             with suppress(OSError):
                 self._writer.close()
+
+
+@contextmanager
+def _quiet_writer_threads() -> Iterator[None]:
+    """Return a context manager. Inside its block, Python prints no traceback if TensorBoard's thread cannot write.
+
+    TensorBoard raises the same error again at its next call, and the sink then logs one line.
+    """
+    before = threading.excepthook
+
+    def report(arguments: threading.ExceptHookArgs) -> None:
+        is_write = isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"
+        if not is_write:
+            before(arguments)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def hyperparameters(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, bool | int | float | str]:

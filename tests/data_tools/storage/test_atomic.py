@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,16 @@ def test_write_errors_become_one_line_with_path_and_reason(tmp_path: Path) -> No
     with pytest.raises(DataError) as caught, one_line_write_errors(path):
         storage.write_bytes_durably(path, b"")
     assert str(caught.value) == f"cannot write {path}: No such file or directory"
+
+
+def test_the_error_of_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space left") as caught:
+        storage.write_bytes_durably(tmp_path / "file", b"content")
+    assert caught.value.filename == str(tmp_path / "file")
 
 
 def test_a_file_has_its_name_only_after_the_block(tmp_path: Path) -> None:

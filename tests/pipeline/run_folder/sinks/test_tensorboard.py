@@ -153,7 +153,7 @@ def test_training_and_validation_share_a_custom_chart(tmp_path: Path) -> None:
     assert all(any(pattern.match(tag) for tag in TENSORBOARD_TAGS.values()) for pattern in patterns)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_loses_only_what_the_writer_had_not_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -181,7 +181,7 @@ def test_a_rewind_hides_later_steps(tmp_path: Path) -> None:
     assert [(s.step, s.value) for s in events(tmp_path).Scalars("loss/training")] == [(1, 9.0), (2, 8.0), (3, 0.5)]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_rewind_while_the_disk_is_full_does_not_stop_the_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
