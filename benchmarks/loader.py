@@ -207,7 +207,8 @@ def waits_of(
         loader = TrainLoader(open_datasets(config), plan, config.run.seed, world.rank)
         backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
         backend.draw_weights(config.run.seed)
-        throughput = ThroughputMeter(plan.tokens_per_step, flops_per_token(config.model, config.seq_len), 1.0)
+        flops = flops_per_token(config.model, config.seq_len)
+        throughput = ThroughputMeter(plan.tokens_per_step, flops, 1.0, world.device)
         state = load_start(None, config, "0" * 64, backend, world)
         trainer = Trainer(config, world, backend, loader, throughput, state, tasks={})
         prefetcher = trainer.prefetcher

@@ -90,9 +90,15 @@ class StreamClock:
         return float(start.elapsed_time(end)) / 1e3
 
 
+def create_clock(device: torch.device) -> HostClock | StreamClock:
+    """Return a clock that measures the time of a device, or of the main thread if the device is not a GPU."""
+    return StreamClock() if device.type == "cuda" else HostClock()
+
+
 @dataclass
 class _Step:
     start: Mark
+    pauses: list[Wait] = field(default_factory=list)
     data_waits: list[Wait] = field(default_factory=list)
     collective_waits: list[Wait] = field(default_factory=list)
     end: Mark = None
@@ -119,11 +125,11 @@ class StepClock:
 
     def __init__(self, device: torch.device, *, is_active: bool, clock: HostClock | StreamClock | None = None) -> None:
         self._is_active = is_active
-        self._clock = clock or (StreamClock() if is_active and device.type == "cuda" else HostClock())
+        self._clock = clock or create_clock(device)
         self._unmeasured_steps = 0
         self._step: _Step | None = None  # the current step, if it is measured
         self._finished: deque[_Step] = deque()  # the steps whose times are not known yet
-        self._is_waiting = False  # one of the replaced functions may call another one
+        self._ignores_waits = False  # in a pause; in a wait, because a replaced function may call another one
         self._thread_id = threading.get_ident()
         self._functions = [(owner, name, vars(owner)[name]) for owner, name in self._clock.waiting_functions]
         self._timed = [(owner, name, self._time(plain)) for owner, name, plain in self._functions]
@@ -161,6 +167,20 @@ class StepClock:
         self._step.data_waits.append((start, self._clock.mark()))
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Return a context manager. The time inside its block does not count as a time of the step."""
+        if self._step is None:
+            yield
+            return
+        start = self._clock.mark()
+        self._ignores_waits = True
+        try:
+            yield
+        finally:
+            self._ignores_waits = False
+        self._step.pauses.append((start, self._clock.mark()))
+
+    @contextmanager
     def backward_pass(self, loss: Tensor) -> Iterator[None]:
         """Return a context manager for a backward pass of DDP. It measures how long DDP waits at the end of the pass.
 
@@ -185,14 +205,14 @@ class StepClock:
         @functools.wraps(plain)
         def timed(*args: Any, **kwargs: Any) -> Any:
             step = self._step
-            if step is None or self._is_waiting or not self._computes_here():
+            if step is None or self._ignores_waits or not self._computes_here():
                 return plain(*args, **kwargs)
-            self._is_waiting = True
+            self._ignores_waits = True
             start = self._clock.mark()
             try:
                 return plain(*args, **kwargs)
             finally:
-                self._is_waiting = False
+                self._ignores_waits = False
                 self._add_wait(step, start, self._clock.mark())
 
         return timed
@@ -210,7 +230,7 @@ class StepClock:
         while self._finished and self._clock.has_passed(self._finished[0].end):
             step = self._finished.popleft()
             self._steps += 1
-            self._step_s += self._clock.seconds(step.start, step.end)
+            self._step_s += self._clock.seconds(step.start, step.end) - self._sum(step.pauses)
             self._data_s += self._sum(step.data_waits)
             self._collective_s += self._sum(step.collective_waits)
 

@@ -104,7 +104,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
     tasks = prepare_tasks(config, world)
 
     flops = flops_per_token(config.model, config.seq_len)
-    throughput = ThroughputMeter(plan.tokens_per_step, flops, measure_ceiling(world, config))
+    throughput = ThroughputMeter(plan.tokens_per_step, flops, measure_ceiling(world, config), world.device)
     config, kernel = _tune(config, plan, start, world, resources)
     backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
     backend.model.assert_tied()

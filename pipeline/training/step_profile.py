@@ -25,12 +25,16 @@ class StepProfile:
 
     Writes a Chrome trace (for chrome://tracing or ui.perfetto.dev) and a table to ``profile/`` in the run folder. If
     ``steps`` is 0, the object does nothing.
+
+    Args:
+        is_main: if False, nothing is profiled. Only the main rank profiles its steps.
     """
 
-    def __init__(self, run_folder: Path, device: torch.device, steps: int) -> None:
+    def __init__(self, run_folder: Path, device: torch.device, steps: int, *, is_main: bool = True) -> None:
         self._folder = run_folder / PROFILE_FOLDER
         self._device = device
         self._steps = steps
+        self._is_main = is_main
         self._profiler: profile | None = None
         self._written = False
 
@@ -40,7 +44,7 @@ class StepProfile:
 
         After the block, the context manager writes the trace and the table.
         """
-        if not self._steps:
+        if not (self._steps and self._is_main):
             yield
             return
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
@@ -51,6 +55,16 @@ class StepProfile:
         self._profiler = None
         if not self._written:
             log.warning("no profile was written: it begins after %d steps, and the run ended earlier", SETTLING_STEPS)
+
+    def takes_long_after(self, steps: int) -> bool:
+        """Return whether the profiler warms up, or writes its files, when this step is counted. All ranks agree.
+
+        The profiled steps follow the warm-up without a pause, so that the host queues them early, as in other steps.
+
+        Args:
+            steps: the number of steps so far, including this step.
+        """
+        return self._steps > 0 and steps in (SETTLING_STEPS - 1, SETTLING_STEPS + self._steps)
 
     def count_step(self) -> None:
         """Count an optimizer step that was queued on the device."""

@@ -2,12 +2,16 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from pipeline.config.schema import Config
-from pipeline.distributed.device import matmul_dtype
+from pipeline.distributed.device import matmul_dtype, synchronize
 from pipeline.distributed.matmul_ceiling import ProductShape, measure_matmul_ceiling
+from pipeline.distributed.step_clock import HostClock, StreamClock, Wait, create_clock
 from pipeline.distributed.world import World
 
 log = logging.getLogger(__name__)
@@ -42,16 +46,29 @@ def layer_products(config: Config) -> list[ProductShape]:
 class ThroughputMeter:
     """Measures the time per step since the last call of ``read``. Evaluations and checkpoints do not count.
 
+    A GPU works after the host has queued the work. Therefore, the clock only starts, stops and is read after the device
+    has finished all queued work. Otherwise, the time of training steps would count as the time of an evaluation.
+
     Args:
         tokens_per_step: the number of tokens of all ranks together.
         flops_per_token: the FLOPs of a forward and backward pass.
         ceiling_flops: the measured FLOP/s of all ranks together in matrix products.
+        clock: measures how long the device waits for data. If None, a clock for the device is created.
     """
 
-    def __init__(self, tokens_per_step: int, flops_per_token: int, ceiling_flops: float) -> None:
+    def __init__(
+        self,
+        tokens_per_step: int,
+        flops_per_token: int,
+        ceiling_flops: float,
+        device: torch.device,
+        clock: HostClock | StreamClock | None = None,
+    ) -> None:
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.ceiling_flops = ceiling_flops
+        self._device = device
+        self._clock = clock or create_clock(device)
         self.restart()
 
     def raise_ceiling(self, flops: float) -> None:
@@ -64,16 +81,21 @@ class ThroughputMeter:
         self.ceiling_flops = max(self.ceiling_flops, flops)
 
     def restart(self) -> None:
-        """Start a new measurement now."""
+        """Wait for the device, and start a new measurement."""
+        synchronize(self._device)
         self._started, self._steps, self._waited_s = time.perf_counter(), 0, 0.0
+        self._waits: deque[Wait] = deque()  # the waits for data whose times are not known yet
 
     def count_step(self) -> None:
         """Count an optimizer step that was queued on the device."""
         self._steps += 1
+        self._add_waits()
 
     def read(self) -> dict[str, float]:
-        """Return metrics such as ``tokens_per_s`` since the last call. The caller must first synchronize the device."""
+        """Wait for the device, and return metrics such as ``tokens_per_s`` since the last call."""
+        synchronize(self._device)
         now = time.perf_counter()
+        self._add_waits()
         seconds = (now - self._started) / self._steps
         tokens_per_s = self.tokens_per_step / seconds
         waited_share = self._waited_s / (now - self._started)
@@ -88,18 +110,26 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Return a context manager. The time inside its block counts as waiting for data."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._waited_s += time.perf_counter() - started
+        """Return a context manager. The time inside its block in which the device has no work counts as data wait."""
+        start = self._clock.mark()
+        yield
+        self._waits.append((start, self._clock.mark()))
+
+    def _add_waits(self) -> None:
+        while self._waits and self._clock.has_passed(self._waits[0][1]):
+            self._waited_s += self._clock.seconds(*self._waits.popleft())
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Return a context manager that stops the clock during its block."""
+        """Return a context manager that stops the clock during its block.
+
+        The device finishes the steps that are queued before the clock stops, and the work of the block before the clock
+        continues.
+        """
+        synchronize(self._device)
         stopped = time.perf_counter()
         try:
             yield
+            synchronize(self._device)  # not after an error: a collective that another rank has not joined never ends
         finally:
             self._started += time.perf_counter() - stopped

@@ -5,6 +5,7 @@ import math
 import signal
 import statistics
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.loader import Prefetcher, TrainLoader
-from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name, synchronize
+from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name
 from pipeline.distributed.heartbeat import failures_reported
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, EvaluationStopped, Interrupted
@@ -95,7 +96,7 @@ class Trainer:
         )
         self.heartbeat_file = heartbeat_file or HeartbeatFile(None)
         self.record = RunRecord(config, is_main=world.is_main, resumed_step=state.step)
-        self.profile = StepProfile(self.run_folder, world.device, config.logging.profile_steps if world.is_main else 0)
+        self.profile = StepProfile(self.run_folder, world.device, config.logging.profile_steps, is_main=world.is_main)
         self._steps_here = 0  # in this process
         self._has_evaluated = False  # in this process; the first time may compile
         self._layer_norms: dict[str, float] = {}  # of the newest step, if it was due
@@ -169,6 +170,7 @@ class Trainer:
         config = self.config
         with self.backend.step_clock.step():
             trained = self.train_step()
+        self._profile_step()
         self.record.count_step(trained.step)
         received = self.stop_request.agreed()
         saves = received is not None or self._is_due(config.checkpoint.every_steps) or self._is_milestone()
@@ -269,8 +271,6 @@ class Trainer:
         self._reach_in_step("optimizer")
         grad_norm = self._update(learning_rate)
         self.throughput.count_step()
-        with self.world.progress.patience():  # after its last step, the profile is written
-            self.profile.count_step()
         self._advance(first_sample)
         self._steps_here += 1
         step, stop_sample = self.state.step, self.state.samples
@@ -281,16 +281,34 @@ class Trainer:
         self._recent_losses.append(loss)
         return trained
 
+    def _profile_step(self) -> None:
+        """Count the newest step for the profile. All ranks wait while the main rank writes the profile.
+
+        Otherwise, the wait of the other ranks would count as a time of the next step.
+        """
+        if not self.profile.takes_long_after(self._steps_here):
+            self.profile.count_step()
+            return
+        with self.throughput.paused(), self.world.progress.patience():
+            self.profile.count_step()
+            self.world.barrier()
+
+    @contextmanager
+    def _clocks_paused(self) -> Iterator[None]:
+        """Return a context manager. The time inside its block does not count as a time of training."""
+        with self.throughput.paused(), self.backend.step_clock.paused():
+            yield
+
     def _update(self, learning_rate: float) -> LateValue:
         self._layer_norms = {}
         ema_decay = ema_decay_at(self.state.step, self.config.averaging)
         every_steps = self.config.logging.norms_every_steps
         if every_steps == 0 or (self.state.step + 1) % every_steps:
             return LateValue(self.backend.step(learning_rate, ema_decay))
-        with self.throughput.paused():
+        with self._clocks_paused():
             norms = GroupNorms(self.backend, self.config.optimizer, self.world)
         grad_norm = LateValue(self.backend.step(learning_rate, ema_decay))
-        with self.throughput.paused():
+        with self._clocks_paused():
             self._layer_norms = norms.measure(grad_norm.read())
         return grad_norm
 
@@ -348,8 +366,8 @@ class Trainer:
         """Write a row of metrics about a step, after the device has finished the step."""
         self._reach_of_step(f"the log of step {trained.step}")
         self.rank_comparison.start()
+        speed = self.throughput.read()  # waits for the device
         loss = trained.loss.read()
-        synchronize(self.world.device)
         row: dict[str, Any] = {
             "step": trained.step,
             "loss": loss,
@@ -357,7 +375,7 @@ class Trainer:
             "lr": trained.learning_rate,
             "grad_norm": trained.grad_norm.read(),
             "tokens": self.state.tokens,
-            **self.throughput.read(),
+            **speed,
             **self.rank_comparison.read(),
             "peak_memory_gib": self.peak_memory.read() / GIB,
             "skipped_steps": self.state.step - self.state.updates,

@@ -79,6 +79,20 @@ def test_each_second_of_a_step_counts_once(steps: StepClock, clock: FakeClock) -
     assert steps.read() is None
 
 
+def test_a_pause_does_not_count(steps: StepClock, clock: FakeClock) -> None:
+    """The trainer measures the norms of layers within a step, and sums them over the ranks."""
+    with steps.step():
+        clock.now += 1.0
+        with steps.paused():
+            clock.now += 50.0
+            Collective(clock, 50.0).wait()
+        Collective(clock, 0.5).wait()
+    assert steps.read() == StepTimes(compute_s=1.0, collective_wait_s=0.5)
+    with steps.paused():
+        clock.now += 50.0
+    assert steps.read() is None
+
+
 def test_another_thread_does_not_count(steps: StepClock, clock: FakeClock) -> None:
     """The thread that writes a checkpoint also waits for the other ranks."""
     with steps.step():

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerAction
 
 from pipeline.run_folder.layout import PROFILE_FOLDER
 from pipeline.training.step_profile import SETTLING_STEPS, TABLE_FILE, TRACE_FILE, StepProfile
@@ -48,6 +49,25 @@ def test_only_kernels_count_on_a_gpu(tmp_path: Path) -> None:
     operator = SimpleNamespace(device_type=DeviceType.CPU, is_user_annotation=False)
     annotation = SimpleNamespace(device_type=DeviceType.CUDA, is_user_annotation=True)
     assert [profile._is_work(row) for row in (kernel, operator, annotation)] == [True, False, False]
+
+
+def test_all_ranks_know_when_the_profiler_warms_up_and_writes(tmp_path: Path) -> None:
+    profile, other = (StepProfile(tmp_path, CPU, steps=2, is_main=is_main) for is_main in (True, False))
+    takes_long = []
+    with profile.recording(), other.recording():
+        assert profile._profiler and not other._profiler
+        for step in range(1, SETTLING_STEPS + 6):
+            before = profile._profiler.current_action
+            profile.count_step()
+            other.count_step()
+            after = profile._profiler.current_action
+            if ProfilerAction.NONE in (before, after) and before is not after:
+                takes_long.append(step)
+    assert len(takes_long) == 2
+    for each in (profile, other):
+        assert [step for step in range(1, 20) if each.takes_long_after(step)] == takes_long
+    unused = StepProfile(tmp_path, CPU, steps=0)
+    assert not any(unused.takes_long_after(step) for step in range(1, 20))
 
 
 def test_a_run_that_ends_too_early_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,27 +5,56 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from pipeline.config.schema import Config
+from pipeline.distributed.step_clock import HostClock
 from pipeline.training import throughput
 from pipeline.training.throughput import MOST_ROWS, ThroughputMeter, layer_products
 
+CPU = torch.device("cpu")
 
-class Clock:
-    """A clock that the test moves; it starts far from zero, as real ones do."""
+
+class Clock(HostClock):
+    """A clock that the test moves; it starts far from zero, as real ones do.
+
+    It also stands for a device that works in the background: the host waits for the queued work in ``synchronize``.
+    """
 
     def __init__(self) -> None:
         self.now_s = 12345.0
+        self.queued_s = 0.0
 
     def perf_counter(self) -> float:
         return self.now_s
+
+    def mark(self) -> float:
+        """Return when the device reaches this point."""
+        return self.now_s + self.queued_s
+
+    def has_passed(self, mark: float) -> bool:
+        return mark <= self.now_s
+
+    def synchronize(self, device: torch.device) -> None:
+        self.now_s, self.queued_s = self.now_s + self.queued_s, 0.0
+
+    def wait(self, seconds: float) -> None:
+        """Let the host wait while the device works."""
+        self.now_s, self.queued_s = self.now_s + seconds, max(0.0, self.queued_s - seconds)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(throughput, "time", clock)
+    monkeypatch.setattr(throughput, "synchronize", clock.synchronize)
     return clock
+
+
+def make_meter(
+    clock: Clock, tokens_per_step: int = 1000, flops_per_token: int = 1, ceiling_flops: float = 1.0
+) -> ThroughputMeter:
+    return ThroughputMeter(tokens_per_step, flops_per_token, ceiling_flops, CPU, clock)
 
 
 def train(meter: ThroughputMeter, clock: Clock, steps: int, step_s: float) -> None:
@@ -35,14 +64,14 @@ def train(meter: ThroughputMeter, clock: Clock, steps: int, step_s: float) -> No
 
 
 def test_rates(clock: Clock) -> None:
-    meter = ThroughputMeter(tokens_per_step=1000, flops_per_token=6_000, ceiling_flops=1e8)
+    meter = make_meter(clock, flops_per_token=6_000, ceiling_flops=1e8)
     train(meter, clock, steps=4, step_s=0.5)
     rates = {"tokens_per_s": 2000.0, "step_ms": 500.0, "mfu": 0.12, "data_wait_share": 0.0}
     assert meter.read() == pytest.approx(rates)
 
 
 def test_each_reading_starts_at_the_last_one(clock: Clock) -> None:
-    meter = ThroughputMeter(1000, 1, 1.0)
+    meter = make_meter(clock)
     train(meter, clock, steps=10, step_s=5.0)
     meter.read()
     train(meter, clock, steps=2, step_s=0.25)
@@ -50,7 +79,7 @@ def test_each_reading_starts_at_the_last_one(clock: Clock) -> None:
 
 
 def test_time_before_the_first_step_does_not_count(clock: Clock) -> None:
-    meter = ThroughputMeter(1000, 1, 1.0)
+    meter = make_meter(clock)
     clock.now_s += 100.0
     meter.restart()
     train(meter, clock, steps=1, step_s=2.0)
@@ -58,7 +87,7 @@ def test_time_before_the_first_step_does_not_count(clock: Clock) -> None:
 
 
 def test_validation_and_checkpoints_do_not_count(clock: Clock) -> None:
-    meter = ThroughputMeter(1000, 1, 1.0)
+    meter = make_meter(clock)
     train(meter, clock, steps=1, step_s=1.0)
     with meter.paused():
         clock.now_s += 100.0
@@ -67,7 +96,7 @@ def test_validation_and_checkpoints_do_not_count(clock: Clock) -> None:
 
 
 def test_the_clock_continues_after_an_error_in_a_pause(clock: Clock) -> None:
-    meter = ThroughputMeter(1000, 1, 1.0)
+    meter = make_meter(clock)
     with pytest.raises(OSError), meter.paused():
         clock.now_s += 100.0
         raise OSError
@@ -75,8 +104,48 @@ def test_the_clock_continues_after_an_error_in_a_pause(clock: Clock) -> None:
     assert meter.read()["step_ms"] == pytest.approx(2000.0)
 
 
+def test_the_device_finishes_its_work_before_the_clock_stops_and_before_it_continues(clock: Clock) -> None:
+    """The norms of layers are measured after each step that a GPU has not finished."""
+    meter = make_meter(clock)
+    for _ in range(2):
+        clock.queued_s += 2.0  # the step
+        meter.count_step()
+        with meter.paused():
+            clock.queued_s += 100.0
+    clock.queued_s += 2.0
+    meter.count_step()
+    assert meter.read()["step_ms"] == pytest.approx(2000.0)
+    assert meter.ceiling_flops == pytest.approx(500.0), "a step that seems too fast would raise the ceiling for good"
+
+
+def test_a_restart_waits_for_earlier_work(clock: Clock) -> None:
+    meter = make_meter(clock)
+    clock.queued_s += 100.0
+    meter.restart()
+    train(meter, clock, steps=1, step_s=2.0)
+    assert meter.read()["step_ms"] == pytest.approx(2000.0)
+
+
+def test_the_pause_of_a_failed_block_does_not_wait_for_the_device(clock: Clock) -> None:
+    """After an error on one rank, the collectives that it has queued never end."""
+    meter = make_meter(clock)
+    with pytest.raises(OSError), meter.paused():
+        clock.queued_s = math.inf
+        raise OSError
+
+
+def test_a_wait_of_the_host_while_the_device_works_is_no_wait_for_data(clock: Clock) -> None:
+    meter = make_meter(clock)
+    for _ in range(4):
+        clock.queued_s += 3.0
+        meter.count_step()
+        with meter.waiting_for_data():
+            clock.wait(4.0)
+    assert meter.read()["data_wait_share"] == pytest.approx(0.25)
+
+
 def test_the_share_of_waiting_for_data(clock: Clock) -> None:
-    meter = ThroughputMeter(1000, 1, 1.0)
+    meter = make_meter(clock)
     for _ in range(4):
         with meter.waiting_for_data():
             clock.now_s += 0.1
@@ -96,7 +165,7 @@ def test_the_share_of_waiting_for_data(clock: Clock) -> None:
 def test_a_disturbed_measurement_of_the_ceiling_is_replaced_by_a_later_one(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    meter = ThroughputMeter(tokens_per_step=1000, flops_per_token=6_000, ceiling_flops=1e8)
+    meter = make_meter(clock, flops_per_token=6_000, ceiling_flops=1e8)
     with caplog.at_level("INFO"):
         meter.raise_ceiling(2e8)
         meter.raise_ceiling(5e7)  # this measurement is disturbed, too
@@ -107,7 +176,7 @@ def test_a_disturbed_measurement_of_the_ceiling_is_replaced_by_a_later_one(
 
 
 def test_mfu_never_exceeds_one(clock: Clock) -> None:
-    meter = ThroughputMeter(tokens_per_step=1000, flops_per_token=6_000, ceiling_flops=1e6)
+    meter = make_meter(clock, flops_per_token=6_000, ceiling_flops=1e6)
     train(meter, clock, steps=1, step_s=1.0)
     assert meter.read()["mfu"] == 1.0
     train(meter, clock, steps=1, step_s=2.0)

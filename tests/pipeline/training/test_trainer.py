@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,14 +27,18 @@ from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets
 from pipeline.data.loader import TrainLoader
+from pipeline.distributed import step_clock
 from pipeline.distributed.device import LateValue
+from pipeline.distributed.step_clock import StepClock, StepTimes
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted, TrainingError
 from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.metrics import SAMPLE_KEY, read_metrics
-from pipeline.training import evaluation
+from pipeline.training import evaluation, throughput
+from pipeline.training.group_norms import GroupNorms
 from pipeline.training.resuming import load_start, why_complete
 from pipeline.training.schedule import lr_at
+from pipeline.training.step_profile import StepProfile
 from pipeline.training.summary import log_masks
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
@@ -70,7 +75,7 @@ def make_trainer(tmp_path: Path, world: World) -> MakeTrainer:
         loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
         backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
         (tmp_path / name).mkdir(exist_ok=True)
-        meter = ThroughputMeter(plan.tokens_per_step, 1, 1.0)
+        meter = ThroughputMeter(plan.tokens_per_step, 1, 1.0, world.device)
         state = load_start(resume_from, config, data_sha256(datasets), backend, world)
         return Trainer(config, world, backend, loader, meter, state, tasks={})
 
@@ -234,6 +239,70 @@ class TestWaiting:
             trainer.world = world
         assert {newest - step for step, newest in UnreadValue.reads} == {1}
         assert len(UnreadValue.reads) == 3 * 3  # loss, norm and number of targets of three steps
+
+
+class Device:
+    """A device that works in the background, and the clock of the host. Only steps and norms take time."""
+
+    STEP_S, NORMS_S, PROFILE_S = 2.0, 64.0, 1024.0
+
+    def __init__(self) -> None:
+        self.now_s, self.queued_s = 100.0, 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    def synchronize(self, *_: Any) -> None:
+        self.now_s, self.queued_s = self.now_s + self.queued_s, 0.0
+
+
+class TestClocks:
+    """A step takes the time in which the device computes it, and what only measures the run takes no time."""
+
+    @pytest.fixture
+    def device(self, monkeypatch: pytest.MonkeyPatch) -> Device:
+        device, counted = Device(), count(1)
+
+        def read(value: LateValue) -> float:
+            device.synchronize()
+            return float(value._value)
+
+        def measure(*_: Any) -> dict[str, float]:
+            device.now_s += device.NORMS_S
+            return {"layer_weight_norm/ln_f": 1.0}
+
+        def count_step(profile: StepProfile) -> None:
+            if profile.takes_long_after(next(counted)):
+                device.now_s += device.PROFILE_S
+
+        for module in (throughput, step_clock):
+            monkeypatch.setattr(module, "time", device)
+        for place in ("pipeline.training.throughput.synchronize", "pipeline.checkpoint.background.synchronize"):
+            monkeypatch.setattr(place, device.synchronize)
+        monkeypatch.setattr(LateValue, "read", read)
+        monkeypatch.setattr(GroupNorms, "measure", measure)
+        monkeypatch.setattr(StepProfile, "count_step", count_step)
+        return device
+
+    @pytest.mark.parametrize("logging", [{"norms_every_steps": 1}, {"profile_steps": 2}], ids=["norms", "profile"])
+    def test_what_only_measures_the_run_takes_no_time(
+        self, make_trainer: MakeTrainer, device: Device, monkeypatch: pytest.MonkeyPatch, logging: dict[str, int]
+    ) -> None:
+        trainer = make_trainer(logging={"every_steps": 1, **logging})
+        trainer.backend.step_clock = StepClock(trainer.world.device, is_active=True)
+        plain = trainer.backend.step
+
+        def step(*arguments: Any) -> Any:
+            device.queued_s += device.STEP_S
+            return plain(*arguments)
+
+        monkeypatch.setattr(trainer.backend, "step", step)
+        times: list[StepTimes | None] = []
+        monkeypatch.setattr(trainer.rank_comparison, "start", lambda: times.append(trainer.backend.step_clock.read()))
+        trainer.fit()
+        assert device.now_s > STEPS * device.STEP_S + min(device.NORMS_S, device.PROFILE_S)
+        assert set(rows_with(trainer, "step_ms").values()) == {1e3 * device.STEP_S}
+        assert all(each.compute_s <= device.STEP_S for each in times if each) and times[-1]
 
 
 class TestMask:
