@@ -33,7 +33,7 @@ from data_tools.vocabulary import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.backends import create_backend
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
-from pipeline.data.datasets import TokenDataset, open_datasets
+from pipeline.data.datasets import TokenDataset, open_datasets, tokenizer_of
 from pipeline.data.loader import MicroBatch, Prefetcher, TrainLoader
 from pipeline.distributed.world import join_world
 from pipeline.model.gpt2 import allocate_model, flops_per_token
@@ -204,12 +204,13 @@ def waits_of(
     run_folder.mkdir()
     with join_world(config.run) as world:
         plan = plan_batch(config, world.size)
-        loader = TrainLoader(open_datasets(config), plan, config.run.seed, world.rank)
+        datasets = open_datasets(config)
+        loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
         backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
         backend.draw_weights(config.run.seed)
         flops = flops_per_token(config.model, config.seq_len)
         throughput = ThroughputMeter(plan.tokens_per_step, flops, 1.0, world.device)
-        state = load_start(None, config, "0" * 64, backend, world)
+        state = load_start(None, config, "0" * 64, tokenizer_of(datasets), backend, world)
         trainer = Trainer(config, world, backend, loader, throughput, state, tasks={})
         prefetcher = trainer.prefetcher
         trainer.train_step().loss.read()  # the first step allocates

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from data_tools.vocabulary import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.interop.hugging_face.layout import hugging_face_name, is_transposed, to_config_json
 from pipeline.model.gpt2 import GPT2
 
@@ -16,7 +17,8 @@ def transformers_model(model: GPT2, **settings: Any) -> Any:
 
     ``settings`` overrides keys of ``GPT2Config``.
     """
-    config = GPT2Config(**{**to_config_json(model.config, "float32"), **settings})
+    end_of_text = END_OF_TEXT if model.config.vocab_size == GPT2_VOCAB_SIZE else None
+    config = GPT2Config(**{**to_config_json(model.config, "float32", end_of_text), **settings})
     theirs: Any = GPT2LMHeadModel(config)
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

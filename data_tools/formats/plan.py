@@ -15,7 +15,7 @@ from data_tools.formats.flat_files import LLMC, NANOGPT
 from data_tools.formats.opening import INPUT_FORMATS
 from data_tools.options import AUTO, OutputFormat
 from data_tools.shards.llmc import LLMC_SUFFIX, MAX_TOKENS
-from data_tools.shards.manifest import NO_TOKEN, TRAIN_SPLIT, VAL_SPLIT, ShardRecord, TokenizerRecord
+from data_tools.shards.manifest import NO_TOKEN, TRAIN_SPLIT, VAL_SPLIT, ShardRecord, TokenizerRecord, other_tokenizer
 from data_tools.shards.writer import SHARD_FORMATS
 
 DEFAULT_SHARD_TOKENS = 100_000_000
@@ -82,7 +82,7 @@ class ConvertRequest:
         """Return the tokenizer of a source with another vocabulary than GPT-2's, or None."""
         if self.vocab_size is None:
             return None
-        return TokenizerRecord("other", self.vocab_size, NO_TOKEN if self.end_of_text is None else self.end_of_text, "")
+        return other_tokenizer(self.vocab_size, NO_TOKEN if self.end_of_text is None else self.end_of_text)
 
     @property
     def file_prefix(self) -> str:

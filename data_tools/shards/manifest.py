@@ -21,6 +21,7 @@ from pydantic import (
 from data_tools.errors import DataError, one_line_read_errors
 from data_tools.storage.content import require_fetched
 from data_tools.storage.files import sha256_of_json
+from data_tools.vocabulary import VOCABULARY_SHA256
 
 FORMAT_VERSION = 1
 TOKEN_DTYPE_NAME = "uint16"
@@ -76,6 +77,24 @@ class TokenizerRecord:
     vocab_size: StrictInt
     end_of_text: StrictInt
     vocabulary_sha256: StrictStr
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Return whether the vocabulary is GPT-2's, under any name."""
+        return self.vocabulary_sha256 == VOCABULARY_SHA256
+
+    def differs_from(self, other: "TokenizerRecord") -> bool:
+        """Return whether the two vocabularies differ. An unknown vocabulary differs only from GPT-2's."""
+        are_known = self.vocabulary_sha256 and other.vocabulary_sha256
+        return self.is_gpt2 != other.is_gpt2 or bool(are_known) and self.vocabulary_sha256 != other.vocabulary_sha256
+
+    def __str__(self) -> str:
+        return f"{self.name!r} (vocabulary {self.vocabulary_sha256[:12] or 'unknown'})"
+
+
+def other_tokenizer(vocab_size: int, end_of_text: int = NO_TOKEN) -> TokenizerRecord:
+    """Return the record of a tokenizer of which only these numbers are known, and that it is not GPT-2's."""
+    return TokenizerRecord("other", vocab_size, end_of_text, "")
 
 
 @_forbid_unknown_keys

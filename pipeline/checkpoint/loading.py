@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_tools.shards.manifest import TokenizerRecord
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.backends import Backend, Fragment
 from pipeline.checkpoint.layout import GROUPS, STATE_FILE, tensor_file
@@ -17,7 +18,7 @@ from pipeline.checkpoint.pieces import Piece, PieceIndex, index_pieces, manifest
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import GPT2, allocate_model
 from pipeline.model.parameter_state import EMA, KINDS_OF_WEIGHTS, WEIGHT
@@ -206,6 +207,7 @@ class LoadedModel:
     weights_sha256: str  # identifies the weights
     step: int
     data_sha256: str | None  # the hash of the manifest of the training data, or None if unknown
+    tokenizer: TokenizerRecord | None  # that made the training data, or None if unknown
 
     @property
     def run_folder(self) -> Path:
@@ -234,15 +236,27 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
     load_weights(folder, {name: parameter.detach() for name, parameter in model.named_parameters()}, weights)
     model.assert_tied()
     sha256 = read_manifest(folder).weights_sha256(weights)
-    return LoadedModel(model.eval(), config, folder, sha256, state.step, state.data_sha256)
+    return LoadedModel(model.eval(), config, folder, sha256, state.step, state.data_sha256, state.tokenizer)
 
 
 def load_text_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
     """Load a model as ``load_model`` does. Raises CheckpointError if the model's vocabulary is not GPT-2's."""
     loaded = load_model(path, device, weights)
-    if loaded.config.model.vocab_size != GPT2_VOCAB_SIZE:
+    if problem := describe_other_vocabulary(loaded.config.model, loaded.tokenizer):
         raise CheckpointError(
-            f"{loaded.checkpoint}: model.vocab_size is {loaded.config.model.vocab_size}; "
-            f"text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
+            f"{loaded.checkpoint}: {problem}; text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
         )
     return loaded
+
+
+def describe_other_vocabulary(model: ModelConfig, tokenizer: TokenizerRecord | None) -> str | None:
+    """Return in which way the vocabulary of a model is not GPT-2's, or None if it is GPT-2's.
+
+    Args:
+        tokenizer: the tokenizer of the training data. If it is unknown (None), only the size of the vocabulary counts.
+    """
+    if model.vocab_size != GPT2_VOCAB_SIZE:
+        return f"model.vocab_size is {model.vocab_size}"
+    if tokenizer is not None and not tokenizer.is_gpt2:
+        return f"the model's tokens are of the tokenizer {tokenizer}"
+    return None

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AllowInfNan, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
+from data_tools.shards.manifest import TokenizerRecord
 from pipeline.checkpoint.json_files import malformed_error, read_json_object
 from pipeline.checkpoint.layout import STATE_FILE
 
@@ -57,6 +58,7 @@ class TrainingState:
     guard: GuardState = field(default_factory=GuardState)
     validation: ValidationHistory = field(default_factory=ValidationHistory)
     optimizer_start: NonNegativeInt = 0  # ``updates`` when the optimizer's state was zero; AdamW counts from there
+    tokenizer: TokenizerRecord | None = None  # that made the run's data; None in checkpoints of earlier versions
     evaluation_is_due: bool = False  # a signal stopped the evaluation after ``step``; the next start repeats it
 
 

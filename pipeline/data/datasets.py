@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.errors import DataError
-from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT
+from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT, TokenizerRecord
 from data_tools.shards.reader import TokenStream, open_split
 from data_tools.shards.verification import require_unchanged
 from data_tools.storage.files import sha256_of_json
@@ -37,8 +37,8 @@ def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
 
     Raises:
         DataError: a dataset cannot be used.
-        ConfigError: the model and the datasets do not have the same vocabulary, or a required validation split is
-            missing.
+        ConfigError: the model and the datasets do not have the same vocabulary, ``evaluation.sample`` is set and this
+            vocabulary is not GPT-2's, or a required validation split is missing.
     """
     datasets = tuple(_open_dataset(component, config) for component in config.data.components)
     if (keys := config.keys_that_need_validation) and not any(dataset.validation for dataset in datasets):
@@ -48,7 +48,17 @@ def open_datasets(config: Config) -> tuple[TokenDataset, ...]:
         )
     for dataset in datasets[1:]:
         _check_same_tokenizer(datasets[0], dataset)
+    if config.evaluation.sample and not (tokenizer := tokenizer_of(datasets)).is_gpt2:
+        raise ConfigError(
+            f"evaluation.sample needs GPT-2's vocabulary, and {datasets[0].path} was tokenized with {tokenizer}; "
+            "set evaluation.sample to false"
+        )
     return datasets
+
+
+def tokenizer_of(datasets: Sequence[TokenDataset]) -> TokenizerRecord:
+    """Return the tokenizer of the datasets of a run."""
+    return datasets[0].train.manifest.tokenizer
 
 
 def _open_dataset(component: MixtureComponent, config: Config) -> TokenDataset:
@@ -61,8 +71,15 @@ def _open_dataset(component: MixtureComponent, config: Config) -> TokenDataset:
     return TokenDataset(component.name, path, component.weight, train, validation)
 
 
-def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) -> None:
-    """Raise ConfigError if a dataset and a model differ in vocabulary size or end-of-text token."""
+def check_same_vocabulary(
+    stream: TokenStream, model: ModelConfig, path: str, trained_on: TokenizerRecord | None = None
+) -> None:
+    """Raise ConfigError if a dataset and a model differ in vocabulary or end-of-text token.
+
+    Args:
+        trained_on: the tokenizer of the data on which the model was trained. If None, the vocabularies may be of
+            different tokenizers with the same number of tokens.
+    """
     tokenizer = stream.manifest.tokenizer
     cure = "name shards of the model's tokenizer, or train a new model with"
     if tokenizer.vocab_size != model.vocab_size:
@@ -76,6 +93,11 @@ def check_same_vocabulary(stream: TokenStream, model: ModelConfig, path: str) ->
             f"({tokenizer.name}: {tokenizer.end_of_text}); {cure} model.reset_positions_at={tokenizer.end_of_text}, or "
             "null"
         )
+    if trained_on and trained_on.differs_from(tokenizer):
+        raise ConfigError(
+            f"{path} was tokenized with {tokenizer}, and the model was trained on tokens of {trained_on}; name shards "
+            "of the model's tokenizer"
+        )
 
 
 def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
@@ -84,8 +106,7 @@ def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:
     keys = ("vocab_size", "end_of_text", "vocabulary_sha256")
     if any(getattr(one, key) != getattr(two, key) for key in keys):
         raise ConfigError(
-            f"data.mixture: {other.path} was tokenized with another vocabulary ({two.name}, "
-            f"{two.vocabulary_sha256[:12]}) than {first.path} ({one.name}, {one.vocabulary_sha256[:12]}); "
+            f"data.mixture: {other.path} was tokenized with another vocabulary, {two}, than {first.path}, {one}; "
             "tokenize one of them again"
         )
 

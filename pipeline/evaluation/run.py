@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.shards.manifest import TokenizerRecord
 from pipeline.backends import Backend
 from pipeline.checkpoint.inspection import find_different_numbers
 from pipeline.checkpoint.loading import LoadedModel, load_model
@@ -115,15 +116,18 @@ def _prepare(
     return {
         task: prepare_validation(loaded, paths.get(task))
         if task == VALIDATION
-        else prepare_task(task, paths.get(task), settings, config.model, world)
+        else prepare_task(task, paths.get(task), settings, config.model, world, loaded.tokenizer)
         for task in tasks
     }
 
 
-def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
+def prepare_tasks(config: Config, world: World, tokenizer: TokenizerRecord) -> dict[str, Prepared]:
     """Read and encode the examples of the tasks that a run scores during training (``evaluation.tasks``).
 
     The task ``validation`` is left out. Every rank must call this function.
+
+    Args:
+        tokenizer: the tokenizer of the training data.
 
     Raises:
         ConfigError: the model's vocabulary is not GPT-2's, or a task does not support ``evaluation.max_examples``.
@@ -133,7 +137,7 @@ def prepare_tasks(config: Config, world: World) -> dict[str, Prepared]:
     settings = Settings(limit=options.max_examples)
     paths = {task: find_path(path, config.run) for task, path in options.data.items()}
     return {
-        name: prepare_task(name, paths.get(name), settings, config.model, world)
+        name: prepare_task(name, paths.get(name), settings, config.model, world, tokenizer)
         for name in options.tasks
         if name != VALIDATION
     }

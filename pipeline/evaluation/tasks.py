@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import cast, get_args
 
 from data_tools.errors import DataError
+from data_tools.shards.manifest import TokenizerRecord
 from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
+from pipeline.checkpoint.loading import describe_other_vocabulary
 from pipeline.config.schema import ModelConfig, TaskName
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
@@ -169,23 +171,28 @@ def check_tasks(
             raise ConfigError(f"{option} {value}: {VALIDATION} has no examples; leave it out, or name other --tasks")
 
 
-def prepare_task(name: str, path: str | None, settings: Settings, model: ModelConfig, world: World) -> Prepared:
+def prepare_task(
+    name: str,
+    path: str | None,
+    settings: Settings,
+    model: ModelConfig,
+    world: World,
+    tokenizer: TokenizerRecord | None = None,
+) -> Prepared:
     """Read and encode the examples of a task.
 
     Every rank must call this function.
 
     Args:
         path: the file with the examples. None means the task's dataset on the hub.
+        tokenizer: the tokenizer of the training data, or None if it is unknown.
 
     Raises:
         ConfigError: the model's vocabulary is not GPT-2's, or the task does not support an option in ``settings``.
         DataError: the examples cannot be read, or do not have the form that the task needs.
     """
-    if model.vocab_size != GPT2_VOCAB_SIZE:
-        raise ConfigError(
-            f"{name}: model.vocab_size is {model.vocab_size}; "
-            f"text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
-        )
+    if problem := describe_other_vocabulary(model, tokenizer):
+        raise ConfigError(f"{name}: {problem}; text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}")
     settings = settings.of(name)
     if name == CORE:
         return prepare_core(path, settings, settings.label(name))

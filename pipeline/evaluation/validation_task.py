@@ -81,14 +81,14 @@ def prepare_validation(loaded: LoadedModel, given: str | None) -> PreparedSplit 
     """
     config = loaded.config
     if given is None and config.data.mixture is not None:
-        return _prepare_mixture(config.data.mixture, config)
+        return _prepare_mixture(config.data.mixture, loaded)
     path = find_path(given or config.data.components[0].path, config.run)
     split = _open_split(path, config)
     if split is None:
         raise DataError(f"{path} has no split {VAL_SPLIT!r}; name a folder that has one with --data validation=DIR")
     if not split.has_targets:
         raise DataError(f"{path}: the split {VAL_SPLIT!r} has no scored target; tokenize more text")
-    check_same_vocabulary(split.stream, config.model, path)
+    check_same_vocabulary(split.stream, config.model, path, loaded.tokenizer)
     if given is None and loaded.data_sha256 not in (None, split.stream.manifest.content_sha256()):
         log.warning(
             "%s now holds other data than the run was trained on: the validation split may contain documents that the "
@@ -98,7 +98,8 @@ def prepare_validation(loaded: LoadedModel, given: str | None) -> PreparedSplit 
     return split
 
 
-def _prepare_mixture(mixture: Sequence[MixtureComponent], config: Config) -> PreparedMixture:
+def _prepare_mixture(mixture: Sequence[MixtureComponent], loaded: LoadedModel) -> PreparedMixture:
+    config = loaded.config
     opened = {component.name: _open_split(find_path(component.path, config.run), config) for component in mixture}
     splits = {name: split for name, split in opened.items() if split and split.has_targets}
     if not splits:
@@ -107,7 +108,7 @@ def _prepare_mixture(mixture: Sequence[MixtureComponent], config: Config) -> Pre
             "name a dataset that has one with --data validation=DIR"
         )
     for split in splits.values():
-        check_same_vocabulary(split.stream, config.model, split.path)
+        check_same_vocabulary(split.stream, config.model, split.path, loaded.tokenizer)
     weights = {component.name: component.weight for component in mixture}
     return PreparedMixture(splits, weights, hash_mixture(config))
 

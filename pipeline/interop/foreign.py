@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from data_tools.errors import list_names
+from data_tools.shards.manifest import TokenizerRecord
 from data_tools.storage.content import describe_content
 from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.saving import SavedCheckpoint
@@ -38,6 +39,7 @@ class ForeignModel:
     config: ModelConfig
     weights: dict[str, Tensor]  # canonical name -> tensor in our orientation; no padding rows, biases may be missing
     notes: list[str]  # messages for the user, one per difference to the model in the files
+    tokenizer: TokenizerRecord | None = None  # set if the files have another tokenizer than GPT-2's
 
     def copy_elements(self, name: str, start: int, target: Tensor) -> None:
         """Copy a range of a flattened parameter into ``target``, a tensor of shape (n,) on any device.

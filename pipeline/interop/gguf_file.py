@@ -26,7 +26,7 @@ from data_tools.storage.files import require_writable
 from data_tools.vocabulary import END_OF_TEXT, GPT2_VOCAB_SIZE
 from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.layout import STATE_FILE
-from pipeline.checkpoint.loading import pieces_of_weights, read_parameter
+from pipeline.checkpoint.loading import describe_other_vocabulary, pieces_of_weights, read_parameter
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
@@ -69,12 +69,11 @@ def export_gguf(checkpoint: Path | str, out: Path, dtype: str, weights: str = "t
         raise CheckpointError(f"--out: {out} already exists; name a new file, such as model.gguf")
     require_writable(out.parent, "--out")
     source = locate_weights_of(checkpoint, weights)
-    _, stored = read_state(source)
+    state, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))
-    if config.model.vocab_size != GPT2_VOCAB_SIZE:
+    if problem := describe_other_vocabulary(config.model, state.tokenizer):
         raise CheckpointError(
-            f"{source}: model.vocab_size is {config.model.vocab_size}; "
-            f"a GGUF file contains a tokenizer, which needs GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
+            f"{source}: {problem}; a GGUF file contains a tokenizer, which needs GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"
         )
     aside = partial_path(out)
     with one_line_write_errors(out):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data_tools.shards.manifest import TokenizerRecord
 from data_tools.storage.files import is_remote
 from pipeline.checkpoint.layout import STATE_FILE, is_checkpoint, list_checkpoints
 from pipeline.checkpoint.loading import copy_overlap, pieces_of_weights
@@ -25,6 +26,7 @@ class WeightSource:
     step: int | None  # the step of the run that wrote the weights; None if the step is not known
     config: ModelConfig
     notes: list[str]  # messages for the user about differences to the model in the files
+    tokenizer: TokenizerRecord | None  # that made the data of the model, or None if unknown
     #: (canonical name, start, target): copies a range of a flattened parameter into ``target``, shape (n,). The range
     #: begins at element ``start``. The parameter includes padding rows.
     copy_elements: Callable[[str, int, Tensor], None]
@@ -70,8 +72,8 @@ def open_weights(path: Path) -> WeightSource:
     def copy_elements(name: str, start: int, target: Tensor) -> None:
         copy_overlap(target, start, pieces[name])
 
-    return WeightSource(path, state.step, config, [], copy_elements)
+    return WeightSource(path, state.step, config, [], state.tokenizer, copy_elements)
 
 
 def _from_foreign_model(path: Path, model: ForeignModel) -> WeightSource:
-    return WeightSource(path, None, model.config, model.notes, model.copy_elements)
+    return WeightSource(path, None, model.config, model.notes, model.tokenizer, model.copy_elements)

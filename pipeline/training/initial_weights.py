@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data_tools.shards.manifest import TokenizerRecord
 from data_tools.storage.files import is_remote
 from pipeline.backends import Backend
 from pipeline.checkpoint.layout import checkpoint_url, split_url, step_of
@@ -39,21 +40,29 @@ def find_initial_weights(config: Config) -> Path | str | None:
     return path
 
 
-def write_initial_weights(place: Path | str | None, backend: Backend, seed: int) -> dict[str, Any] | None:
+def write_initial_weights(
+    place: Path | str | None, backend: Backend, tokenizer: TokenizerRecord, seed: int
+) -> dict[str, Any] | None:
     """Set the weights of a new run to the stored weights at ``place``, or to random values if ``place`` is None.
 
     Return the path and the step of the stored weights, or None for random weights. Every rank must call this.
+
+    Args:
+        tokenizer: the tokenizer of this run's data.
     """
     if place is not None:
-        return load_initial_weights(place, backend)
+        return load_initial_weights(place, backend, tokenizer)
     backend.draw_weights(seed)
     return None
 
 
-def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
+def load_initial_weights(place: Path | str, backend: Backend, tokenizer: TokenizerRecord) -> dict[str, Any]:
     """Copy stored weights into a backend. Log which settings of the stored model and the backend's model differ.
 
     Every rank must call this. Returns the path and the step of the weights.
+
+    Args:
+        tokenizer: the tokenizer of this run's data.
 
     Raises:
         CheckpointError: the weights cannot be read.
@@ -70,7 +79,25 @@ def load_initial_weights(place: Path | str, backend: Backend) -> dict[str, Any]:
     backend.write_weights(write)
     for note in [*source.notes, *_describe_changes(source.config, backend.model.config)]:
         log.info("weights   %s", note)
+    warn_of_other_tokenizer(source.path, source.tokenizer, tokenizer)
     return {"path": str(place) if is_url else str(Path(place).resolve()), "step": source.step}
+
+
+def warn_of_other_tokenizer(path: Path, stored: TokenizerRecord | None, tokenizer: TokenizerRecord) -> None:
+    """Log a warning if the weights at ``path`` were trained on tokens of another tokenizer than this run's data.
+
+    Args:
+        stored: the tokenizer of the weights, or None if it is unknown.
+        tokenizer: the tokenizer of this run's data.
+    """
+    if stored and stored.differs_from(tokenizer):
+        log.warning(
+            "%s: these weights were trained on tokens of the tokenizer %s, and the data of this run was tokenized with "
+            "%s: the same id is another text, so the loss begins high, and the model learns its tokens again",
+            path,
+            stored,
+            tokenizer,
+        )
 
 
 def copy_positions(source: WeightSource, start: int, target: Tensor) -> None:

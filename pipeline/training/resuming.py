@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.shards.manifest import TokenizerRecord
 from data_tools.storage.files import is_remote
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.backends import Backend
@@ -29,7 +30,7 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
 from pipeline.training.due_evaluation import with_recorded_evaluation
 from pipeline.training.early_stop import early_stop_reason
-from pipeline.training.initial_weights import compare_sizes
+from pipeline.training.initial_weights import compare_sizes, warn_of_other_tokenizer
 from pipeline.training.schedule import lr_at
 
 log = logging.getLogger(__name__)
@@ -291,7 +292,14 @@ def windows_per_evaluation(config: dict[str, Any]) -> int | None:
     return batches * size if isinstance(batches, int) and isinstance(size, int) else None
 
 
-def load_start(start: Path | None, config: Config, data_sha256: str, backend: Backend, world: World) -> TrainingState:
+def load_start(
+    start: Path | None,
+    config: Config,
+    data_sha256: str,
+    tokenizer: TokenizerRecord,
+    backend: Backend,
+    world: World,
+) -> TrainingState:
     """Return the training state from which the run starts. If ``start`` is a checkpoint, load it into the backend.
 
     Every rank must call this.
@@ -300,7 +308,8 @@ def load_start(start: Path | None, config: Config, data_sha256: str, backend: Ba
         state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
     else:
         state = load_checkpoint(start, backend, world)
-    return replace(state, seed=config.run.seed, data_sha256=data_sha256)
+        warn_of_other_tokenizer(start, state.tokenizer, tokenizer)
+    return replace(state, seed=config.run.seed, data_sha256=data_sha256, tokenizer=tokenizer)
 
 
 def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingState:

@@ -13,7 +13,7 @@ from pipeline.checkpoint.state import read_state_file
 from pipeline.config.paths import with_working_dir
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
-from pipeline.data.datasets import data_sha256, open_datasets, verify_datasets
+from pipeline.data.datasets import data_sha256, open_datasets, tokenizer_of, verify_datasets
 from pipeline.data.loader import TrainLoader
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.device import matmul_dtype
@@ -101,15 +101,15 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
     weights = None if start else world.call_on_main(lambda: find_initial_weights(config))
     if config.data.verify:
         verify_datasets(datasets, world)
-    tasks = prepare_tasks(config, world)
+    tasks = prepare_tasks(config, world, tokenizer_of(datasets))
 
     flops = flops_per_token(config.model, config.seq_len)
     throughput = ThroughputMeter(plan.tokens_per_step, flops, measure_ceiling(world, config), world.device)
     config, kernel = _tune(config, plan, start, world, resources)
     backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
     backend.model.assert_tied()
-    origin = None if start else write_initial_weights(weights, backend, config.run.seed)
-    state = load_start(start, config, sha256, backend, world)
+    origin = None if start else write_initial_weights(weights, backend, tokenizer_of(datasets), config.run.seed)
+    state = load_start(start, config, sha256, tokenizer_of(datasets), backend, world)
     world.call_on_main(lambda: prepare_run_folder(start, config))
     trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin, heartbeat_file)
     log_settings(trainer, kernel, start)

@@ -11,9 +11,9 @@ from torch import Tensor
 from data_tools.errors import one_line_write_errors
 from data_tools.storage.atomic import atomic_folder, partial_path
 from data_tools.storage.files import require_writable
-from data_tools.vocabulary import GPT2_VOCAB_SIZE
+from data_tools.vocabulary import END_OF_TEXT
 from pipeline.checkpoint.layout import STATE_FILE
-from pipeline.checkpoint.loading import pieces_of_weights, read_parameter
+from pipeline.checkpoint.loading import describe_other_vocabulary, pieces_of_weights, read_parameter
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, write_tensors
 from pipeline.checkpoint.weights_copy import locate_weights_of
@@ -59,12 +59,14 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
     source = locate_weights_of(checkpoint, weights)
     state, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))
+    other_vocabulary = describe_other_vocabulary(config.model, state.tokenizer)
+    end_of_text = None if other_vocabulary else END_OF_TEXT
     files = {
-        CONFIG_FILE: _as_json(to_config_json(config.model, dtype)),
-        GENERATION_CONFIG_FILE: _as_json(to_generation_json(config.model)),
+        CONFIG_FILE: _as_json(to_config_json(config.model, dtype, end_of_text)),
+        GENERATION_CONFIG_FILE: _as_json(to_generation_json(end_of_text)),
         **model_card(source, state, config, weights),
     }
-    if config.model.vocab_size == GPT2_VOCAB_SIZE:
+    if other_vocabulary is None:
         files |= {name: text.encode() for name, text in tokenizer_files(config.model.context_length).items()}
     with one_line_write_errors(out), atomic_folder(out, aside=partial_path(out)) as aside:
         write_tensors(
@@ -72,14 +74,15 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
         )
         for name, content in files.items():
             (aside / name).write_bytes(content)
-    return Export(out, (out / WEIGHTS_FILE).stat().st_size, _notes(config.model))
+    return Export(out, (out / WEIGHTS_FILE).stat().st_size, _notes(config.model, other_vocabulary))
 
 
-def _notes(config: ModelConfig) -> list[str]:
+def _notes(config: ModelConfig, other_vocabulary: str | None) -> list[str]:
     notes = []
-    if config.vocab_size != GPT2_VOCAB_SIZE:
+    if other_vocabulary:
         notes.append(
-            f"tokenizer: none written, the vocabulary has {config.vocab_size} tokens, GPT-2's {GPT2_VOCAB_SIZE}"
+            f"tokenizer: none written, because {other_vocabulary}, and only GPT-2's can be written; copy the files of "
+            "the model's tokenizer into the new folder"
         )
     return notes + describe_positions(config, "transformers")
 

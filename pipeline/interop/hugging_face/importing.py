@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data_tools.shards.manifest import other_tokenizer
 from pipeline.checkpoint.conversion import require_new_run_folder, write_new_run
 from pipeline.checkpoint.json_files import read_json_object
 from pipeline.checkpoint.pieces import open_tensors
@@ -69,9 +70,7 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
         *model.notes,
     ]
     config = Config(run=RunConfig(name=_name_of(source), out_dir=str(run_folder)), model=model.config)
-    state = TrainingState(
-        step=0, samples=0, tokens=0, updates=0, loss_scale=None, loss_scale_good_steps=0, seed=config.run.seed
-    )
+    state = TrainingState(0, 0, 0, 0, None, 0, config.run.seed, tokenizer=model.tokenizer)
     read = partial(read_padded, {WEIGHT: model.weights}, shapes := model_shapes(config.model))
     return Conversion(write_new_run(run_folder, config, state, shapes, read), notes)
 
@@ -94,14 +93,15 @@ def read_folder(folder: Path) -> ForeignModel:
     model_section = from_config_json(read_json_object(path), str(path), notes)
     stored = config_from_json({"model": model_section}, origin=str(path)).model
     weights = _read_weights(folder, stored)
-    other_tokenizer = describe_other_tokenizer(folder)
-    rows = stored.vocab_size if other_tokenizer else rows_of_the_tokenizer(stored.vocab_size)
-    if other_tokenizer:
-        notes.append(other_tokenizer)
+    other = describe_other_tokenizer(folder)
+    rows = stored.vocab_size if other else rows_of_the_tokenizer(stored.vocab_size)
+    if other:
+        notes.append(other)
     notes += describe_dtypes(weights)
     notes += describe_differences(stored, weights, rows, exact_gelu=False)
     weights["wte.weight"] = weights["wte.weight"][:rows]
-    return ForeignModel(stored.model_copy(update={"vocab_size": rows}), weights, notes)
+    config = stored.model_copy(update={"vocab_size": rows})
+    return ForeignModel(config, weights, notes, other_tokenizer(rows) if other else None)
 
 
 def has_model(folder: Path) -> bool:

@@ -54,8 +54,13 @@ def stored_shapes(config: ModelConfig) -> dict[str, list[int]]:
     return {name: shape[::-1] if is_transposed(name) else shape for name, shape in shapes.items()}
 
 
-def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return the content of ``config.json``. ``dtype`` is the name of the stored weights' dtype."""
+def to_config_json(config: ModelConfig, dtype: str, end_of_text: int | None) -> dict[str, Any]:
+    """Return the content of ``config.json``.
+
+    Args:
+        dtype: the name of the stored weights' dtype.
+        end_of_text: the token that begins and ends a text, or None if it is not known.
+    """
     return {
         "architectures": ["GPT2LMHeadModel"],
         **_GPT2_SETTINGS,
@@ -66,19 +71,15 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         **dict.fromkeys(_DROPOUT_KEYS, config.dropout),
         "reorder_and_upcast_attn": False,
         "use_cache": True,
-        **to_generation_json(config),
+        **to_generation_json(end_of_text),
         "dtype": dtype,
         "torch_dtype": dtype,  # the name of the key dtype before transformers 4.56
     }
 
 
-def to_generation_json(config: ModelConfig) -> dict[str, Any]:
-    """Return the content of ``generation_config.json``: the ids of the tokens that begin and end a text.
-
-    If the vocabulary is not GPT-2's, both ids are null.
-    """
-    token = END_OF_TEXT if config.vocab_size == GPT2_VOCAB_SIZE else None
-    return dict.fromkeys(_SPECIAL_KEYS, token)
+def to_generation_json(end_of_text: int | None) -> dict[str, Any]:
+    """Return the content of ``generation_config.json``: the ids of the tokens that begin and end a text."""
+    return dict.fromkeys(_SPECIAL_KEYS, end_of_text)
 
 
 def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ WRONG_STATES: list[tuple[str, Any]] = [
     *[(key, value) for key in COUNTS for value in ("3", None, 3.5, True)],
     *[("loss_scale", value) for value in ("1.0", True)],
     ("data_sha256", 7),
+    ("tokenizer", "gpt2"),
+    ("tokenizer", {"name": "gpt2"}),
     ("world_size", "1"),
     ("versions", None),
     ("versions", {"torch": 2}),
@@ -73,7 +75,8 @@ def test_anything_but_an_object_is_rejected(folder: Path, world: World, content:
     assert_rejected(folder, world, folder / STATE, "", weights_too=False)
 
 
-def test_a_state_without_guard_and_data_hash_is_accepted(folder: Path, world: World) -> None:
-    edit_state(folder, lambda state: [state.pop(key) for key in ("guard", "data_sha256")])
+def test_a_state_of_an_earlier_version_is_accepted(folder: Path, world: World) -> None:
+    edit_state(folder, lambda state: [state.pop(key) for key in ("guard", "data_sha256", "tokenizer")])
     assert find_damage(folder) is None
-    assert load_training_state(folder, make_backend(world, seed=2)).data_sha256 is None
+    state = load_training_state(folder, make_backend(world, seed=2))
+    assert (state.data_sha256, state.tokenizer) == (None, None)

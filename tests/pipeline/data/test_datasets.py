@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from data_tools.errors import DataError
+from data_tools.shards.contents import gpt2_tokenizer_record
 from data_tools.shards.manifest import load_manifest
 from data_tools.shards.reader import open_split
-from pipeline.config.schema import Config, DataConfig, ModelConfig, RunConfig
+from pipeline.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig, RunConfig
 from pipeline.data.datasets import TokenDataset, check_same_vocabulary, data_sha256, open_datasets, verify_datasets
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
@@ -51,6 +52,14 @@ def test_open_one_data_set(folders: list[Path]) -> None:
     assert dataset.validation is not None and dataset.validation.tokens == 100
 
 
+def test_a_sample_needs_gpt2s_tokenizer(folders: list[Path]) -> None:
+    config = Config.model_construct(
+        data=DataConfig(path=str(folders[2])), model=MODEL, evaluation=EvaluationConfig(sample=True)
+    )
+    with pytest.raises(ConfigError, match=r"evaluation.sample needs .*foreign was tokenized with 'test' \(voc"):
+        open_datasets(config)
+
+
 def test_a_data_set_is_found_where_the_run_was_started(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     (dataset,) = opened(DataConfig(path="both"), working_dir=folders[0].parent)
@@ -71,6 +80,8 @@ def test_a_vocabulary_that_is_not_the_model_s_is_refused(folders: list[Path]) ->
     message = r"vocab_size \(90\) is not the vocabulary size of data/x \(test: 89\); .* with model\.vocab_size=89"
     with pytest.raises(ConfigError, match=message):
         check_same_vocabulary(stream, tiny_model_config(vocab_size=90), "data/x")
+    with pytest.raises(ConfigError, match=r"data/x was tokenized with 'test' .* trained on tokens of 'gpt2'"):
+        check_same_vocabulary(stream, MODEL, "data/x", gpt2_tokenizer_record())
 
 
 def test_an_end_of_text_token_that_is_not_the_model_s_is_refused(folders: list[Path]) -> None:
@@ -82,7 +93,7 @@ def test_an_end_of_text_token_that_is_not_the_model_s_is_refused(folders: list[P
 
 
 def test_data_sets_of_different_vocabularies_are_refused(folders: list[Path]) -> None:
-    with pytest.raises(ConfigError, match=r"foreign was tokenized with another vocabulary .*than .*both") as caught:
+    with pytest.raises(ConfigError, match=r"foreign was tokenized with another vocabulary, .* than .*both") as caught:
         opened(mixture((folders[0], 1.0), (folders[2], 1.0)))
     assert "\n" not in str(caught.value)
     (dataset,) = opened(mixture((folders[2], 1.0)))

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_tools.errors import DataError
-from data_tools.shards.manifest import load_manifest
+from data_tools.shards.manifest import load_manifest, other_tokenizer
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.loading import load_model
 from pipeline.checkpoint.state import TrainingState
@@ -335,6 +336,15 @@ class TestOnACheckpoint:
         run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE, paths={"validation": str(data)})
         assert not caplog.messages
 
+    def test_data_of_another_tokenizer_is_an_error(self, tmp_path: Path, data: Path, world: World) -> None:
+        config = tiny_config(tmp_path / "run", data={"path": str(data)})
+        backend = DdpBackend(randomised_model(config.model), config, world)
+        tokenizer = replace(load_manifest(data).tokenizer, vocabulary_sha256="f" * 64)
+        state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed, tokenizer=tokenizer)
+        save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
+        with pytest.raises(ConfigError, match="was tokenized with .* trained on tokens of .*ffffffff"):
+            run_tasks(tmp_path / "run", ["validation"], Settings(), ALONE)
+
     def test_data_without_a_validation_split(self, run_folder: Path, tmp_path: Path) -> None:
         only_train = write_shards(tmp_path / "other", {"train": [np.arange(30)]})
         with pytest.raises(DataError, match="no split 'val'; name a folder that has one with --data validation=DIR"):
@@ -395,7 +405,7 @@ def test_figures_have_tensorboard_tags() -> None:
 def test_an_unusable_task_is_an_error_before_the_first_step() -> None:
     sections = {"model": {"vocab_size": 89}, "evaluation": {"tasks": ["piqa"], "data": {"piqa": "nowhere.jsonl"}}}
     with pytest.raises(ConfigError, match="piqa: model.vocab_size is 89"):
-        prepare_tasks(Config.model_validate(sections), ALONE)
+        prepare_tasks(Config.model_validate(sections), ALONE, other_tokenizer(89))
 
 
 def test_a_sample_needs_gpt2s_vocabulary() -> None:

@@ -12,8 +12,9 @@ import datasets
 import pytest
 
 from data_tools.errors import DataError
+from data_tools.shards.manifest import other_tokenizer
 from data_tools.tokenizer import Tokenizer
-from pipeline.config.schema import TaskName
+from pipeline.config.schema import ModelConfig, TaskName
 from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.packing import Request
@@ -67,6 +68,8 @@ def test_text_needs_gpt2s_vocabulary(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", PIQA)
     with pytest.raises(ConfigError, match="piqa: model.vocab_size is 89"):
         prepare_task("piqa", str(path), Settings(), tiny_model_config(), ALONE)
+    with pytest.raises(ConfigError, match="piqa: the model's tokens are of the tokenizer 'other'"):
+        prepare_task("piqa", str(path), Settings(), ModelConfig(), ALONE, other_tokenizer(50257))
 
 
 def test_shots_come_from_the_training_split_of_the_hub(monkeypatch: pytest.MonkeyPatch, scorer: Scorer) -> None:

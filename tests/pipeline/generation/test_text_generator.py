@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data_tools.shards.manifest import TokenizerRecord, other_tokenizer
 from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.backends.ddp import DdpBackend
@@ -27,10 +28,11 @@ PROMPT = "Grüße, world"
 BYTES = [bytes([byte]) for byte in range(256)]  # one token per byte cuts every character as often as possible
 
 
-def save_model(run_folder: Path, world: World, vocab_size: int) -> Path:
+def save_model(run_folder: Path, world: World, vocab_size: int, tokenizer: TokenizerRecord | None = None) -> Path:
     config = tiny_config(run_folder, model={"vocab_size": vocab_size})
     backend = DdpBackend(build_model(config.model, 1), config, world)
-    save_checkpoint(run_folder, TrainingState(1, 4, 48, 1, 1.0, 0, 1337), dump_config(config), backend, world, 1)
+    state = TrainingState(1, 4, 48, 1, 1.0, 0, 1337, tokenizer=tokenizer)
+    save_checkpoint(run_folder, state, dump_config(config), backend, world, 1)
     return run_folder
 
 
@@ -63,6 +65,11 @@ def test_the_seed_and_the_sampling_options_decide_the_draws(run_folder: Path) ->
 def test_a_model_with_another_vocabulary_is_an_error(tmp_path: Path, world: World) -> None:
     run_folder = save_model(tmp_path, world, VOCAB_SIZE)
     with pytest.raises(CheckpointError, match=f"vocab_size is {VOCAB_SIZE}; .* 50257"):
+        complete(run_folder, sample(), seed=0)
+    run_folder = save_model(tmp_path / "same_size", world, GPT2_VOCAB_SIZE, other_tokenizer(GPT2_VOCAB_SIZE))
+    with pytest.raises(
+        CheckpointError, match="the model's tokens are of the tokenizer 'other' .*; text needs a model of"
+    ):
         complete(run_folder, sample(), seed=0)
 
 

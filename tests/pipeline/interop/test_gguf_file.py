@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_tools.errors import DataError
+from data_tools.shards.manifest import other_tokenizer
 from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
@@ -159,6 +160,9 @@ def test_a_mistake_is_one_line_and_leaves_no_file(run_folder: Path, model: GPT2,
     save_in_pieces(random_text_model(other), other, tmp_path / "other")
     with pytest.raises(CheckpointError, match="model.vocab_size is 1000; a GGUF file contains a tokenizer"):
         export_gguf(tmp_path / "other", tmp_path / "other.gguf", "float32")
+    save_in_pieces(model, text_config(tmp_path / "same_size"), tmp_path / "same_size", other_tokenizer(50257))
+    with pytest.raises(CheckpointError, match="the model's tokens are of the tokenizer 'other' .*; a GGUF file"):
+        export_gguf(tmp_path / "same_size", tmp_path / "other.gguf", "float32")
 
     large = random_text_model(text_config())
     with torch.no_grad():
@@ -166,7 +170,7 @@ def test_a_mistake_is_one_line_and_leaves_no_file(run_folder: Path, model: GPT2,
     save_in_pieces(large, text_config(tmp_path / "large"), tmp_path / "large")
     with pytest.raises(CheckpointError, match=r"h.1.mlp.c_fc.weight: 1 of .* in torch.float16; export with --dtype"):
         export_gguf(tmp_path / "large", tmp_path / "large.gguf", "float16")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "other", "used.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "other", "same_size", "used.gguf"]
 
 
 def test_a_model_that_restarts_positions_gets_a_note(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data_tools.shards.contents import gpt2_tokenizer_record
+from data_tools.shards.manifest import TokenizerRecord, other_tokenizer
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.loading import load_model
@@ -115,7 +118,7 @@ def load(path: Path, **sizes: Any) -> tuple[GPT2, dict[str, Any]]:
     """Load weights into a new model. Returns the model, and the record of where the weights come from."""
     config = tiny_config(model=sizes)
     backend = DdpBackend(allocate_model(config.model, "meta"), config, World(0, 1, 0, torch.device("cpu")))
-    origin = load_initial_weights(path, backend)
+    origin = load_initial_weights(path, backend, gpt2_tokenizer_record())
     return backend.model, origin
 
 
@@ -210,7 +213,27 @@ def test_all_ranks_start_from_the_same_checkpoint_at_a_url(
     place = find_initial_weights(tiny_config(checkpoint={"init_from": url}))
     assert place == f"{url}/checkpoints/step_00000001"
     save(2, keep_last=2)
-    assert load_initial_weights(place, backend) == {"path": place, "step": 1}
+    assert load_initial_weights(place, backend, gpt2_tokenizer_record()) == {"path": place, "step": 1}
     save(3, keep_last=1)
     with pytest.raises(CheckpointError, match="step_00000001: no checkpoint here"):
-        load_initial_weights(place, backend)
+        load_initial_weights(place, backend, gpt2_tokenizer_record())
+
+
+@pytest.mark.parametrize(
+    ("stored", "is_another"),
+    [
+        (gpt2_tokenizer_record(), True),
+        (TokenizerRecord("mine", 89, 88, "1" * 64), True),
+        (TokenizerRecord("mine too", 89, 88, "2" * 64), False),
+        (other_tokenizer(89), False),
+        (None, False),
+    ],
+)
+def test_a_change_of_the_tokenizer_is_a_warning(
+    stored: TokenizerRecord | None, is_another: bool, world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = make_backend(world, seed=1)
+    state = replace(state_of(backend, 1), tokenizer=stored)
+    folder = save_checkpoint(tmp_path / "run", state, dump_config(tiny_config()), backend, world, 1)
+    load_initial_weights(folder, backend, TokenizerRecord("yours", 89, 88, "2" * 64))
+    assert ("were trained on tokens of the tokenizer" in caplog.text) == is_another

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.shards.manifest import TokenizerRecord
 from pipeline.backends import create_backend
 from pipeline.checkpoint import background
 from pipeline.checkpoint.layout import list_checkpoints, step_of
@@ -25,7 +26,7 @@ from pipeline.checkpoint.state import ValidationHistory, read_state
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
-from pipeline.data.datasets import data_sha256, open_datasets
+from pipeline.data.datasets import data_sha256, open_datasets, tokenizer_of
 from pipeline.data.loader import TrainLoader
 from pipeline.distributed import step_clock
 from pipeline.distributed.device import LateValue
@@ -42,7 +43,7 @@ from pipeline.training.step_profile import StepProfile
 from pipeline.training.summary import log_masks
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
-from tests.pipeline.conftest import END_OF_TEXT, random_tokens, tiny_config, write_shards
+from tests.pipeline.conftest import END_OF_TEXT, VOCAB_SIZE, random_tokens, tiny_config, write_shards
 from tests.support.host_reads import HostReads
 
 STEPS, SAMPLES_PER_STEP = 10, 4
@@ -76,7 +77,7 @@ def make_trainer(tmp_path: Path, world: World) -> MakeTrainer:
         backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
         (tmp_path / name).mkdir(exist_ok=True)
         meter = ThroughputMeter(plan.tokens_per_step, 1, 1.0, world.device)
-        state = load_start(resume_from, config, data_sha256(datasets), backend, world)
+        state = load_start(resume_from, config, data_sha256(datasets), tokenizer_of(datasets), backend, world)
         return Trainer(config, world, backend, loader, meter, state, tasks={})
 
     return make
@@ -149,6 +150,7 @@ class TestLoop:
         states = [read_state(folder)[0] for folder in list_checkpoints(trainer.run_folder)]
         assert [state.step for state in states] == [4, 8, 10]
         assert states[-1].data_sha256 == data_sha256(trainer.loader.datasets)
+        assert states[-1].tokenizer == TokenizerRecord("test", VOCAB_SIZE, END_OF_TEXT, "0" * 64)
         assert states[-1].seed == trainer.config.run.seed
         assert Config.model_validate_json((trainer.run_folder / "config.json").read_text()) == trainer.config
 

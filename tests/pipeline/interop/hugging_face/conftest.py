@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_tools.shards.manifest import TokenizerRecord
 from pipeline.checkpoint.layout import GROUPS, group_of, list_checkpoints
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pieces import piece_key
@@ -41,7 +42,7 @@ def random_text_model(config: Config) -> GPT2:
     return model
 
 
-def save_in_pieces(model: GPT2, config: Config, run_folder: Path) -> Path:
+def save_in_pieces(model: GPT2, config: Config, run_folder: Path, tokenizer: TokenizerRecord | None = None) -> Path:
     """Save a checkpoint whose parameters are split in two pieces within a row."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
@@ -53,7 +54,7 @@ def save_in_pieces(model: GPT2, config: Config, run_folder: Path) -> Path:
             middle = flat.numel() // 2 + 1
             for low, high in ((0, middle), (middle, flat.numel())):
                 groups[group_of(kind)][piece_key(kind, name, (low, high))] = in_memory(flat[low:high])
-    state = TrainingState(STEP, 28, 336, STEP, None, 0, 1337)
+    state = TrainingState(STEP, 28, 336, STEP, None, 0, 1337, tokenizer=tokenizer)
     alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     snapshot = Snapshot(state, shapes, state_names, groups)
     write_checkpoint(run_folder, snapshot, dump_config(config), alone, keep_last=1)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from data_tools.errors import DataError
+from data_tools.shards.contents import gpt2_tokenizer_record
+from data_tools.shards.manifest import other_tokenizer
 from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
@@ -187,6 +190,21 @@ def test_what_the_format_cannot_express_is_reported(tmp_path: Path) -> None:
     config = text_config(vocab_size=VOCAB_SIZE, reset_positions_at=3)
     run = save_in_pieces(random_text_model(config), config, tmp_path / "run")
     export = export_checkpoint(run, tmp_path / "out", "float32")
-    assert "tokenizer: none written, the vocabulary has 89 tokens" in str(export)
+    assert "tokenizer: none written, because model.vocab_size is 89" in str(export)
     assert "positions: transformers does not restart them at token 3" in str(export)
     assert sorted(os.listdir(export.path)) == FILES[:3] + ["model.safetensors"]
+
+
+def test_a_tokenizer_as_large_as_gpt2s_is_not_taken_for_it(text_model: GPT2, tmp_path: Path) -> None:
+    run = save_in_pieces(text_model, text_config(tmp_path / "run"), tmp_path / "run", other_tokenizer(50257, 0))
+    export = export_checkpoint(run, tmp_path / "out", "float32")
+    assert "none written, because the model's tokens are of the tokenizer 'other' (vocabulary unknown)" in str(export)
+    assert sorted(os.listdir(export.path)) == FILES[:3] + ["model.safetensors"]
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((export.path / name).read_text())["eos_token_id"] is None
+
+
+def test_gpt2s_tokenizer_under_another_name_is_written(text_model: GPT2, tmp_path: Path) -> None:
+    tokenizer = replace(gpt2_tokenizer_record(), name="r50k_base")
+    run = save_in_pieces(text_model, text_config(tmp_path / "run"), tmp_path / "run", tokenizer)
+    assert "vocab.json" in os.listdir(export_checkpoint(run, tmp_path / "out", "float32").path)

@@ -141,6 +141,7 @@ def test_rows_of_another_tokenizer_are_kept(exported: Path, tmp_path: Path) -> N
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     model = read_folder(folder)
     assert model.config.vocab_size == 50265
+    assert model.tokenizer and not model.tokenizer.is_gpt2
     [note] = [note for note in model.notes if "vocab.json is not GPT-2's (2 of 50257 tokens have another id" in note]
     assert "copy the files of that tokenizer into the new folder" in note
     (folder / "vocab.json").unlink()
