@@ -11,7 +11,7 @@ from torch import Tensor
 from data_tools.storage.atomic import write_json_durably
 from data_tools.storage.files import require_writable
 from data_tools.storage.new_folders import create_folder, removed_if_unused
-from pipeline.checkpoint.layout import GROUPS, MANIFEST_FILE, STATE_FILE, group_of, list_checkpoints
+from pipeline.checkpoint.layout import GROUPS, STATE_FILE, group_of, list_checkpoints
 from pipeline.checkpoint.loading import read_parameter
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pieces import index_pieces, piece_key
@@ -25,7 +25,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.model.parameter_state import WEIGHT, StateNames, state_names_of
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
-from pipeline.run_folder.lock import lock_run_folder
+from pipeline.run_folder.lock import lock_run_folder, why_not_a_run_folder
 
 _SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -111,11 +111,13 @@ def require_new_run_folder(run_folder: Path) -> None:
     """Raise an error if a new run cannot be written to a path.
 
     Raises:
-        CheckpointError: the path is a checkpoint, a file, or a run folder that has checkpoints.
+        CheckpointError: the path is a checkpoint or a file, has checkpoints, or contains other things than a run.
         DataError: the path is not writable.
     """
-    if run_folder.exists() and not run_folder.is_dir() or (run_folder / MANIFEST_FILE).exists():
+    if run_folder.exists() and not run_folder.is_dir():
         raise CheckpointError(f"--out: {run_folder} is not a run folder; name a folder for the new run")
+    if reason := why_not_a_run_folder(run_folder):
+        raise CheckpointError(f"--out: {reason}; name a folder for the new run alone")
     if existing := list_checkpoints(run_folder):
         raise CheckpointError(f"--out: {run_folder} already has checkpoints ({existing[-1].name}); name another folder")
     require_writable(run_folder, "--out")

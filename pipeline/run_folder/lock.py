@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from data_tools.errors import one_line_write_errors
+from data_tools.shards.manifest import MANIFEST_NAME
 from data_tools.storage.locks import LockHeldError, acquire_lock
 from data_tools.storage.new_folders import create_folder, removed_if_unused
 from pipeline.errors import ConfigError
@@ -23,8 +24,8 @@ def open_run_folder(folder: Path) -> Iterator[None]:
     If its ``with`` block raises an error and has written no file, the folders that were created are removed.
 
     Raises:
-        ConfigError: the folder cannot be created, is not writable, is inside the checkpoints of another run, or
-            another process holds the lock.
+        ConfigError: the folder cannot be created, is not writable, is inside the checkpoints of another run, contains
+            other things than a run, or another process holds the lock.
         DataError: the lock file cannot be written.
     """
     with removed_if_unused(_create_run_folder(folder)), lock_run_folder(folder):
@@ -33,6 +34,8 @@ def open_run_folder(folder: Path) -> Iterator[None]:
 
 def _create_run_folder(folder: Path) -> list[Path]:
     """Create a run folder. Return the folders that did not exist before."""
+    if reason := why_not_a_run_folder(folder):
+        raise ConfigError(f"run.out_dir: {reason}; name a folder for the run alone, such as runs/gpt2")
     for parent in (folder.absolute(), folder.absolute().parent):
         if parent.name == CHECKPOINTS_FOLDER and (parent.parent / CONFIG_FILE).exists():
             raise ConfigError(
@@ -48,6 +51,21 @@ def _create_run_folder(folder: Path) -> list[Path]:
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"run.out_dir: {folder} is not writable; name a folder that you can write to")
     return created
+
+
+def why_not_a_run_folder(folder: Path) -> str | None:
+    """Return why a run must not write into a folder, or None if it may. The folder need not exist."""
+    place = folder.expanduser().resolve()
+    home = Path.home().resolve()
+    if place in (home, *home.parents):
+        return f"{folder} is the home folder {home}, or contains it"
+    if (place / MANIFEST_NAME).exists():
+        return f"{folder} holds token shards or a checkpoint ({MANIFEST_NAME}), and not a run"
+    with suppress(OSError, ValueError):  # a run replaces a damaged config
+        content = json.loads((place / CONFIG_FILE).read_bytes())
+        if isinstance(content, dict) and "run" not in content:
+            return f"{folder} holds the {CONFIG_FILE} of another program, which a run would replace"
+    return None
 
 
 @contextmanager

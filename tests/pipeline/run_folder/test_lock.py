@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,10 @@ from pathlib import Path
 import pytest
 
 from data_tools.errors import DataError
-from pipeline.errors import ConfigError
+from pipeline.checkpoint.conversion import require_new_run_folder
+from pipeline.config.loading import dump_config
+from pipeline.config.schema import Config
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.run_folder.layout import LOCK_FILE
 from pipeline.run_folder.lock import lock_run_folder, open_run_folder
 from tests.support.runs import child_environment
@@ -187,6 +191,38 @@ def test_the_checkpoints_of_another_run_are_refused(tmp_path: Path, inside: str)
     ):
         pass
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "reason"),
+    [
+        ("/", {}, "is the home folder .*, or contains it"),
+        ("home", {}, "is the home folder .*home, or contains it"),
+        (".", {}, "is the home folder .*home, or contains it"),
+        ("data", {"manifest.json": "{}"}, "holds token shards or a checkpoint"),
+        ("model", {"config.json": '{"model_type": "gpt2"}'}, "holds the config.json of another program"),
+    ],
+)
+def test_a_folder_of_other_things_is_refused_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, content: dict[str, str], reason: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = tmp_path / place  # "/" stays "/"
+    for name, text in content.items():
+        folder.mkdir()
+        (folder / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"run.out_dir: .*{reason}.*; name a folder"), open_run_folder(folder):
+        pass
+    assert place == "/" or [path.name for path in folder.glob("*")] == list(content)
+    with pytest.raises(CheckpointError, match=f"--out: .*{reason}.*; name a folder"):
+        require_new_run_folder(folder)
+
+
+def test_a_folder_with_the_config_of_a_run_is_a_run_folder(tmp_path: Path) -> None:
+    for content in (json.dumps(dump_config(Config())), "damaged"):
+        (tmp_path / "config.json").write_text(content)
+        with open_run_folder(tmp_path):
+            pass
 
 
 def test_a_folder_that_cannot_be_created_is_a_one_line_error(tmp_path: Path) -> None:
