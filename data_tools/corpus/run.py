@@ -19,7 +19,8 @@ from data_tools.encoding.encoders import choose_encoder
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import Manifest
 from data_tools.sources import open_source
-from data_tools.storage.files import sha256_of_json
+from data_tools.storage.files import is_remote, sha256_of_json
+from data_tools.storage.remote import require_writable_url
 
 __all__ = ["Observer", "TokenizeRequest", "find_complete", "tokenize_corpus", "tokenize_share"]
 
@@ -83,6 +84,8 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
     identity = identity_of(request, source)
     if manifest := load_complete(request.out, identity):
         return manifest
+    if is_remote(str(request.out)):
+        require_writable_url(str(request.out), "--out")
     with open_output(request.out, identity, shared=share is not None) as output:
         if manifest := load_complete(request.out, identity):  # another process completed the folder before this lock
             return manifest

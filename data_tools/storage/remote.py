@@ -10,13 +10,18 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, install_command, one_line
 
 Result = TypeVar("Result")
 
 #: A request for the names or sizes of files is announced after this time, and ends after ``_LONGEST_WAIT_S`` seconds.
 _ANNOUNCE_AFTER_S = 10.0
 _LONGEST_WAIT_S = 120.0
+
+#: The methods of fsspec that delete files. Each kind of URL that can be written defines at least one of them.
+_DELETING = ("rm", "_rm", "rm_file", "_rm_file")
+_PROTOCOLS_OF_THE_EXTRA = ("s3", "s3a", "gs", "gcs")
+_WRITABLE_URLS = "name a URL such as s3://bucket/folder, gs://bucket/folder or file:///folder"
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +32,30 @@ def find_file_system(url: str, **options: Any) -> tuple[Any, str]:
 
     file_system, path = fsspec.core.url_to_fs(url, **options)
     return file_system, path
+
+
+def require_writable_url(url: str, option: str) -> None:
+    """Raise DataError if files at a URL cannot be written and deleted with the installed packages.
+
+    Call this function before slow work. It asks no server, so it notices no missing rights.
+
+    ``option`` is the option or the key that contains the URL. The message begins with ``option``.
+    """
+    import fsspec
+    from fsspec.asyn import AsyncFileSystem
+
+    protocol = url.partition("://")[0].partition("::")[0]
+    try:
+        file_system = fsspec.get_filesystem_class(protocol)
+    except ValueError:
+        raise DataError(f"{option}: {url}: no kind of URL begins with {protocol}://; {_WRITABLE_URLS}") from None
+    except ImportError as error:
+        extra = f": {install_command('remote')}" if protocol in _PROTOCOLS_OF_THE_EXTRA else ""
+        raise DataError(f"{option}: {url}: needs a package that is missing ({one_line(error)}){extra}") from error
+    # The classes of fsspec have all methods, but those that each kind of URL must define do nothing or raise errors.
+    own = [base for base in file_system.__mro__ if base not in (fsspec.AbstractFileSystem, AsyncFileSystem)]
+    if not any(method in vars(base) for base in own for method in _DELETING):
+        raise DataError(f"{option}: {url}: files at {protocol}:// can only be read; {_WRITABLE_URLS}")
 
 
 def find_folder(url: str, **options: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from data_tools.storage.remote import require_writable_url
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.backends import create_backend
 from pipeline.checkpoint.hashing import HashFile
@@ -117,11 +118,13 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
 
 
 def _check_support(config: Config, world: World) -> None:
-    """Raise UserError if the device or the installed packages do not support the config."""
+    """Raise UserError if the device, or the packages on the host of this rank, do not support the config."""
     _check_device(config, world.device)
     if "mlflow" in config.logging.sinks:
         set_mlflow_defaults()
     world.call_on_main(lambda: check_sinks(config.logging.sinks, config.logging.project))
+    if config.checkpoint.remote is not None:
+        require_writable_url(config.checkpoint.remote, "checkpoint.remote")
 
 
 def _lock_and_find_start(

@@ -340,6 +340,10 @@ DATA_CASES = [
 
 CHECKPOINT_CASES = [
     settings("out_below_a_file", "run.out_dir=file/out", "run.out_dir: cannot make file/out", "name a folder"),
+    settings(
+        "out_is_the_root", "run.out_dir=/", "run.out_dir: / is the home folder", "name a folder for the run alone"
+    ),
+    settings("remote_of_readers", "checkpoint.remote=https://x/y", "https:// can only be read", "such as s3://"),
     settings("out_is_a_file", "run.out_dir=file", "run.out_dir: cannot make file", "name a folder"),
     command(
         "resume_nowhere", "train.py --config good.json --resume nowhere", "nowhere: no checkpoint", "a run folder with"

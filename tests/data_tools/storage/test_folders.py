@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,33 @@ def test_a_place_is_a_path_or_a_url(tmp_path: Path) -> None:
     assert isinstance(open_folder("memory://bucket/out"), RemoteFolder)
     with pytest.raises(DataError, match=r"cannot use nosuch://bucket: .*nosuch"):
         open_folder("nosuch://bucket")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "file:///folder/run", "memory://bucket/run", "hf://datasets/a/b"])
+def test_files_can_be_written_at_a_url(url: str) -> None:
+    remote.require_writable_url(url, "--out")
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://host/run", "files at https:// can only be read; name a URL such as s3://bucket/folder"),
+        ("zip://a.zip", "files at zip:// can only be read; name a URL"),
+        ("simplecache::s3://bucket/run", "files at simplecache:// can only be read; name a URL"),
+        ("s4://bucket/run", "no kind of URL begins with s4://; name a URL such as"),
+        ("S3://bucket/run", "no kind of URL begins with S3://; name a URL such as"),
+        ("git://a/b", r"needs a package that is missing \(Install pygit2 .*\)$"),
+        ("gs://bucket/run", r"needs a package that is missing \(.*gcsfs.*\): python -m pip install .*\[remote\]"),
+    ],
+)
+def test_a_url_of_the_wrong_kind_is_refused_without_a_request(
+    url: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gcsfs", "pygit2"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if not installed
+    with pytest.raises(DataError, match=f"^checkpoint.remote: {url}: {reason}") as caught:
+        remote.require_writable_url(url, "checkpoint.remote")
+    assert "\n" not in str(caught.value)
 
 
 def test_files_are_written_read_and_removed(folder: Folder) -> None:
