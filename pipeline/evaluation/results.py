@@ -7,7 +7,7 @@ from typing import Any
 
 from data_tools.errors import UserError
 from data_tools.shards.manifest import load_manifest
-from data_tools.storage.files import sha256_of_json
+from data_tools.storage.files import is_remote, sha256_of_json
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.json_files import read_json_object
 from pipeline.checkpoint.manifest import read_manifest
@@ -29,15 +29,16 @@ Results = dict[str, dict[str, Any]]  # task -> figures, and facts about the data
 def find_results(checkpoint: Path, config: Config) -> Results | None:
     """Return the stored results of ``evaluation.tasks`` for a checkpoint of a run.
 
-    Return None if a result is missing or damaged, or belongs to other weights or to other data. Datasets on the Hugging
-    Face hub are not compared.
+    Return None if a result is missing or damaged, or belongs to other weights, to another precision than
+    ``run.precision`` or to other data. Of a dataset on the Hugging Face hub, only its origin is compared, not its rows.
     """
     results = {}
     try:
         sha256 = read_manifest(checkpoint).weights_sha256()
         for task in config.evaluation.tasks:
             result = read_json_object(run_folder_of(checkpoint) / EVALUATION_FOLDER / f"{task}.json")
-            if result.get("weights_sha256") != sha256 or _hash_data(task, config) not in (None, result["data_sha256"]):
+            is_of_run = (result["weights_sha256"], result["precision"]) == (sha256, config.run.precision)
+            if not is_of_run or not _is_of_data(result, task, config):
                 return None
             results[task] = result
     except (OSError, KeyError, UserError):  # the evaluation itself reports data that cannot be read
@@ -53,6 +54,11 @@ def set_aside_results(run_folder: Path, step: int) -> None:
             if isinstance(found, int) and found > step:
                 abandoned = path.rename(f"{path}.abandoned")
                 log.warning("set aside as %s: the run continues from step %d", abandoned, step)
+
+
+def _is_of_data(result: dict[str, Any], task: str, config: Config) -> bool:
+    sha256 = _hash_data(task, config)
+    return is_remote(str(result["data"])) if sha256 is None else bool(result["data_sha256"] == sha256)
 
 
 def _hash_data(task: str, config: Config) -> str | None:

@@ -101,7 +101,7 @@ def _facts_of(task: str, loaded: LoadedModel, precision: str, weights: str) -> d
         "step": loaded.step,
         "weights_sha256": loaded.weights_sha256,
         **({} if weights == "training" else {"weights": weights}),
-        **({} if task == VALIDATION else {"precision": precision}),
+        "precision": precision,
     }
 
 

@@ -30,7 +30,7 @@ class HubData:
     shots_split: str | None = None  # the split for few-shot examples; if None, ``split``
 
     def __str__(self) -> str:
-        return f"{self.address}{f' ({self.config})' if self.config else ''}, {self.split}"
+        return f"hf://datasets/{self.address}{f' ({self.config})' if self.config else ''}, {self.split}"
 
 
 @dataclass(frozen=True)

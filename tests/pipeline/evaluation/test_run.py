@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from data_tools.errors import DataError
 from data_tools.shards.manifest import load_manifest, other_tokenizer
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.loading import load_model
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config, SampleConfig
@@ -96,6 +98,34 @@ class TestOnACheckpoint:
         shutil.rmtree(shards)
         write_shards(shards, {"train": [np.arange(60)], "val": [np.arange(70)]})
         assert find_results(checkpoint, config) is None
+
+    def test_results_of_another_precision_or_origin_are_not_those_of_the_run(
+        self, tmp_path: Path, data: Path, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = {"vocab_size": 50257, "context_length": 60}
+        config = tiny_config(tmp_path / "run", model=model, evaluation={"tasks": ["piqa"]})
+        backend = DdpBackend(randomised_model(config.model), config, world)
+        state = TrainingState(7, 28, 336, 7, 1.0, 0, 1337)
+        checkpoint = save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
+
+        def found_after(precision: str | None = None, **paths: str) -> bool:
+            results, _ = run_tasks(checkpoint, ["piqa"], Settings(), ALONE, paths=paths, precision=precision)
+            assert find_results(checkpoint, config) in (None, results)
+            return find_results(checkpoint, config) is not None
+
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: PIQA)
+        assert found_after() and found_after("fp32")
+        assert not found_after("bf16"), "run.precision is fp32"
+        assert not found_after(piqa=str(write_lines(tmp_path / "piqa.jsonl", PIQA))), "the run reads the hub"
+
+        config = tiny_config(tmp_path / "run", data={"path": str(data)})
+        validated = {"task": "validation", "precision": "bf16"}
+        sha256 = read_manifest(checkpoint).weights_sha256()
+        validated |= {"weights_sha256": sha256, "data": str(data), "data_sha256": load_manifest(data).content_sha256()}
+        file = tmp_path / "run" / "evaluation" / "validation.json"
+        for precision in ("bf16", "fp32"):
+            file.write_text(json.dumps({**validated, "precision": precision}))
+            assert (find_results(checkpoint, config) is not None) == (precision == "fp32")
 
     def test_on_a_cpu_weights_are_packed_in_the_dtype_of_matrix_products(
         self, run_folder: Path, monkeypatch: pytest.MonkeyPatch

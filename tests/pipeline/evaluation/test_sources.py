@@ -58,7 +58,7 @@ def test_the_hub_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = read_hub(HUB, ALONE)
     assert set(asked) == {("owner/name", "plain", "validation")}
-    assert rows.origin == "owner/name (plain), validation"
+    assert rows.origin == "hf://datasets/owner/name (plain), validation"
     assert rows.sha256 == hashlib.sha256('{"a": "é", "b": 1}\n'.encode()).hexdigest()
 
 
@@ -67,5 +67,5 @@ def test_without_a_network_the_error_suggests_a_file(monkeypatch: pytest.MonkeyP
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match="cannot load owner/name .plain., validation .*: no route; give a file"):
+    with pytest.raises(DataError, match="cannot load hf://datasets/owner/name .plain., validation .*: no route; give"):
         read_hub(HUB, ALONE)

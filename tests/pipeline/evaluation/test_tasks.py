@@ -77,13 +77,13 @@ def test_shots_come_from_the_training_split_of_the_hub(monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: splits[split])
     model = scorer.model.model_copy(update={"context_length": 1000})
     task = prepare_task("piqa", None, Settings(shots=1), model, ALONE)
-    assert json.dumps(task.facts["data"]) == '"baber/piqa, validation"'
+    assert json.dumps(task.facts["data"]) == '"hf://datasets/baber/piqa, validation"'
     assert all(len(request.context) > 15 for group in task.groups for request in group)
 
 
 def test_an_error_names_the_split_of_the_shots(monkeypatch: pytest.MonkeyPatch, scorer: Scorer) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: {"validation": PIQA}[split])
-    with pytest.raises(DataError, match="cannot load baber/piqa, train from the Hugging Face hub"):
+    with pytest.raises(DataError, match="cannot load hf://datasets/baber/piqa, train from the Hugging Face hub"):
         prepare_task("piqa", None, Settings(shots=1), scorer.model, ALONE)
 
 
