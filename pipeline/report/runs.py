@@ -3,11 +3,14 @@
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ReportError
+from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.manifest import read_manifest
+from pipeline.errors import CheckpointError, ReportError
 from pipeline.evaluation.results import Results
 from pipeline.run_folder.layout import CONFIG_FILE, EVALUATION_FOLDER, METRICS_FILE
 from pipeline.run_folder.metrics import read_metrics
@@ -21,6 +24,7 @@ class Run:
     settings: dict[str, str]  # dotted key -> JSON value, resolved
     rows: list[Row]
     results: Results
+    outdated: frozenset[str] = frozenset()  # the tasks whose results are of other weights than the newest checkpoint's
 
     def values(self, key: str) -> list[Any]:
         """Return all values of a key in the metrics, in order. Nulls are left out."""
@@ -57,7 +61,23 @@ def _read_run(folder: Path, label: str) -> Run:
     config = folder / CONFIG_FILE
     settings = dict(flatten(_read_json(config))) if config.is_file() else {}
     results = {path.stem: _read_json(path) for path in sorted((folder / EVALUATION_FOLDER).glob("*.json"))}
-    return Run(label, settings, read_metrics(folder), results)
+    return Run(label, settings, read_metrics(folder), results, _find_outdated(folder, results))
+
+
+def _find_outdated(folder: Path, results: Results) -> frozenset[str]:
+    """Return the tasks whose results are of other weights than the newest checkpoint's. Without one, return no task."""
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints or not results:
+        return frozenset()
+    with suppress(CheckpointError):  # a run in progress may delete the checkpoint
+        manifest = read_manifest(checkpoints[-1])
+        newest = {weights: manifest.weights_sha256(weights) for weights in ("training", "ema")}
+        return frozenset(
+            task
+            for task, result in results.items()
+            if result.get("weights_sha256") != newest.get(result.get("weights", "training"))
+        )
+    return frozenset()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ SHOWN = ("run.precision", "run.compile", "batch.tokens_per_step", "optimizer.lea
 _MODEL = "model."  # the prefix of the keys that determine the model
 #: Keys of a result that are not measurements.
 HEADS = ("task", "step", "checkpoint", "weights_sha256")
+_OUTDATED = ", not the weights of the newest checkpoint"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def evaluation_table(runs: Sequence[Run]) -> Table:
     table = Table([run.label for run in runs])
     for task in dict.fromkeys(task for run in runs for task in run.results):
         results = [run.results.get(task, {}) for run in runs]
-        table.rows[f"{task}, at step"] = [_format(result.get("step")) for result in results]
+        table.rows[f"{task}, at step"] = [
+            _format(run.results.get(task, {}).get("step")) + (_OUTDATED if task in run.outdated else "") for run in runs
+        ]
         for key in dict.fromkeys(key for result in results for key in result if key not in HEADS):
             cells = [_format(result.get(key)) for result in results]
             if any(cells):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from data_tools.errors import DataError
+from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.errors import ReportError
@@ -23,6 +26,7 @@ from pipeline.report.tables import evaluation_table, settings_table, summary_tab
 from pipeline.training.run_record import RunRecord
 from tests.pipeline.conftest import tiny_config
 from tests.support.browser import DESKTOP, PHONE, look_at, needs_browser
+from tests.support.runs import REPOSITORY
 
 CHARTS = {
     "loss_by_steps",
@@ -229,6 +233,21 @@ class TestTables:
             "x data_sha256": ["0123456789abcdef"],
             "x protocol": ["completion style"],
         }
+
+    def test_results_of_older_weights_are_marked(self, run: Path) -> None:
+        shutil.copytree(REPOSITORY / "tests" / "data" / "before_rooms" / "run" / "checkpoints", run / "checkpoints")
+        newest = read_manifest(list_checkpoints(run)[-1])
+        results = {
+            "now": {"step": 3, "weights_sha256": newest.weights_sha256()},
+            "now_ema": {"step": 3, "weights_sha256": newest.weights_sha256("ema"), "weights": "ema"},
+            "before": {"step": 2, "weights_sha256": "0" * 64},
+        }
+        (run / "evaluation").mkdir()
+        for task, result in results.items():
+            (run / "evaluation" / f"{task}.json").write_text(json.dumps(result))
+        steps = {"before": "2, not the weights of the newest checkpoint", "now": "3", "now_ema": "3"}
+        cells = evaluation_table(read_runs([run])).rows
+        assert {task: cells[f"{task}, at step"] for task in results} == {task: [text] for task, text in steps.items()}
 
     def test_settings_of_one_run_against_the_defaults(self, tmp_path: Path) -> None:
         run = make_run(tmp_path / "a", [], {"run": {"name": "n", "seed": 5}, "backend": {"deepspeed": {"a": {"b": 1}}}})
