@@ -16,7 +16,7 @@ from pipeline.errors import CheckpointError, ReportError
 from pipeline.run_folder.heartbeat_file import STALE_AFTER_S, heartbeat_age_s
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
 from pipeline.run_folder.lock import is_locked
-from pipeline.run_folder.metrics import read_metrics
+from pipeline.run_folder.metrics import MEAN_LOSS_KEY, read_metrics
 
 #: The states of a run that has trained. A stale run has not ended, but writes no heartbeat. A failed run has ended
 #: before its last step, because of an error or a kill.
@@ -36,7 +36,7 @@ class RunSummary:
     state: str
     step: int
     max_steps: int | None
-    loss: float | None
+    loss: float | None  # as in the last training line; of the last step if an earlier version wrote the rows
     val_loss: float | None
     tokens_per_s: float | None
     age_s: float  # seconds since the last row; if there are no rows, since the last change of the folder
@@ -74,7 +74,7 @@ def summarize_run(folder: Path) -> RunSummary:
         state=_state(folder, rows, checkpoints, is_complete=max_steps is not None and step >= max_steps),
         step=step,
         max_steps=max_steps,
-        loss=_last(rows, "loss"),
+        loss=_last(rows, MEAN_LOSS_KEY) if any(MEAN_LOSS_KEY in row for row in rows) else _last(rows, "loss"),
         val_loss=_last(rows, "val_loss"),
         tokens_per_s=_last(rows, "tokens_per_s"),
         age_s=max(0.0, time.time() - _last_written(folder)),

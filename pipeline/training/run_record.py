@@ -16,7 +16,7 @@ from pipeline.config.schema import Config, LoggingConfig
 from pipeline.evaluation.results import set_aside_results
 from pipeline.report.page import write_report
 from pipeline.run_folder.layout import CONFIG_FILE, REPORT_FOLDER
-from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, read_metrics
+from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, MEAN_LOSS_KEY, read_metrics
 from pipeline.run_folder.sinks import SERVICES, ServiceSink, Sink, create_sinks
 from pipeline.training.uploads import log_upload
 
@@ -165,7 +165,8 @@ def send_missing_rows(config: Config) -> None:
 
 def _summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     last = {key: value for row in rows for key, value in row.items() if value is not None}
-    results = {name: last[key] for name, key in (("loss", "loss"), ("validation_loss", "val_loss")) if key in last}
+    names = {"loss": "loss", MEAN_LOSS_KEY: MEAN_LOSS_KEY, "validation_loss": "val_loss"}
+    results = {name: last[key] for name, key in names.items() if key in last}
     return {"state": "finished", "step": last["step"], "elapsed_s": last.get("elapsed_s", 0.0), **results}
 
 

@@ -14,7 +14,7 @@ from pipeline.data.loader import scored_targets
 from pipeline.distributed.device import describe_fp32_products
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.layout import LOG_FILE
-from pipeline.run_folder.metrics import describe_speed, read_metrics
+from pipeline.run_folder.metrics import MEAN_LOSS_KEY, describe_speed, read_metrics
 from pipeline.training.resuming import describe_changes, describe_started_decay, windows_per_evaluation
 from pipeline.training.trainer import Trainer
 
@@ -69,7 +69,7 @@ def log_results(trainer: Trainer) -> None:
         f"{state.tokens:,}",
         format_duration(trainer.record.elapsed_s()),
     )
-    names = {"loss": "in the last logged step", "validation_loss": "in the last validation"}
+    names = {MEAN_LOSS_KEY: "in the last training line", "validation_loss": "in the last validation"}
     if losses := [f"{results[key]:.4f} {name}" for key, name in names.items() if key in results]:
         log.info("loss      %s", ", ".join(losses))
     if trainer.world.is_main and (speed := describe_speed(read_metrics(folder))):

@@ -101,7 +101,7 @@ class Trainer:
         self._has_evaluated = False  # in this process; the first time may compile
         self._layer_norms: dict[str, float] = {}  # of the newest step, if it was due
         self._recent_losses: list[LateValue] = []  # of the steps since the last training row
-        self.results: dict[str, float] = {}  # the latest loss and validation loss
+        self.results: dict[str, float] = {}  # the latest losses
 
     def fit(self) -> None:
         """Train until the last step or an early stop, with evaluations and checkpoints.
@@ -367,11 +367,11 @@ class Trainer:
         self._reach_of_step(f"the log of step {trained.step}")
         self.rank_comparison.start()
         speed = self.throughput.read()  # waits for the device
-        loss = trained.loss.read()
+        loss, mean_loss = trained.loss.read(), self._mean_recent_loss()
         row: dict[str, Any] = {
             "step": trained.step,
             "loss": loss,
-            MEAN_LOSS_KEY: self._mean_recent_loss(),
+            MEAN_LOSS_KEY: mean_loss,
             "lr": trained.learning_rate,
             "grad_norm": trained.grad_norm.read(),
             "tokens": self.state.tokens,
@@ -384,6 +384,8 @@ class Trainer:
             row["scored_targets"] = int(trained.scored_targets.read())
         if row.get("scored_targets", 1):
             self.results["loss"] = loss
+        if mean_loss is not None:
+            self.results[MEAN_LOSS_KEY] = mean_loss
         if self.backend.loss_scaler.dynamic:
             row["loss_scale"] = self.backend.loss_scaler.scale
         self.record.write(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -34,13 +35,14 @@ from pipeline.distributed.step_clock import StepClock, StepTimes
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted, TrainingError
 from pipeline.model.gpt2 import build_model
+from pipeline.report.overview import summarize_run
 from pipeline.run_folder.metrics import SAMPLE_KEY, read_metrics
 from pipeline.training import evaluation, throughput
 from pipeline.training.group_norms import GroupNorms
 from pipeline.training.resuming import load_start, why_complete
 from pipeline.training.schedule import lr_at
 from pipeline.training.step_profile import StepProfile
-from pipeline.training.summary import log_masks
+from pipeline.training.summary import log_masks, log_results
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
 from tests.pipeline.conftest import END_OF_TEXT, VOCAB_SIZE, random_tokens, tiny_config, write_shards
@@ -160,12 +162,26 @@ class TestLoop:
         assert all(norm > 0 for norm in rows_with(trainer, "grad_norm").values())
         assert trainer.results == {
             "loss": rows_with(trainer, "loss")[STEPS],
+            "mean_loss": rows_with(trainer, "mean_loss")[STEPS],
             "validation_loss": rows_with(trainer, "val_loss")[STEPS],
         }
         started = rows_with(trainer, "started")[0]
         assert started["world_size"] == 1
         assert started["backend"] == trainer.backend.describe()
         assert {"command", "host", "launcher", "python", "packages", "git", "device"} <= started.keys()
+
+    def test_the_summary_repeats_the_loss_of_the_last_line(
+        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trainer = make_trainer(logging={"every_steps": 5}, checkpoint={"every_steps": STEPS})
+        with caplog.at_level(logging.INFO):
+            trainer.fit()
+            log_results(trainer)
+        *_, last_line = (line for line in caplog.messages if re.match(rf"step {STEPS}/{STEPS} \| loss", line))
+        (summary,) = (line for line in caplog.messages if line.startswith("loss      "))
+        assert summary.split()[1] == re.search(r"loss +(\S+)", last_line)[1]  # type: ignore[index]
+        assert summarize_run(trainer.run_folder).loss == rows_with(trainer, "mean_loss")[STEPS]
+        assert rows_with(trainer, "mean_loss")[STEPS] != rows_with(trainer, "loss")[STEPS]
 
     def test_a_row_has_the_mean_loss_since_the_row_before(self, make_trainer: MakeTrainer) -> None:
         every, some = make_trainer("every", logging={"every_steps": 1}), make_trainer("some")
@@ -335,7 +351,8 @@ class TestMask:
         assert f"step {empty[0]}: none of its targets is scored" in caplog.text
         assert f"steps without a scored target since this start: {len(empty)}" in caplog.text
         assert trainer.state.updates == STEPS, "the weights stay finite"
-        assert trainer.results == {"loss": next(loss for loss in reversed(losses.values()) if loss is not None)}
+        assert trainer.results["loss"] == next(loss for loss in reversed(losses.values()) if loss is not None)
+        assert trainer.results.keys() == {"loss", "mean_loss"}
 
     def test_the_scored_share_is_logged_at_the_start(self, trainer: Trainer, caplog: pytest.LogCaptureFixture) -> None:
         """Of 33 windows of 12 tokens, the first 4 have 12 scored targets and the fifth 11. The validation has none."""
