@@ -128,7 +128,7 @@ class Heartbeat:
                 self._heard[rank] = beat
             self._unanswered_s = 0.0
             if published:
-                self._world.progress.verdict = published.reason  # the store may end before the main thread reads it
+                self._world.ending.verdict = published.reason  # the store may end before the main thread reads it
             return published or self._judge(place)
         except RuntimeError:
             return Verdict(LOST_STORE)
@@ -180,7 +180,7 @@ class Heartbeat:
         """
         if self._stopped.wait(3 * INTERVAL_S):
             return
-        if self._world.progress.has_failed and self._stopped.wait(self.timeout_s):
+        if self._world.ending.has_failed and self._stopped.wait(self.timeout_s):
             return
         sys.stdout.flush()
         if self.rank in verdict.stuck[:NAMED_RANKS]:
@@ -240,9 +240,9 @@ def failures_reported(world: World) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if world.size == 1 or world.progress.has_failed:  # an inner block has reported the error
+        if world.size == 1 or world.ending.has_failed:  # an inner block has reported the error
             raise
-        world.progress.has_failed = True
+        world.ending.has_failed = True
         if _may_come_from_a_collective(error) and (lost := _find_cause(error, world)):
             lost_rank = _lost_rank_error(lost, world)
             report(lost_rank)

@@ -43,8 +43,8 @@ def find_lost(world: World) -> str | None:
             break
         otherwise: tuple[str, str | None] = (search, LOST_STORE)
         search, found = _within_store_timeout(partial(_search_or_wait, world, search), otherwise)
-    if found == LOST_STORE and world.progress.verdict:  # was read before the store ended
-        return world.progress.verdict
+    if found == LOST_STORE and world.ending.verdict:  # was read before the store ended
+        return world.ending.verdict
     return found or None
 
 

@@ -47,8 +47,6 @@ class Progress:
         self.repeats = False
         self.moves = 0
         self.longest_s = 0.0  # the most CPU time between two marks of a phase that repeats
-        self.has_failed = False  # whether the main thread has raised an error
-        self.verdict: str | None = None  # why another rank ends the run; the thread of ``Heartbeat`` reads it
         self.excused_s = 0.0  # the CPU time of compiling since the last mark; ``MainThread`` sets it
         self.marked_at_s = time.thread_time()  # the CPU time of the main thread at the last mark
         self.listener: Callable[[], None] = lambda: None  # is called at each mark and move

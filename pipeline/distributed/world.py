@@ -37,6 +37,14 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _RANKS_THAT_ALL_CONNECT = 64
 
 
+@dataclass
+class Ending:
+    """What this rank knows about the end of the run. Its main thread and the thread of ``Heartbeat`` share it."""
+
+    has_failed: bool = False  # whether the main thread has raised an error
+    verdict: str | None = None  # why another rank ends the run
+
+
 @dataclass(frozen=True)
 class World:
     """One rank of a run, with its device and its collectives with the other ranks."""
@@ -48,6 +56,7 @@ class World:
     store: Store | None = None  # shared by all ranks; None if there is only one rank
     group: dist.ProcessGroup | None = None  # of the collectives; None means torch's default group
     progress: Progress = field(default_factory=Progress)  # the position of the main thread
+    ending: Ending = field(default_factory=Ending)
 
     @property
     def is_main(self) -> bool:

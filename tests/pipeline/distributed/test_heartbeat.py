@@ -14,8 +14,7 @@ from torch._C._distributed_c10d import HashStore, Store
 from pipeline.distributed import heartbeat, lost_ranks
 from pipeline.distributed.heartbeat import Heartbeat
 from pipeline.distributed.lost_ranks import find_lost
-from pipeline.distributed.progress import Progress
-from pipeline.distributed.world import World
+from pipeline.distributed.world import Ending, World
 from pipeline.errors import ConfigError, LostRankError, MainRankError, TrainingError
 
 
@@ -198,7 +197,7 @@ def test_the_error_of_one_rank_is_the_reason_on_the_other_ranks(
     monkeypatch.setattr("pipeline.distributed.failure._OTHER_RANKS_WAIT_S", 0)
     for error in (MainRankError("a mistake", 2), TrainingError("a spike"), ConfigError("no deepspeed here")):
         assert ranks[other].take_turn(0, 1.0) is None
-        failed = replace(worlds[rank], progress=Progress())
+        failed = replace(worlds[rank], ending=Ending())
         with pytest.raises(type(error)), heartbeat.failures_reported(failed), heartbeat.failures_reported(failed):
             raise error
     verdict = ranks[other].take_turn(1, 1.0)
