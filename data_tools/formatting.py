@@ -19,6 +19,11 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with a noun, such as ``1 rank`` or ``1,024 ranks``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def printable(text: str, *, line_breaks: bool = True) -> str:
     """Replace control characters in a text by escape sequences. If ``line_breaks``, line breaks and tabs remain."""
     kept = "\n\t" if line_breaks else ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from launch.cli import ArgumentParser, local_path, positive_int, quick_imports, run_command
 from data_tools.errors import UserError
-from data_tools.formatting import printable
+from data_tools.formatting import count_of, printable
 from data_tools.options import AUTO, InputFormat, OutputFormat
 from pipeline.distributed.environment import set_numpy_threads_default
 
@@ -209,9 +209,9 @@ def _print_splits(files: tuple[ShardRecord, ...]) -> None:
     for split in dict.fromkeys(file.split for file in files):
         members = [file for file in files if file.split == split]
         print(
-            f"  {split}: {sum(file.tokens for file in members):,} tokens, "
-            f"{sum(file.documents for file in members):,} documents, "
-            f"{sum(file.utf8_bytes for file in members):,} bytes of text, {len(members):,} files"
+            f"  {split}: {count_of(sum(file.tokens for file in members), 'token')}, "
+            f"{count_of(sum(file.documents for file in members), 'document')}, "
+            f"{sum(file.utf8_bytes for file in members):,} bytes of text, {count_of(len(members), 'file')}"
         )
 
 

@@ -11,6 +11,7 @@ from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.run import Observer
 from data_tools.formats.inspection import format_table
+from data_tools.formatting import count_of
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
 from data_tools.shards.validation_split import advise_larger_validation, describe_small_validation
@@ -114,10 +115,11 @@ def print_lengths(manifest: Manifest) -> None:
         bar = "#" * math.ceil(_HISTOGRAM_WIDTH * count / max(counts))
         print(f"  {1 << k:>11,} to {(2 << k) - 1:>11,}: {count:>12,} {bar}".rstrip())
     if repeated := report.get("repeated_documents"):
-        print(f"  left out: {repeated:,} documents that repeat an earlier one")
+        verb = "repeats" if repeated == 1 else "repeat"
+        print(f"  left out: {count_of(repeated, 'document')} that {verb} an earlier one")
     if empty := report.get("empty_documents"):
-        print(f"  left out: {empty:,} empty documents")
+        print(f"  left out: {count_of(empty, 'empty document')}")
     if bad_rows := report.get("bad_rows"):
-        print(f"  left out: {bad_rows:,} rows that cannot be read; the first:")
+        print(f"  left out: {count_of(bad_rows, 'row')} that cannot be read; the first:")
         for place in report["first_bad_rows"]:
             print(f"    {' '.join(place.splitlines())}")

@@ -38,7 +38,7 @@ ROOMS: dict[str, str] = {
     "data_tools.vocabulary": "",
     "data_tools.storage": "errors",
     "data_tools.tokenizer": "errors arrays vocabulary",
-    "data_tools.shards": "errors arrays threads storage vocabulary tokenizer",
+    "data_tools.shards": "errors arrays formatting threads storage vocabulary tokenizer",
     "data_tools.encoding": "errors arrays vocabulary tokenizer",
     "data_tools.sources": "errors options prompt_format storage encoding",
     "data_tools.corpus": "errors arrays formatting memory options threads storage shards encoding sources",

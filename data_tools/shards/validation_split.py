@@ -1,5 +1,6 @@
 """Check whether the validation split is large enough to measure a stable loss."""
 
+from data_tools.formatting import count_of
 from data_tools.shards.manifest import VAL_SPLIT, Manifest
 
 #: The mean loss of this many tokens has an error of about 0.02 nats, because the loss of one token has a standard
@@ -25,7 +26,8 @@ def describe_small_validation(manifest: Manifest) -> str | None:
     if not tokens:
         return None
     documents = sum(shard.documents for shard in manifest.shards_of(VAL_SPLIT))
-    size = f"the validation split has {tokens:,} tokens in {documents:,} documents, {share:.2%} of all tokens"
+    found = f"{count_of(tokens, 'token')} in {count_of(documents, 'document')}"
+    size = f"the validation split has {found}, {share:.2%} of all tokens"
     cure = advise_larger_validation(manifest)
     if tokens < SMALLEST_VALIDATION_TOKENS:
         return f"{size}; losses on fewer than {SMALLEST_VALIDATION_TOKENS:,} tokens are noisy: {cure}"

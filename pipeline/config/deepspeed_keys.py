@@ -1,10 +1,10 @@
 """Check DeepSpeed's own JSON config in ``backend.deepspeed``, without importing DeepSpeed."""
 
-import difflib
 import json
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.config.nearest import nearest_name
 from pipeline.config.schema import HPZ, BackendConfig, Config
 
 #: DeepSpeed key -> key of the run config that determines its value.
@@ -156,8 +156,8 @@ def _check_keys(native: dict[str, Any]) -> Iterator[tuple[str, str]]:
         elif key in MONITORS:
             yield key, "logs under DeepSpeed only; remove it and set logging.sinks instead, which every backend uses"
         elif key not in PASSED_THROUGH:
-            nearest = difflib.get_close_matches(key, [*PASSED_THROUGH, *OWNED_BY_RUN], n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"remove it; those are {', '.join(PASSED_THROUGH)}"
+            nearest = nearest_name(key, [*PASSED_THROUGH, *OWNED_BY_RUN])
+            hint = f"did you mean {nearest}?" if nearest else f"remove it; those are {', '.join(PASSED_THROUGH)}"
             yield key, f"{_NOT_PASSED_ON}; {hint}"
         else:
             yield from _check_type(key, value, PASSED_THROUGH[key])
@@ -179,8 +179,8 @@ def _check_zero(zero: Any) -> Iterator[tuple[str, str]]:
             instead = f'{_REPLACED[key]}: {{"device": "cpu"}}'
             yield f"zero_optimization.{key}", f"DeepSpeed no longer supports this; set {instead} instead"
         elif key not in SAME_NUMBERS and f"zero_optimization.{key}" not in OTHER_NUMBERS:
-            nearest = difflib.get_close_matches(key, SAME_NUMBERS, n=1, cutoff=0.8)
-            hint = f"did you mean {nearest[0]}?" if nearest else "remove it"
+            nearest = nearest_name(key, SAME_NUMBERS, cutoff=0.8)
+            hint = f"did you mean {nearest}?" if nearest else "remove it"
             yield f"zero_optimization.{key}", f"{_NOT_PASSED_ON}; {hint}"
     for key, stages in _STAGES.items():
         if key in zero:

@@ -4,7 +4,6 @@ One ConfigError reports all mistakes in one line. For each mistake, the message 
 the key, and what is expected.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from pydantic_core import ErrorDetails
 from data_tools.storage.content import describe_content
 from data_tools.storage.files import dotted_keys
 from pipeline.config.deepspeed_keys import find_mistakes, keys_of_deepspeed
+from pipeline.config.nearest import nearest_name
 from pipeline.config.schema import BackendConfig, Config
 from pipeline.config.shipped import find_config, shipped_configs
 from pipeline.errors import ConfigError
@@ -323,9 +323,8 @@ def _suggest_file(path: Path) -> str:
     candidates = {p.stem: str(p) for p in sorted(path.parent.glob("*.json"))} if path.parent.is_dir() else {}
     if str(path) == path.stem:  # a name without folder and suffix, as shipped configs have
         candidates = {name: name for name in shipped_configs()} | candidates
-    nearest = difflib.get_close_matches(path.stem, candidates, n=1)
-    if nearest:
-        return f"; did you mean {candidates[nearest[0]]}?"
+    if nearest := nearest_name(path.stem, candidates):
+        return f"; did you mean {candidates[nearest]}?"
     return f"; there are: {', '.join(candidates.values())}" if candidates else ""
 
 
@@ -333,7 +332,7 @@ def _suggest_key(section: str, name: str) -> str:
     if "." in name:
         return '; in a file a section is an object, as in {"schedule": {"max_steps": 100}}'
     for key, names in _NAMES_ELSEWHERE.items():
-        if name in names:
+        if name.lower() in names:
             return f"; did you mean {key}?"
     siblings: dict[str, str] = {}  # name -> dotted key
     elsewhere: dict[str, str] = {}
@@ -344,6 +343,6 @@ def _suggest_key(section: str, name: str) -> str:
         elif "*" not in key:
             elsewhere[other_name] = key
     for keys, cutoff in ((siblings, 0.5), (elsewhere, 0.8)):
-        if nearest := difflib.get_close_matches(name, keys, n=1, cutoff=cutoff):
-            return f"; did you mean {keys[nearest[0]]}?"
+        if nearest := nearest_name(name, keys, cutoff):
+            return f"; did you mean {keys[nearest]}?"
     return f"{_HINT}{', '.join(siblings)}" if siblings else ""

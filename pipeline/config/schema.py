@@ -540,6 +540,14 @@ class CheckpointConfig(Section):
         "the end of a run, the program waits at most this long for the last upload.",
     )
 
+    @field_validator("resume")
+    @classmethod
+    def _check_word(cls, resume: str) -> str:
+        word = resume.lower()
+        if word in ("auto", "none") and resume != word:
+            raise ValueError(f"{resume} is a path; did you mean {word}? (a folder of this name is ./{resume})")
+        return resume
+
     @field_validator("remote")
     @classmethod
     def _check_url(cls, url: str | None) -> str | None:

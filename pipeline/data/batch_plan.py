@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from data_tools.formatting import count_of
 from pipeline.config.schema import HPZ, BackendConfig, Config
 from pipeline.errors import ConfigError
 
@@ -27,8 +28,9 @@ class BatchPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.tokens_per_step:,} tokens per step = {self.micro_batch_size} sequences x {self.seq_len} tokens "
-            f"x {self.accumulation} micro-steps x {self.world_size} ranks"
+            f"{count_of(self.tokens_per_step, 'token')} per step = {count_of(self.micro_batch_size, 'sequence')} x "
+            f"{count_of(self.seq_len, 'token')} x {count_of(self.accumulation, 'micro-step')} x "
+            f"{count_of(self.world_size, 'rank')}"
         )
 
 

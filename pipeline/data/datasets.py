@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.errors import DataError
+from data_tools.formatting import count_of
 from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT, TokenizerRecord
 from data_tools.shards.reader import TokenStream, open_split
 from data_tools.shards.verification import require_unchanged
@@ -143,7 +144,7 @@ def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
     def report() -> None:
         if problems:
             raise DataError(problems[0])
-        log.info("data      %d shards verified in %.1f s", len(shards), time.perf_counter() - started)
+        log.info("data      %s verified in %.1f s", count_of(len(shards), "shard"), time.perf_counter() - started)
 
     world.call_on_main(report)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.formatting import count_of
 from data_tools.shards.manifest import TokenizerRecord
 from pipeline.backends import Backend
 from pipeline.checkpoint.inspection import find_different_numbers
@@ -167,5 +168,5 @@ def measure_tasks(
                 row[f"{TASK_PREFIX}{name}_{key}"] = value
                 interval = result.get(key + INTERVAL)
                 words.append(f"{key} {value:.4f}" + (" [{:.4f}, {:.4f}]".format(*interval) if interval else ""))
-        log.info("%s | %d examples", " | ".join(words), result["examples"])
+        log.info("%s | %s", " | ".join(words), count_of(result["examples"], "example"))
     return row

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from data_tools.formatting import format_duration
+from data_tools.formatting import count_of, format_duration
 from data_tools.shards.reader import TokenStream
 from data_tools.shards.validation_split import describe_small_validation
 from pipeline.checkpoint.layout import list_checkpoints
@@ -64,9 +64,9 @@ def log_results(trainer: Trainer) -> None:
     """Log the results of a run that has ended."""
     state, results, folder = trainer.state, trainer.results, trainer.run_folder
     log.info(
-        "done      %s steps, %s tokens in %s",
-        f"{state.step:,}",
-        f"{state.tokens:,}",
+        "done      %s, %s in %s",
+        count_of(state.step, "step"),
+        count_of(state.tokens, "token"),
         format_duration(trainer.record.elapsed_s()),
     )
     names = {MEAN_LOSS_KEY: "in the last training line", "validation_loss": "in the last validation"}
@@ -75,9 +75,9 @@ def log_results(trainer: Trainer) -> None:
     if trainer.world.is_main and (speed := describe_speed(read_metrics(folder))):
         log.info("speed     %s", speed)
     if skipped := state.step - state.updates:
-        log.warning("skipped   %d steps, because their gradient norm was not finite", skipped)
+        log.warning("skipped   %s, because the gradient norm was not finite", count_of(skipped, "step"))
     if failed := trainer.record.failed_saves:
-        log.warning("failed    %d saves of a checkpoint", failed)
+        log.warning("failed    %s of a checkpoint", count_of(failed, "save"))
     if checkpoints := list_checkpoints(folder):
         log.info("saved     %s", checkpoints[-1])
     log.info("log       %s", folder / LOG_FILE)
@@ -113,13 +113,13 @@ def _log_data(trainer: Trainer, start: Path | None) -> None:
     counts = loader.mixture.counts(max_steps * trainer.plan.samples_per_step)
     for dataset, order, share, count in zip(loader.datasets, loader.orders, loader.mixture.shares, counts, strict=True):
         log.info(
-            "data      %s: %s tokens, %s samples%s, %.3g epochs in %d steps%s",
+            "data      %s: %s, %s%s, %.3g epochs in %s%s",
             dataset.path,
-            f"{dataset.train.tokens:,}",
-            f"{order.n:,}",
+            count_of(dataset.train.tokens, "token"),
+            count_of(order.n, "sample"),
             f", {float(share):.2%} of the mixture" if len(loader.datasets) > 1 else "",
             count / order.n,
-            max_steps,
+            count_of(max_steps, "step"),
             ", with loss mask" if dataset.train.has_mask else "",
         )
         if dataset.validation:
@@ -130,9 +130,9 @@ def _log_validation(path: str, validation: TokenStream, trainer: Trainer, start:
     windows = -(-(validation.tokens - 1) // trainer.plan.seq_len)
     measured = min(windows, windows_per_evaluation(dump_config(trainer.config)) or windows)
     log.info(
-        "          validation: %s tokens, %s windows of %d, %s of them per evaluation",
-        f"{validation.tokens:,}",
-        f"{windows:,}",
+        "          validation: %s, %s of %d, %s of them per evaluation",
+        count_of(validation.tokens, "token"),
+        count_of(windows, "window"),
         trainer.plan.seq_len,
         f"{measured:,}",
     )

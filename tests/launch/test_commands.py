@@ -154,4 +154,4 @@ def test_dtypes_optimizer_and_batch_are_logged(corpus: Path, tmp_path: Path) -> 
     )
     assert "master weights float32, compute weights bfloat16, gradient accumulation float32" in result.stdout
     assert "ZeRO-2 with fused AdamW" in result.stdout
-    assert "384 tokens per step = 2 sequences x 48 tokens x 4 micro-steps x 1 ranks" in result.stdout
+    assert "384 tokens per step = 2 sequences x 48 tokens x 4 micro-steps x 1 rank" in result.stdout

@@ -102,7 +102,7 @@ def test_from_nanogpt_to_a_folder_that_verifies(tmp_path: Path) -> None:
     ]
 
     written = succeeded(command("convert", source, "--to", "npy", "--out", out))
-    assert re.search(r"train: [\d,]+ tokens, 3 documents, [\d,]+ bytes of text, 1 files", written)
+    assert re.search(r"train: [\d,]+ tokens, 3 documents, [\d,]+ bytes of text, 1 file\n", written)
     assert re.search(r"written 0\.0 MB in \d+\.\d s, [\d,]+ MB/s", written)
     verified = succeeded(command("verify", out))
     assert "all 2 shards match the manifest" in verified and re.search(r"[\d,]+ MB/s", verified)

@@ -36,7 +36,7 @@ def test_it_prints_the_estimate_and_what_it_wrote_and_where(tmp_path: Path, run_
     assert ended.returncode == 0, ended.stderr
     planned, warning = ended.stderr.splitlines()
     assert warning == (
-        "warning: the validation split has 2 tokens in 1 documents, 33.33% of all tokens; losses on fewer than 16,384 "
+        "warning: the validation split has 2 tokens in 1 document, 33.33% of all tokens; losses on fewer than 16,384 "
         "tokens are noisy: tokenize more text into another folder: 500,000 tokens in 200 documents suffice with "
         "--val-fraction 0.1"
     )
@@ -93,7 +93,7 @@ def test_a_single_file_gets_a_validation_split(tmp_path: Path, run_process: Comm
     ended = run_process("--source", "text", "--input", "book.txt", "--out", "data", "--val-fraction", 0.1)
     assert ended.returncode == 0, ended.stderr
     assert "the source is one document: its beginning is for training and its end for validation" in ended.stdout
-    assert "warning: the validation split has 701 tokens in 1 documents, 10.0" in ended.stderr
+    assert "warning: the validation split has 701 tokens in 1 document, 10.0" in ended.stderr
     manifest = load_manifest(tmp_path / "data")
     assert manifest.splits() == ("train", "val")
     assert sum(shard.utf8_bytes for shard in manifest.shards) == 18_000
@@ -115,7 +115,7 @@ def test_options_reach_the_shards(tmp_path: Path, run_process: Command, referenc
     np.testing.assert_array_equal(
         tokens_of(tmp_path / "x" / "y"), sequential_tokens(reference, ["three", "one", "four"])
     )
-    assert ended.stdout.splitlines()[-1] == "  left out: 1 documents that repeat an earlier one"
+    assert ended.stdout.splitlines()[-1] == "  left out: 1 document that repeats an earlier one"
     assert manifest.made is not None
     assert manifest.made["encoder"].startswith("tiktoken")
 

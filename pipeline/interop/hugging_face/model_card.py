@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data_tools.formatting import count_of
 from pipeline.checkpoint.inspection import find_different_numbers
 from pipeline.checkpoint.json_files import read_json_object
 from pipeline.checkpoint.manifest import read_manifest
@@ -70,7 +71,9 @@ def model_card(checkpoint: Path, state: TrainingState, config: Config, weights: 
         metadata=metadata.to_yaml(),
         name=config.run.name,
         parameters=parameter_count(config.model),
-        trained=f"trained on {state.tokens:,} tokens in {state.step:,} steps" if state.step else "not trained further",
+        trained=f"trained on {count_of(state.tokens, 'token')} in {count_of(state.step, 'step')}"
+        if state.step
+        else "not trained further",
         model=config.model,
         sections="\n".join(filter(None, sections)),
     )

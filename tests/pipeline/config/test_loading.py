@@ -146,6 +146,9 @@ class TestMistakes:
         [
             ({"schedule": {"max_step": 1}}, "schedule.max_step", "did you mean schedule.max_steps?"),
             ({"modle": {}}, "modle", "did you mean model?"),
+            ({"RUN": {"seed": 1}}, "RUN", "did you mean run?"),
+            ({"run": {"SEED": 1}}, "run.SEED", "did you mean run.seed?"),
+            ({"LR": 1}, "LR", "did you mean optimizer.learning_rate?"),
             ({"run": {"warmup_steps": 1}}, "run.warmup_steps", "did you mean schedule.warmup_steps?"),
             ({"max_steps": 1}, "max_steps", "did you mean schedule.max_steps?"),
             (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.schema import MODEL_PRESETS, Config, LoggingConfig, describe_model
+from pipeline.config.schema import MODEL_PRESETS, CheckpointConfig, Config, LoggingConfig, describe_model
 
 
 def with_model(**model: Any) -> Config:
@@ -140,3 +140,10 @@ def test_sinks_always_have_jsonl_and_understand_the_older_key(section: dict[str,
 def test_an_unknown_sink_is_refused() -> None:
     with pytest.raises(ValidationError, match="tensorboard"):
         LoggingConfig.model_validate({"sinks": ["tensorbord"]})
+
+
+@pytest.mark.parametrize("word", ["Auto", "NONE"])
+def test_a_word_in_upper_case_is_not_a_path(word: str) -> None:
+    with pytest.raises(ValueError, match=rf"{word} is a path; did you mean {word.lower()}\? .* \./{word}\)"):
+        CheckpointConfig(resume=word)
+    assert CheckpointConfig(resume=f"./{word}").resume == f"./{word}"

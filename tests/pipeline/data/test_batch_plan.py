@@ -38,6 +38,8 @@ def test_the_micro_batch_changes_the_accumulation_only(micro_batch_size: int) ->
 def test_it_reads_as_the_arithmetic() -> None:
     plan = plan_batch(config(4096, 4, seq_len=128), 2)
     assert str(plan) == "4,096 tokens per step = 4 sequences x 128 tokens x 4 micro-steps x 2 ranks"
+    plan = plan_batch(config(1024, 1, seq_len=1024), 1)
+    assert str(plan) == "1,024 tokens per step = 1 sequence x 1,024 tokens x 1 micro-step x 1 rank"
 
 
 def numbers_after(words: str, message: str) -> list[int]:
