@@ -3,11 +3,9 @@
 import logging
 import signal
 import time
-from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint.state import config_section, read_state
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.distributed.device import compiler_works
@@ -16,6 +14,7 @@ from pipeline.model.gpt2 import GPT2, allocate_model
 from pipeline.model.initialisation import INIT_STD
 from pipeline.model.precision import replicated_compute
 from pipeline.training.interruption import STOP_SIGNALS
+from pipeline.training.start import Start
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ _TIMED_TOKENS = 2048  # enough that the time grows with the tokens, few enough t
 _TIMED_PASSES = 4  # the first one warms up
 
 
-def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
+def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Start | None) -> Config:
     """Return the config with ``run.compile`` set to true or false. The value is the same on every rank.
 
     Every rank must call this. If a rank has no working compiler, the value is false. Otherwise, ``auto`` means:
@@ -61,10 +60,10 @@ def _probe_compiler(device: torch.device) -> bool:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _decide(config: Config, world: World, plan: BatchPlan, start: Path | None) -> tuple[bool, str]:
+def _decide(config: Config, world: World, plan: BatchPlan, start: Start | None) -> tuple[bool, str]:
     if world.device.type != "cpu":
         return world.device.type == "cuda", f"auto: always so on {world.device.type}"
-    before = config_section(read_state(start)[1], "run").get("compile") if start else None
+    before = start.setting("run", "compile") if start else None
     if isinstance(before, bool):
         return before, f"auto: as before {start}"
     micro_steps = plan.accumulation * config.schedule.max_steps

@@ -1,16 +1,15 @@
 """Decide whether a run computes the loss in blocks of the vocabulary (``run.loss_in_blocks``)."""
 
 import logging
-from pathlib import Path
 from typing import Literal
 
-from pipeline.checkpoint.state import config_section, read_state
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.world import World
 from pipeline.model.blocked_loss import measure_kept_blocks
 from pipeline.model.output_layer import padded_vocab_size
+from pipeline.training.start import Start
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +17,7 @@ LEAST_GAIN = 0.15  # the least share of the measured time that kept blocks must 
 LEAST_LOGITS = 1 << 25  # with fewer logits in a micro-batch, the output layer is fast anyway
 
 
-def choose_loss_in_blocks(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Config:
+def choose_loss_in_blocks(config: Config, world: World, plan: BatchPlan, start: Start | None) -> Config:
     """Return the config with the choice for ``auto`` in ``run.loss_in_blocks``. The value is the same on every rank.
 
     The choice is ``kept`` for a compiled run on a CPU, if this saves time in a short measurement. Otherwise, it is
@@ -32,10 +31,10 @@ def choose_loss_in_blocks(config: Config, world: World, plan: BatchPlan, start: 
     return config.with_run(loss_in_blocks=_choose(config, world, plan, start))
 
 
-def _choose(config: Config, world: World, plan: BatchPlan, start: Path | None) -> Literal["kept", False]:
+def _choose(config: Config, world: World, plan: BatchPlan, start: Start | None) -> Literal["kept", False]:
     if world.device.type != "cpu":
         return False
-    before = config_section(read_state(start)[1], "run").get("loss_in_blocks") if start else None
+    before = start.setting("run", "loss_in_blocks") if start else None
     if before in ("kept", False):
         return before
     rows, width = plan.micro_batch_size * plan.seq_len, config.model.n_embd

@@ -18,7 +18,7 @@ from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pairing import abandon, is_paired
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
-from pipeline.checkpoint.state import TrainingState, config_section, read_state, read_state_file
+from pipeline.checkpoint.state import TrainingState, config_section
 from pipeline.checkpoint.verification import locate_checkpoint, newest_good_checkpoint
 from pipeline.config.changes import changed_settings
 from pipeline.config.loading import dump_config
@@ -32,6 +32,7 @@ from pipeline.training.due_evaluation import with_recorded_evaluation
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.initial_weights import compare_sizes, warn_of_other_tokenizer
 from pipeline.training.schedule import lr_at
+from pipeline.training.start import Start
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ _BACKEND_OPTIONS = ("backend.ddp.", "backend.fsdp.", "backend.deepspeed.")
 AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other value is a path
 
 
-def find_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_of_file) -> Path | None:
+def find_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_of_file) -> Start | None:
     """Return the checkpoint from which to resume, or None to start from scratch. The function changes no file.
 
     The caller must hold the lock of the run folder.
@@ -63,16 +64,15 @@ def find_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_of
                     f"use another run.out_dir, or delete {run_folder / CHECKPOINTS_FOLDER}"
                 )
             return None
-        state, stored_config = read_state(start)
-        _check_same_origin(config, start, stored_config)
-        _check_same_sizes(config, start, stored_config)
-        _check_same_run(config, data_sha256, start, state, stored_config)
-        if _is_of_another_run(start, config) and (reason := why_no_step_is_left(state, config.schedule)):
+        _check_same_origin(config, start)
+        _check_same_sizes(config, start)
+        _check_same_run(config, data_sha256, start)
+        if _is_of_another_run(start, config) and (reason := why_no_step_is_left(start.state, config.schedule)):
             raise ConfigError(f"{start}: {reason}, or name an earlier checkpoint with --at-step")
         return start
 
 
-def prepare_run_folder(start: Path | None, config: Config) -> None:
+def prepare_run_folder(start: Start | None, config: Config) -> None:
     """Prepare the folder of a run that continues from ``start``, or begins from scratch if ``start`` is None.
 
     Call this function when nothing else can stop the run from training. The caller must hold the lock of the run
@@ -90,10 +90,10 @@ def prepare_run_folder(start: Path | None, config: Config) -> None:
         remove_leftovers(run_folder)
         if start is None:
             return
-        step = read_state_file(start).step
-        set_aside_after(run_folder, step, start)
+        step = start.state.step
+        set_aside_after(run_folder, step, start.folder)
         if config.checkpoint.resume not in (AUTO, NONE):
-            is_own = start.resolve() == checkpoint_folder(run_folder, step).resolve()
+            is_own = start.folder.resolve() == checkpoint_folder(run_folder, step).resolve()
             abandon(run_folder, step + 1 if is_own else step)
 
 
@@ -105,12 +105,12 @@ def _errors_of_folder(run_folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{run_folder}: cannot be prepared ({error})") from None
 
 
-def _find_start(run_folder: Path, resume: str, hash_file: HashFile) -> Path | None:
+def _find_start(run_folder: Path, resume: str, hash_file: HashFile) -> Start | None:
     if resume == AUTO:
-        return newest_good_checkpoint(run_folder, hash_file)
+        return _find_own(run_folder, hash_file)
     if resume == NONE:
-        own = newest_good_checkpoint(run_folder, hash_file) if launcher_restarts() else None
-        if own and read_state_file(own).launch_id == launch_id():
+        own = _find_own(run_folder, hash_file) if launcher_restarts() else None
+        if own and own.state.launch_id == launch_id():
             log.info("the launcher has restarted this run: it continues from its own checkpoints")
             return own
         if list_checkpoints(run_folder):
@@ -124,8 +124,13 @@ def _find_start(run_folder: Path, resume: str, hash_file: HashFile) -> Path | No
     return _find_named_start(run_folder, Path(resume), hash_file)
 
 
-def _find_downloaded_start(run_folder: Path, url: str, hash_file: HashFile) -> Path:
+def _find_own(run_folder: Path, hash_file: HashFile) -> Start | None:
     own = newest_good_checkpoint(run_folder, hash_file)
+    return Start.read(own) if own else None
+
+
+def _find_downloaded_start(run_folder: Path, url: str, hash_file: HashFile) -> Start:
+    own = _find_own(run_folder, hash_file)
     if own is None or not is_paired(run_folder, split_url(url)[0]):
         raise CheckpointError(
             f"{run_folder} already holds checkpoints of another run than {url}; use another run.out_dir, "
@@ -134,14 +139,14 @@ def _find_downloaded_start(run_folder: Path, url: str, hash_file: HashFile) -> P
     return own
 
 
-def _find_named_start(run_folder: Path, named: Path, hash_file: HashFile) -> Path:
+def _find_named_start(run_folder: Path, named: Path, hash_file: HashFile) -> Start:
     """Return the named checkpoint. If this run has started from it before, return this run's newest checkpoint."""
-    own = newest_good_checkpoint(run_folder, hash_file)
-    if own and _is_stored(str(named), "resume", read_state(own)[1]):
+    own = _find_own(run_folder, hash_file)
+    if own and _is_stored(str(named), "resume", own):
         log.info("this run has started from %s before: it continues from its own newest checkpoint", named)
         return own
-    start = locate_checkpoint(named, hash_file)
-    if own and not start.resolve().is_relative_to(run_folder.resolve()):
+    start = Start.read(locate_checkpoint(named, hash_file))
+    if own and not start.folder.resolve().is_relative_to(run_folder.resolve()):
         raise CheckpointError(
             f"{run_folder} already holds checkpoints of another run than {named}; use another run.out_dir, "
             "or continue the run with --resume auto"
@@ -149,17 +154,17 @@ def _find_named_start(run_folder: Path, named: Path, hash_file: HashFile) -> Pat
     return start
 
 
-def _is_of_another_run(start: Path, config: Config) -> bool:
-    return not start.resolve().is_relative_to(Path(config.run.out_dir).resolve())
+def _is_of_another_run(start: Start, config: Config) -> bool:
+    return not start.folder.resolve().is_relative_to(Path(config.run.out_dir).resolve())
 
 
-def why_complete(start: Path, config: Config) -> str | None:
+def why_complete(start: Start, config: Config) -> str | None:
     """Return why the run is complete and how to train longer. If the run is not complete, return None.
 
     Args:
         start: the checkpoint from which the run would continue.
     """
-    state = with_recorded_evaluation(read_state(start)[0], Path(config.run.out_dir))
+    state = with_recorded_evaluation(start.state, Path(config.run.out_dir))
     return None if state.evaluation_is_due else why_no_step_is_left(state, config.schedule)
 
 
@@ -175,7 +180,7 @@ def why_no_step_is_left(state: TrainingState, schedule: ScheduleConfig) -> str |
     return None
 
 
-def describe_started_decay(start: Path, config: Config) -> str | None:
+def describe_started_decay(start: Start, config: Config) -> str | None:
     """Return a warning if a new run starts from another run's checkpoint, at a step inside the new run's decay.
 
     In this case, the learning rate usually jumps. With the same schedule and the same peak learning rate in both runs,
@@ -184,10 +189,9 @@ def describe_started_decay(start: Path, config: Config) -> str | None:
     Args:
         start: the checkpoint from which the new run continues.
     """
-    state, stored = read_state(start)
-    schedule, now = config.schedule, dump_config(config)
-    keeps_rates = config_section(stored, "schedule") == now["schedule"] and (
-        config_section(stored, "optimizer").get("learning_rate") == now["optimizer"]["learning_rate"]
+    state, schedule, now = start.state, config.schedule, dump_config(config)
+    keeps_rates = config_section(state.config, "schedule") == now["schedule"] and (
+        start.setting("optimizer", "learning_rate") == now["optimizer"]["learning_rate"]
     )
     if keeps_rates or state.step <= schedule.decay_start or not _is_of_another_run(start, config):
         return None
@@ -199,48 +203,45 @@ def describe_started_decay(start: Path, config: Config) -> str | None:
     )
 
 
-def _check_same_sizes(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
-    stored = config_section(stored_config, "model")
+def _check_same_sizes(config: Config, start: Start) -> None:
+    stored = config_section(start.state.config, "model")
     differing = [key for key in MODEL_SIZES if key in stored and stored[key] != getattr(config.model, key)]
     if differing:
         there, here, cure = compare_sizes(differing, stored, config.model)
         raise CheckpointError(
-            f"{folder}: its model has {there}, and this run's model has {here}; add --set {cure}, or start a new run "
+            f"{start}: its model has {there}, and this run's model has {here}; add --set {cure}, or start a new run "
             "in another run.out_dir"
         )
 
 
-def _check_same_origin(config: Config, folder: Path, stored_config: dict[str, Any]) -> None:
+def _check_same_origin(config: Config, start: Start) -> None:
     given = config.checkpoint.init_from
-    if given is None or _is_stored(given, "init_from", stored_config):
+    if given is None or _is_stored(given, "init_from", start):
         return
-    stored = config_section(stored_config, "checkpoint").get("init_from")
+    stored = start.setting("checkpoint", "init_from")
     raise CheckpointError(
-        f"{folder}: belongs to a run that started from {stored or 'random weights'}, and checkpoint.init_from is "
+        f"{start}: belongs to a run that started from {stored or 'random weights'}, and checkpoint.init_from is "
         f"{given}; use another run.out_dir to start from these weights, or leave init_from out to continue"
     )
 
 
-def _is_stored(given: str, key: str, stored_config: dict[str, Any]) -> bool:
+def _is_stored(given: str, key: str, start: Start) -> bool:
     """Return whether a path or URL of the command is that of a key of the section ``checkpoint`` in a stored config."""
-    stored = config_section(stored_config, "checkpoint").get(key)
-    working_dir = config_section(stored_config, "run").get("working_dir")
-    return isinstance(stored, str) and is_same_place(given, stored, working_dir)
+    stored = start.setting("checkpoint", key)
+    return isinstance(stored, str) and is_same_place(given, stored, start.setting("run", "working_dir"))
 
 
-def _check_same_run(
-    config: Config, data_sha256: str, folder: Path, state: TrainingState, stored_config: dict[str, Any]
-) -> None:
+def _check_same_run(config: Config, data_sha256: str, start: Start) -> None:
     """Raise CheckpointError if the model has changed.
 
     If the checkpoint was trained on samples, also raise it if the data or their order has changed.
     """
-    model = config_section(stored_config, "model")
+    state, reset_at = start.state, start.setting("model", "reset_positions_at")
     settings: list[tuple[str, Any, Any, str]] = [
-        ("model.reset_positions_at", model.get("reset_positions_at"), config.model.reset_positions_at, "model")
+        ("model.reset_positions_at", reset_at, config.model.reset_positions_at, "model")
     ]
     if state.samples:
-        seq_len = config_section(stored_config, "data").get("seq_len") or model.get("context_length")
+        seq_len = start.setting("data", "seq_len") or start.setting("model", "context_length")
         settings += [
             ("run.seed", state.seed, config.run.seed, "order of the data"),
             ("data.seq_len", seq_len, config.seq_len, "order of the data"),
@@ -249,16 +250,16 @@ def _check_same_run(
         if stored != now:
             stored, now = ("null" if value is None else value for value in (stored, now))
             raise CheckpointError(
-                f"{folder}: was trained with {key} {stored}, now it is {now}: the {changed} would change; "
-                f"set {key} to {stored}, or {_start_from(folder)}"
+                f"{start}: was trained with {key} {stored}, now it is {now}: the {changed} would change; "
+                f"set {key} to {stored}, or {_start_from(start.folder)}"
             )
     if state.samples and state.data_sha256 not in (None, data_sha256):
         key, change = "data.path", f"{config.data.path} now holds (its manifest has changed)"
         if config.data.mixture is not None:
             key, change = "data.mixture", "data.mixture now has (a manifest, a weight or their order has changed)"
         raise CheckpointError(
-            f"{folder}: was trained on other data than {change}; "
-            f"set {key} to the data it was trained on, or {_start_from(folder)}"
+            f"{start}: was trained on other data than {change}; "
+            f"set {key} to the data it was trained on, or {_start_from(start.folder)}"
         )
 
 
@@ -266,13 +267,13 @@ def _start_from(folder: Path) -> str:
     return f"start a new run from its weights with --init-from {folder} and another run.out_dir"
 
 
-def describe_changes(start: Path, config: Config) -> list[str]:
+def describe_changes(start: Start, config: Config) -> list[str]:
     """Return one text per config key that has changed since the checkpoint ``start`` was saved.
 
     A text is, for example, ``optimizer.learning_rate 0.001 -> 0.0001``. If the backend has changed, the options of the
     two backends are left out.
     """
-    changes = changed_settings(read_state(start)[1], dump_config(config))
+    changes = changed_settings(start.state.config, dump_config(config))
     ignored = _BACKEND_OPTIONS if "backend.name" in changes else ()
     return [
         f"{key} {change}"
@@ -293,7 +294,7 @@ def windows_per_evaluation(config: dict[str, Any]) -> int | None:
 
 
 def load_start(
-    start: Path | None,
+    start: Start | None,
     config: Config,
     data_sha256: str,
     tokenizer: TokenizerRecord,
@@ -307,8 +308,8 @@ def load_start(
     if start is None:
         state = TrainingState(0, 0, 0, 0, *backend.loss_scaler.state, config.run.seed)
     else:
-        state = load_checkpoint(start, backend, world)
-        warn_of_other_tokenizer(start, state.tokenizer, tokenizer)
+        state = load_checkpoint(start.folder, backend, world)
+        warn_of_other_tokenizer(start.folder, state.tokenizer, tokenizer)
     return replace(state, seed=config.run.seed, data_sha256=data_sha256, tokenizer=tokenizer)
 
 

@@ -10,7 +10,6 @@ from data_tools.storage.remote import require_writable_url
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.backends import create_backend
 from pipeline.checkpoint.hashing import HashFile
-from pipeline.checkpoint.state import read_state_file
 from pipeline.config.paths import with_working_dir
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan, plan_batch
@@ -37,6 +36,7 @@ from pipeline.training.rank_agreement import check_agreement
 from pipeline.training.remote_start import fetch_remote_start
 from pipeline.training.resuming import find_start, load_start, prepare_run_folder, why_complete
 from pipeline.training.run_record import send_missing_rows
+from pipeline.training.start import Start
 from pipeline.training.summary import log_results, log_settings
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
 from pipeline.training.trainer import Trainer
@@ -129,7 +129,7 @@ def _check_support(config: Config, world: World) -> None:
 
 def _lock_and_find_start(
     config: Config, data_sha256: str, world: World, resources: ExitStack, hash_file: HashFile
-) -> Path | None:
+) -> Start | None:
     """Lock the run folder, and return the checkpoint from which the run continues, or None for a new run."""
     run_folder = Path(config.run.out_dir)
     world.call_on_main(lambda: resources.enter_context(open_run_folder(run_folder)))  # before all writes into it
@@ -138,15 +138,15 @@ def _lock_and_find_start(
     return world.call_on_main(lambda: find_start(config, data_sha256, hash_file))
 
 
-def _start_heartbeat_file(config: Config, start: Path | None, world: World, resources: ExitStack) -> HeartbeatFile:
+def _start_heartbeat_file(config: Config, start: Start | None, world: World, resources: ExitStack) -> HeartbeatFile:
     heartbeat_file = HeartbeatFile(Path(config.run.out_dir) if world.is_main else None)
-    resources.enter_context(heartbeat_file.starting(read_state_file(start).step if start else 0))
+    resources.enter_context(heartbeat_file.starting(start.state.step if start else 0))
     world.progress.listener = heartbeat_file.beat
     return heartbeat_file
 
 
 def _tune(
-    config: Config, plan: BatchPlan, start: Path | None, world: World, resources: ExitStack
+    config: Config, plan: BatchPlan, start: Start | None, world: World, resources: ExitStack
 ) -> tuple[Config, str]:
     """Choose what makes a step fast. Returns the config with these choices, and the name of the attention kernel.
 

@@ -1,14 +1,13 @@
 """Log the settings of a run at its start, and its results at its end."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from data_tools.formatting import count_of, format_duration
 from data_tools.shards.reader import TokenStream
 from data_tools.shards.validation_split import describe_small_validation
 from pipeline.checkpoint.layout import list_checkpoints
-from pipeline.checkpoint.state import backend_name, read_state, read_state_file
+from pipeline.checkpoint.state import backend_name
 from pipeline.config.loading import dump_config
 from pipeline.data.loader import scored_targets
 from pipeline.distributed.device import describe_fp32_products
@@ -16,12 +15,13 @@ from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.layout import LOG_FILE
 from pipeline.run_folder.metrics import MEAN_LOSS_KEY, describe_speed, read_metrics
 from pipeline.training.resuming import describe_changes, describe_started_decay, windows_per_evaluation
+from pipeline.training.start import Start
 from pipeline.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
-def log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) -> None:
+def log_settings(trainer: Trainer, attention_kernel: str, start: Start | None) -> None:
     """Log what the run will do.
 
     Args:
@@ -50,10 +50,10 @@ def log_settings(trainer: Trainer, attention_kernel: str, start: Path | None) ->
         log.warning(warning)
 
 
-def _describe_start(start: Path | None, origin: dict[str, Any] | None) -> str:
+def _describe_start(start: Start | None, origin: dict[str, Any] | None) -> str:
     if start:
-        saved = read_state_file(start)
-        return f"continues {start}, saved with {backend_name(saved.config)}, world size {saved.world_size}"
+        saved_with = backend_name(start.state.config)
+        return f"continues {start}, saved with {saved_with}, world size {start.state.world_size}"
     if origin is None:
         return "from scratch"
     step = "" if origin["step"] is None else f" (step {origin['step']} there)"
@@ -108,7 +108,7 @@ def log_masks(trainer: Trainer) -> None:
                 )
 
 
-def _log_data(trainer: Trainer, start: Path | None) -> None:
+def _log_data(trainer: Trainer, start: Start | None) -> None:
     loader, max_steps = trainer.loader, trainer.config.schedule.max_steps
     counts = loader.mixture.counts(max_steps * trainer.plan.samples_per_step)
     for dataset, order, share, count in zip(loader.datasets, loader.orders, loader.mixture.shares, counts, strict=True):
@@ -126,7 +126,7 @@ def _log_data(trainer: Trainer, start: Path | None) -> None:
             _log_validation(dataset.path, dataset.validation, trainer, start)
 
 
-def _log_validation(path: str, validation: TokenStream, trainer: Trainer, start: Path | None) -> None:
+def _log_validation(path: str, validation: TokenStream, trainer: Trainer, start: Start | None) -> None:
     windows = -(-(validation.tokens - 1) // trainer.plan.seq_len)
     measured = min(windows, windows_per_evaluation(dump_config(trainer.config)) or windows)
     log.info(
@@ -136,7 +136,7 @@ def _log_validation(path: str, validation: TokenStream, trainer: Trainer, start:
         trainer.plan.seq_len,
         f"{measured:,}",
     )
-    before = min(windows, windows_per_evaluation(read_state(start)[1]) or windows) if start else measured
+    before = min(windows, windows_per_evaluation(start.state.config) or windows) if start else measured
     if before != measured:
         log.warning(
             "%s: an evaluation read %s validation windows before, so the validation losses before and after this start "

@@ -17,6 +17,7 @@ from pipeline.distributed.world import World
 from pipeline.model.gpt2 import build_model, parameter_count
 from pipeline.training import compilation
 from pipeline.training.compilation import SHORTEST_COMPILED_CPU_RUN_S, choose_compilation, measure_micro_step
+from pipeline.training.start import Start
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
 
@@ -32,7 +33,7 @@ def with_compile(config: Config, wanted: Any) -> Config:
     return config.with_run(compile=wanted)
 
 
-def choose(config: Config, world: World, start: Path | None = None) -> Config:
+def choose(config: Config, world: World, start: Start | None = None) -> Config:
     return choose_compilation(config, world, plan_batch(config, 1), start)
 
 
@@ -106,7 +107,7 @@ def test_a_run_that_continues_keeps_its_choice(
     stored = dump_config(with_compile(config, before))
     state = TrainingState(1, 4, 48, 1, 1.0, 0, config.run.seed, None)
     backend = DdpBackend(build_model(config.model, 1), config, world)
-    start = save_checkpoint(Path(config.run.out_dir), state, stored, backend, world, 9)
+    start = Start.read(save_checkpoint(Path(config.run.out_dir), state, stored, backend, world, 9))
     pretend(monkeypatch, config, SHORT_S if before else LONG_S)
     assert choose(config, world, start).run.compile is before
 

@@ -19,6 +19,7 @@ from pipeline.model.blocked_loss import measure_kept_blocks
 from pipeline.model.gpt2 import allocate_model, build_model
 from pipeline.training import loss_in_blocks
 from pipeline.training.loss_in_blocks import choose_loss_in_blocks
+from pipeline.training.start import Start
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
 
@@ -31,7 +32,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return tiny_config(tmp_path, run={"compile": True})
 
 
-def choose(config: Config, world: World, start: Path | None = None) -> Config:
+def choose(config: Config, world: World, start: Start | None = None) -> Config:
     return choose_loss_in_blocks(config, world, plan_batch(config, 1), start)
 
 
@@ -103,7 +104,7 @@ def test_a_run_that_continues_keeps_its_choice(
     stored = dump_config(config.with_run(loss_in_blocks=before, compile=False))
     state = TrainingState(1, 4, 48, 1, 1.0, 0, config.run.seed, None)
     backend = DdpBackend(build_model(config.model, 1), config.with_run(compile=False), world)
-    start = save_checkpoint(Path(config.run.out_dir), state, stored, backend, world, 9)
+    start = Start.read(save_checkpoint(Path(config.run.out_dir), state, stored, backend, world, 9))
     monkeypatch.setattr(loss_in_blocks, "measure_kept_blocks", lambda *_: seconds)
     assert choose(config, World(0, 1, 0, torch.device(device)), start).run.loss_in_blocks == choice
 

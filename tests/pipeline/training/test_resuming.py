@@ -27,6 +27,7 @@ from pipeline.training.resuming import (
     prepare_run_folder,
     why_complete,
 )
+from pipeline.training.start import Start
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
 
@@ -71,7 +72,7 @@ def start(run_folder: Path, resume: str | Path = "auto", sha256: str = DATA, **s
     found = find_start(config, sha256)
     if found is None or why_complete(found, config) is None:
         prepare_run_folder(found, config)
-    return found
+    return found and found.folder
 
 
 def damage(folder: Path) -> None:
@@ -244,9 +245,10 @@ class TestGoingBack:
         pair(run_folder, url)
         before = names(run_folder)
         config = config_of(run_folder, older)
-        assert find_start(config, DATA) == older
+        found = find_start(config, DATA)
+        assert found == Start.read(older)
         assert names(run_folder) == before and not is_abandoned(run_folder, url, 4)
-        prepare_run_folder(older, config)
+        prepare_run_folder(found, config)
         assert names(run_folder) == ["step_00000002", "step_00000004.abandoned"] and is_abandoned(run_folder, url, 4)
 
     def test_one_set_aside_can_be_named(self, save: Save, run_folder: Path) -> None:
@@ -353,18 +355,19 @@ class TestAnotherRun:
     ) -> None:
         sections = {"schedule": {"warmup_steps": 1, **schedule}, "optimizer": {"learning_rate": 1e-3}}
         steps, rate, decay_steps = rates
-        assert describe_started_decay(other, config_of(run_folder, **sections)) == (
+        branch = Start.read(other)
+        assert describe_started_decay(branch, config_of(run_folder, **sections)) == (
             f"this branch begins at step 6, inside the decay of its schedule (steps {steps}): its learning rate begins "
             f"at {rate}, and the peak is 0.001; for a decay that begins at step 6, set schedule.name=wsd "
             f"schedule.decay_steps={decay_steps}"
         )
         advised = {**sections["schedule"], "name": "wsd", "decay_steps": decay_steps}
-        assert describe_started_decay(other, config_of(run_folder, **{**sections, "schedule": advised})) is None
+        assert describe_started_decay(branch, config_of(run_folder, **{**sections, "schedule": advised})) is None
         own = config_of(other.parent.parent, **sections)
-        assert describe_started_decay(other, own) is None, "not a branch"
+        assert describe_started_decay(branch, own) is None, "not a branch"
 
     def test_a_start_with_the_same_schedule_gives_no_warning(self, other: Path, run_folder: Path) -> None:
-        assert describe_started_decay(other, config_of(run_folder)) is None
+        assert describe_started_decay(Start.read(other), config_of(run_folder)) is None
 
     def test_a_path_without_a_checkpoint_is_refused(self, save: Save, run_folder: Path, tmp_path: Path) -> None:
         save(2)
@@ -455,7 +458,7 @@ class TestChanges:
             evaluation={"tasks": ["validation", "lambada"]},
         )
         learning_rate = config_of(run_folder).optimizer.learning_rate
-        assert describe_changes(save(2), changed) == [
+        assert describe_changes(Start.read(save(2)), changed) == [
             "backend.name ddp -> deepspeed",
             'evaluation.tasks ["validation"] -> ["validation", "lambada"]',
             f"optimizer.learning_rate {learning_rate} -> 0.0001",
@@ -463,7 +466,17 @@ class TestChanges:
 
     def test_a_resumed_run_without_changes(self, save: Save, run_folder: Path) -> None:
         folder = save(2)
-        assert describe_changes(folder, config_of(run_folder, resume=folder)) == []
+        assert describe_changes(Start.read(folder), config_of(run_folder, resume=folder)) == []
+
+    def test_the_state_is_read_once(self, save: Save, run_folder: Path) -> None:
+        """Another process, such as the one that this run replaces, may delete the checkpoint meanwhile."""
+        config = config_of(run_folder, resume=save(2))
+        found = find_start(config, DATA)
+        assert found is not None
+        (found.folder / "state.json").unlink()
+        prepare_run_folder(found, config)
+        assert why_complete(found, config) is None and describe_started_decay(found, config) is None
+        assert describe_changes(found, config) == [] and found.state.world_size == 1
 
 
 class TestRunFolder:

@@ -41,6 +41,7 @@ from pipeline.training import evaluation, throughput
 from pipeline.training.group_norms import GroupNorms
 from pipeline.training.resuming import load_start, why_complete
 from pipeline.training.schedule import lr_at
+from pipeline.training.start import Start
 from pipeline.training.step_profile import StepProfile
 from pipeline.training.summary import log_masks, log_results
 from pipeline.training.throughput import ThroughputMeter
@@ -79,7 +80,8 @@ def make_trainer(tmp_path: Path, world: World) -> MakeTrainer:
         backend = create_backend(build_model(config.model, config.run.seed), config, world, plan)
         (tmp_path / name).mkdir(exist_ok=True)
         meter = ThroughputMeter(plan.tokens_per_step, 1, 1.0, world.device)
-        state = load_start(resume_from, config, data_sha256(datasets), tokenizer_of(datasets), backend, world)
+        start = Start.read(resume_from) if resume_from else None
+        state = load_start(start, config, data_sha256(datasets), tokenizer_of(datasets), backend, world)
         return Trainer(config, world, backend, loader, meter, state, tasks={})
 
     return make
@@ -476,14 +478,15 @@ class TestStop:
         assert f"the evaluation of step {step} was stopped; the next start repeats it" in caplog.text
         newest = list_checkpoints(stopped.run_folder)[-1]
         assert step_of(newest) == step and step not in rows_with(stopped, "val_loss")
-        assert why_complete(newest, stopped.config) is None
+        start = Start.read(newest)
+        assert why_complete(start, stopped.config) is None
 
         resumed = make_trainer("stopped", resume_from=newest, **averaging)
         resumed.fit()
         for key in ("loss", "val_loss", "val_ema_loss"):
             assert rows_with(resumed, key) == {**rows_with(stopped, key), **rows_with(whole, key)}
         assert resumed.state == whole.state
-        assert (why_complete(newest, stopped.config) is None) == (step < STEPS), "the metrics have the results"
+        assert (why_complete(start, stopped.config) is None) == (step < STEPS), "the metrics have the results"
 
         again = make_trainer("stopped", resume_from=newest, **averaging)
         again.fit()
