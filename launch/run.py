@@ -97,6 +97,8 @@ def run_stage(
 ) -> str:
     """Run the command of a stage. If the command fails, exit with its status.
 
+    If the command succeeds although a signal asked it to stop, exit with 128 + n, where n is the signal.
+
     Args:
         launcher: the beginning of the command line, before the script.
         returns_output: if True, return standard output and do not print it. If False, return "".
@@ -106,11 +108,15 @@ def run_stage(
     output = subprocess.PIPE if returns_output else None
     with (
         subprocess.Popen(command, stdout=output, encoding="utf-8", errors="replace") as process,
-        _signals_belong_to(process),
+        _signals_belong_to(process) as received,
     ):
         text, _ = process.communicate()
     if process.returncode:
         sys.exit(_exit_status(stage, process.returncode))
+    if received:  # too late to stop the stage
+        name = signal.Signals(received[0]).name
+        print(f"error: {name} received: stopped after {stage}; run the same command again to continue", file=sys.stderr)
+        sys.exit(128 + received[0])
     return text or ""
 
 
@@ -123,15 +129,22 @@ def _exit_status(stage: str, returncode: int) -> int:
 
 
 @contextmanager
-def _signals_belong_to(process: subprocess.Popen[str]) -> Iterator[None]:
+def _signals_belong_to(process: subprocess.Popen[str]) -> Iterator[list[int]]:
     """Let a child process handle Ctrl-C and SIGTERM, so that it can save a checkpoint before it ends.
 
-    The parent process forwards SIGTERM. It ignores Ctrl-C, because the child process also receives Ctrl-C.
+    The parent process forwards SIGTERM. It does not forward Ctrl-C, because the child process also receives Ctrl-C. The
+    context manager gives a list to which it appends the signals.
     """
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda number, _: process.send_signal(number)}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        received.append(number)
+        if number == signal.SIGTERM:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

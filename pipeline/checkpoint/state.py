@@ -34,7 +34,13 @@ class ValidationHistory:
     evaluations_since_best: NonNegativeInt = 0
 
     def after(self, step: int, loss: float) -> ValidationHistory:
-        """Return the history after a further validation. A NaN or infinite loss is never the best."""
+        """Return the history after a further validation. A NaN or infinite loss is never the best.
+
+        The loss at step 0 does not count, because the run has no checkpoint of step 0. In fine-tuning, this loss can be
+        lower than all later losses.
+        """
+        if step == 0:
+            return self
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             return ValidationHistory(loss, step)
         return replace(self, evaluations_since_best=self.evaluations_since_best + 1)

@@ -383,12 +383,14 @@ class ScheduleConfig(Section):
     )
 
     stop_at_val_loss: PositiveFloat | None = Field(
-        None, description="End the run when the validation loss is at most this value. `null` turns this off."
+        None,
+        description="End the run when the validation loss is at most this value. The validation before the first step "
+        "does not count. `null` turns this off.",
     )
     stop_after_evaluations: PositiveInt | None = Field(
         None,
-        description="End the run after this many evaluations in a row without a new lowest validation loss. `null` "
-        "turns this off.",
+        description="End the run after this many evaluations in a row without a new lowest validation loss. The "
+        "validation before the first step does not count. `null` turns this off.",
     )
 
     @model_validator(mode="after")
@@ -513,7 +515,7 @@ class CheckpointConfig(Section):
     keep_best: bool = Field(
         False,
         description="Also save a checkpoint after each evaluation with a new lowest validation loss. The checkpoint "
-        "with the lowest loss is kept.",
+        "with the lowest loss is kept. The validation before the first step does not count.",
     )
     resume: PathText = Field(
         "auto",

@@ -171,10 +171,13 @@ def _summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _write_report(run_folder: Path) -> None:
+    """Write the report of a run. Every error is only logged, because it must not hide the error of the run."""
     try:
         write_report([run_folder], run_folder / REPORT_FOLDER)
     except (UserError, OSError) as error:
         log.info("the sinks get no report: %s", error)
+    except Exception as error:  # noqa: BLE001 - a library that draws may raise anything
+        log.warning("the sinks get no report: %r", error)
 
 
 def _create_sinks(config: LoggingConfig, run_folder: Path) -> list[Sink]:

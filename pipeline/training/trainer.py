@@ -109,7 +109,8 @@ class Trainer:
         Raises:
             TrainingError: too many steps were skipped or were spikes.
             CheckpointError: the last checkpoint could not be written. The errors of earlier saves are only logged.
-            Interrupted: a signal asked the run to stop. A checkpoint was saved, unless no step was trained.
+            Interrupted: a signal asked the run to stop before its end. A checkpoint was saved, unless no step was
+                trained.
         """
         ended = "failed"
         try:
@@ -118,11 +119,15 @@ class Trainer:
                 self._finish_save()
                 if not received:
                     self._finish_uploads()
-            ended = "interrupted" if received else "finished"
+            is_finished = not received or self._is_complete() and not self.state.evaluation_is_due
+            ended = "finished" if is_finished else "interrupted"
         finally:
             self._close(ended)
         if received:
             self._finish_uploads()  # the launcher may kill this process during the wait
+        if received and is_finished:
+            log.info("%s received in the last step: the run is complete", received.name)
+        elif received:
             step, max_steps = self.state.step, self.config.schedule.max_steps
             saved = f"after step {step} of {max_steps}, the checkpoint is saved"
             place = saved if step else "before the first step, nothing to save"
@@ -131,7 +136,7 @@ class Trainer:
             )
 
     def _train(self) -> signal.Signals | None:
-        """Run the training loop. Returns the signal that ended it early, or None."""
+        """Run the training loop. Returns a signal that has arrived, or None. The signal ends the loop."""
         self._record_start()
         received = self._evaluate_at_start()
         self.throughput.restart()

@@ -26,6 +26,19 @@ def test_a_signal_waits_for_the_stage(number: signal.Signals, seconds: float, st
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_after_a_signal_no_stage_follows_even_if_the_stage_has_completed(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For example, a signal in the last step of training comes too late to interrupt the training."""
+    script = f"import os, signal; signal.signal({int(number)}, lambda *_: None); os.kill(os.getppid(), {int(number)})"
+    with pytest.raises(SystemExit) as ended:
+        run_stage("train", [sys.executable, "-c", script], "train.py", [])
+    assert ended.value.code == 128 + number
+    expected = f"error: {number.name} received: stopped after train; run the same command again to continue\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_several_processes_start_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     launchers: list[list[str]] = []
     monkeypatch.setattr(run, "run_stage", lambda stage, launcher, *_: launchers.append(launcher))

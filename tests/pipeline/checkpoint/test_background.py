@@ -265,7 +265,7 @@ def test_an_outcome_says_what_was_written(make_saver: MakeSaver, backend: DdpBac
     saver = make_saver()
     saver.start(state_of(backend, 3))
     (outcome,) = saver.wait()
-    assert outcome.saved is not None and outcome.pause_s >= 0
+    assert outcome.saved is not None
     written = sum(path.stat().st_size for path in outcome.saved.folder.glob("*.safetensors"))
     assert outcome.saved.bytes_of_rank == {0: written}
     assert outcome.saved.total_bytes == written > (outcome.saved.folder / WEIGHTS).stat().st_size

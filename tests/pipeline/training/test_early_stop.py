@@ -16,7 +16,7 @@ def reason_after(losses: list[float], **settings: Any) -> str | None:
     """Return the reason after evaluations every 10 steps."""
     history = ValidationHistory()
     for number, loss in enumerate(losses):
-        history = history.after(10 * number, loss)
+        history = history.after(10 * (number + 1), loss)
     return early_stop_reason(ScheduleConfig(**settings), history)
 
 
@@ -50,6 +50,13 @@ def test_a_plateau(losses: list[float], stops: bool) -> None:
 
 
 def test_the_best_loss_and_its_step_are_remembered() -> None:
-    history = ValidationHistory().after(0, 5.0).after(10, 4.0).after(20, 4.5).after(30, math.inf)
+    history = ValidationHistory().after(5, 5.0).after(10, 4.0).after(20, 4.5).after(30, math.inf)
     assert history == ValidationHistory(best_loss=4.0, best_step=10, evaluations_since_best=2)
     assert history.after(40, 3.0) == ValidationHistory(3.0, 40, 0)
+
+
+def test_the_loss_before_the_first_step_does_not_count() -> None:
+    """The run has no checkpoint of these weights, which can be better than all later ones in fine-tuning."""
+    history = ValidationHistory().after(0, 2.0)
+    assert history == ValidationHistory()
+    assert history.after(10, 3.0) == ValidationHistory(3.0, 10, 0)

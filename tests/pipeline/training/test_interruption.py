@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import queue
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,11 +21,44 @@ from pipeline.distributed.world import World
 from pipeline.training import interruption
 from pipeline.training.interruption import STOP_SIGNALS, StopRequest
 
+RECORDED: queue.SimpleQueue[int] = queue.SimpleQueue()  # the signals that a ``StopRequest`` has handled
+LONG_S = 60.0  # longer than any test waits
+
+
+class Clock:
+    """A clock that the test moves, so that a slow machine does not separate two signals."""
+
+    now_s = 1000.0
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Make signals one request if the test does not move the clock between them."""
+    clock, plain = Clock(), StopRequest._record
+    while not RECORDED.empty():
+        RECORDED.get()
+
+    def record(request: StopRequest, number: int) -> None:
+        plain(request, number)
+        RECORDED.put(number)
+
+    monkeypatch.setattr(StopRequest, "_record", record)
+    monkeypatch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    monkeypatch.setattr(interruption, "_ONE_REQUEST_S", LONG_S)
+    return clock
+
 
 def send(number: signal.Signals) -> None:
-    """Send a real signal to this process, and return after the thread has probably read it."""
+    """Send a real signal to this process, and return after the thread of a ``StopRequest`` has handled it."""
     os.kill(os.getpid(), number)
-    time.sleep(0.05)
+    assert RECORDED.get(timeout=LONG_S) == number
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LONG_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def outlives(number: signal.Signals) -> bool:
@@ -81,7 +116,8 @@ def test_earlier_handlers_are_restored(world: World) -> None:
         send(signal.SIGTERM)
     assert received_signals == []
     for number in STOP_SIGNALS:
-        send(number)
+        os.kill(os.getpid(), number)
+        wait_until(lambda number=number: number in received_signals)  # type: ignore[misc]
     assert received_signals == list(STOP_SIGNALS)
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -110,8 +146,9 @@ def test_a_signal_that_nohup_ignores_stays_ignored(world: World) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     request = StopRequest(world)
     with request.listening():
-        send(signal.SIGHUP)
-        assert request.agreed() is None
+        os.kill(os.getpid(), signal.SIGHUP)
+        send(signal.SIGTERM)
+        assert request.agreed() is signal.SIGTERM
     assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
@@ -154,7 +191,7 @@ class TestAnswer:
         assert not caplog.messages
 
     def test_a_second_ctrl_c_does_not_wait_for_the_log(
-        self, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, world: World, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """The log and stderr can wait for the reader of a pipe."""
         ended, is_read = threading.Event(), threading.Event()
@@ -165,8 +202,9 @@ class TestAnswer:
         try:
             with StopRequest(world).listening():
                 send(signal.SIGINT)
+                clock.now_s += 1.0
                 send(signal.SIGINT)
-                assert ended.wait(timeout=30)
+                assert ended.wait(timeout=LONG_S)
         finally:
             is_read.set()
             caplog.handler.release()
@@ -208,14 +246,19 @@ class TestRepeatedSignals:
 
     @pytest.mark.parametrize("first", STOP_SIGNALS, ids=lambda number: number.name)
     def test_a_later_ctrl_c_ends_the_process(
-        self, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: signal.Signals
+        self,
+        world: World,
+        clock: Clock,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        first: signal.Signals,
     ) -> None:
         statuses: list[int] = []
-        monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.0)
         monkeypatch.setattr("os._exit", statuses.append)
         request = StopRequest(world)
         with request.listening():
             send(first)
+            clock.now_s += LONG_S + 1
             send(signal.SIGINT)
         assert statuses == [128 + signal.SIGINT]
         assert "stopped without saving" in capsys.readouterr().err
@@ -223,12 +266,11 @@ class TestRepeatedSignals:
 
     @pytest.mark.parametrize("later", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
     def test_a_second_signal_of_a_scheduler_changes_nothing(
-        self, world: World, monkeypatch: pytest.MonkeyPatch, later: signal.Signals
+        self, world: World, clock: Clock, later: signal.Signals
     ) -> None:
-        monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.0)
         request = StopRequest(world)
         with request.listening():
             send(signal.SIGINT)
-            time.sleep(0.01)
+            clock.now_s += LONG_S + 1
             send(later)
             assert request.agreed() is signal.SIGINT

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.config.schema import Config
 from pipeline.run_folder.layout import CONFIG_FILE, METRICS_FILE
 from pipeline.run_folder.metrics import read_metrics
+from pipeline.run_folder.sinks import ServiceSink
+from pipeline.run_folder.sinks.sink import Row
 from pipeline.training import run_record
 from pipeline.training.run_record import RunRecord
 
@@ -78,6 +81,37 @@ def test_without_tensorboard_there_are_no_event_files(tmp_path: Path) -> None:
     record.write({"step": 1, "loss": 1.0})
     record.close(0, "finished", {"loss": 1.0})
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, METRICS_FILE}
+
+
+class SentRows(ServiceSink):
+    """A service that keeps what it receives."""
+
+    def __init__(self) -> None:
+        self.received: list[Row] = []
+
+    def start(self, config: dict[str, Any], resumed_step: int) -> None:
+        pass
+
+    def write(self, row: Row) -> None:
+        self.received.append(row)
+
+    def end(self, summary: Row) -> None:
+        self.received.append(summary)
+
+
+def test_an_error_in_the_report_does_not_hide_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("loss")
+
+    sink = SentRows()
+    monkeypatch.setattr(run_record, "_create_sinks", lambda *_: [sink])
+    monkeypatch.setattr(run_record, "write_report", fail)
+    record = open_record(tmp_path, resumed_step=0)
+    record.close(3, "failed", {})
+    assert sink.received[0]["ended"] == sink.received[1]["state"] == "failed"
+    assert caplog.messages == ["the sinks get no report: KeyError('loss')"]
 
 
 def test_every_row_names_the_keys_that_change_the_numbers(tmp_path: Path) -> None:

@@ -382,6 +382,17 @@ class TestKeptCheckpoints:
         state, _ = read_state(list_checkpoints(trainer.run_folder)[-1])
         assert state.validation == ValidationHistory(best_loss=3.0, best_step=4, evaluations_since_best=3)
 
+    def test_the_best_trained_one_is_kept_if_the_initial_weights_were_better(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        losses = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])  # after steps 0, 2, 4, 6, 8, 10
+        monkeypatch.setattr(evaluation, "validate", lambda *_: {"val_loss": next(losses)})
+        trainer = make_trainer(
+            checkpoint={"every_steps": 5, "keep_last": 1, "keep_best": True}, evaluation={"every_steps": 2}
+        )
+        trainer.fit()
+        assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [2, 10]
+
 
 class TestEarlyStop:
     def test_the_run_ends_with_a_checkpoint_at_the_target(
@@ -493,6 +504,18 @@ class TestStop:
         assert again.state == whole.state
         steps = [row["step"] for row in read_metrics(again.run_folder) if "val_loss" in row]
         assert steps == [0, 5, 10], "no evaluation twice"
+
+    def test_a_signal_in_the_last_step_does_not_interrupt_a_complete_run(
+        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trainer = make_trainer(evaluation={"tasks": []})
+        before_step(trainer, STEPS, lambda: send_sigterm(trainer))
+        with caplog.at_level(logging.INFO):
+            trainer.fit()
+        newest = list_checkpoints(trainer.run_folder)[-1]
+        assert step_of(newest) == STEPS and why_complete(newest, trainer.config)
+        assert rows_with(trainer, "ended") == {STEPS: "finished"}
+        assert "SIGTERM received in the last step: the run is complete" in caplog.text
 
     def test_a_signal_in_the_first_evaluation_has_nothing_to_save(self, make_trainer: MakeTrainer) -> None:
         trainer = make_trainer()
