@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from data_tools.shards.manifest import TokenizerRecord
+from data_tools.storage.files import is_remote
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.backends import Backend, Fragment
-from pipeline.checkpoint.layout import GROUPS, STATE_FILE, tensor_file
+from pipeline.checkpoint.layout import GROUPS, STATE_FILE, checkpoint_url, split_url, step_of, tensor_file
 from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
 from pipeline.checkpoint.pieces import Piece, PieceIndex, index_pieces, manifest_of_weights, open_tensors
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, ModelConfig
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import GPT2, allocate_model
 from pipeline.model.parameter_state import EMA, KINDS_OF_WEIGHTS, WEIGHT
@@ -229,7 +231,45 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
         CheckpointError: there is no checkpoint with undamaged weights, or it lacks the requested moving average.
         ConfigError: the config in the checkpoint is not valid.
     """
-    folder = locate_weights_of(path, weights)
+    return read_model(locate_weights_of(path, weights), device, weights)
+
+
+def load_model_of_main(path: Path | str, world: World, weights: str = "training") -> LoadedModel:
+    """Load the same model on all ranks: the main rank chooses the checkpoint as ``load_model`` does, and verifies it.
+
+    If each rank chose for itself, the ranks could load different checkpoints of a run that is still training. Every
+    rank must call this.
+
+    Raises:
+        CheckpointError: as for ``load_model``, or the hosts have different checkpoints at this path.
+        ConfigError: the config in the checkpoint is not valid.
+    """
+    folder = world.call_on_main(lambda: locate_weights_of(path, weights))
+    if is_remote(str(path)) and not world.is_main:  # each host has its own copy of the weights at a URL
+        folder = locate_weights_of(checkpoint_url(split_url(str(path))[0], step_of(folder)), weights)
+    loaded = read_model(folder, world.device, weights)
+    hashes = world.gather(loaded.weights_sha256)
+    world.call_on_main(lambda: _require_same_weights(path, hashes))
+    return loaded
+
+
+def _require_same_weights(path: Path | str, hashes: list[str]) -> None:
+    """Raise CheckpointError if the ranks have loaded different weights. ``hashes`` has one entry per rank."""
+    for rank, sha256 in enumerate(hashes):
+        if sha256 != hashes[0]:
+            raise CheckpointError(
+                f"{path}: rank {rank} finds other weights at this path than rank 0; name a folder that all hosts "
+                "share, or the URL of the run"
+            )
+
+
+def read_model(folder: Path, device: torch.device, weights: str = "training") -> LoadedModel:
+    """Load a model in fp32 from a checkpoint folder. The hashes of its files are not verified.
+
+    Raises:
+        CheckpointError: a file is missing or malformed, or the checkpoint lacks the requested moving average.
+        ConfigError: the config in the checkpoint is not valid.
+    """
     state, stored = read_state(folder)
     config = config_from_json(stored, origin=str(folder / STATE_FILE))
     model = allocate_model(config.model, device)

@@ -9,7 +9,7 @@ from data_tools.formatting import count_of
 from data_tools.shards.manifest import TokenizerRecord
 from pipeline.backends import Backend
 from pipeline.checkpoint.inspection import find_different_numbers
-from pipeline.checkpoint.loading import LoadedModel, load_model
+from pipeline.checkpoint.loading import LoadedModel, load_model_of_main
 from pipeline.config.paths import find_path
 from pipeline.config.schema import Config
 from pipeline.distributed.cpu import configure_cpu
@@ -68,7 +68,7 @@ def run_tasks(
     """
     if world.device.type == "cpu":
         configure_cpu(world)
-    loaded = load_model(checkpoint, world.device, weights)
+    loaded = load_model_of_main(checkpoint, world, weights)
     config = loaded.config
     output = choose_output(checkpoint, loaded.run_folder, tasks, out, examples_file)
     check_tasks(tasks, settings, paths or {}, config.evaluation.data)

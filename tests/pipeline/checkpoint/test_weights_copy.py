@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline.checkpoint import weights_copy
 from pipeline.checkpoint.inspection import CheckpointReport, RunReport, inspect
 from pipeline.checkpoint.layout import list_checkpoints
-from pipeline.checkpoint.loading import load_model
+from pipeline.checkpoint.loading import load_model, load_model_of_main
 from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import dump_config
@@ -68,6 +70,46 @@ def save(folder: Path, world: World, *steps: int, ema: float | None = None) -> N
 def same_weights(place: Path | str, other: Path | str, weights: str = "training") -> bool:
     models = [load_model(each, CPU, weights).model.state_dict() for each in (place, other)]
     return all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@dataclass(frozen=True)
+class RankOfTwo(World):
+    """One of two ranks. The other rank is only what it has sent."""
+
+    chosen: Path = Path()  # by the main rank
+    hash_of_other: str = "0" * 64
+
+    def call_on_main(self, function: Any) -> Any:
+        return function() if self.is_main else self.chosen
+
+    def gather(self, item: Any) -> list[Any]:
+        return [item, self.hash_of_other] if self.is_main else [self.hash_of_other, item]
+
+
+@pytest.mark.parametrize("is_url", [False, True])
+def test_all_ranks_load_the_checkpoint_that_the_main_rank_has_chosen(run_folder: Path, is_url: bool) -> None:
+    """The main rank has chosen step 1 before the run, which is still training, saved step 2."""
+    place = URL if is_url else run_folder
+    assert load_model(place, CPU).step == 2
+    older = load_model(list_checkpoints(run_folder)[0], CPU)
+    second = RankOfTwo(1, 2, 1, CPU, chosen=older.checkpoint, hash_of_other=older.weights_sha256)
+    loaded = load_model_of_main(place, second)
+    assert (loaded.step, loaded.weights_sha256) == (1, older.weights_sha256)
+    assert is_url == (loaded.checkpoint != older.checkpoint), "each host has its own copy of the weights at a URL"
+
+
+def test_hosts_with_different_checkpoints_at_the_same_path_are_an_error(run_folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="rank 1 finds other weights at this path than rank 0; name a folder"):
+        load_model_of_main(run_folder, RankOfTwo(0, 2, 0, CPU))
+
+
+def test_only_the_main_rank_verifies_a_checkpoint_on_a_shared_disk(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = load_model(run_folder, CPU)
+    monkeypatch.setattr(weights_copy, "locate_checkpoint", None)
+    second = RankOfTwo(1, 2, 1, CPU, chosen=newest.checkpoint, hash_of_other=newest.weights_sha256)
+    assert load_model_of_main(run_folder, second).step == 2
 
 
 def test_the_weights_are_read_once(run_folder: Path, read: list[str]) -> None:
