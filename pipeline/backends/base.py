@@ -50,7 +50,8 @@ class Backend(ABC):
         self.reduces_in_bf16 = config.backend.reduces_in_bf16(world.size)
         self.max_norm = config.optimizer.grad_clip
         self.loss_scaler = LossScaler.for_precision(config.run.precision, world.size)
-        self.step_clock = StepClock(world.device, is_active=world.size > 1)
+        compares_ranks = world.size > 1 and config.logging.slow_rank_ratio is not None
+        self.step_clock = StepClock(world.device, is_active=compares_ranks)
 
     @abstractmethod
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:

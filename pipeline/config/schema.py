@@ -647,7 +647,8 @@ class LoggingConfig(Section):
         description="Name slow ranks in the log. A rank is slow if the time of its steps, divided by the mean time of "
         "the other ranks, is above this value in three consecutive rows. Time in which a rank waits for other ranks "
         "does not count. For runs on several hosts, this key also turns on a network check. If all ranks wait for more "
-        "than half of the time, the log names the slowest link between the hosts. `null` turns off both checks.",
+        "than half of the time, the log names the slowest link between the hosts. `null` turns off both checks, and "
+        "the step times of the ranks are not measured.",
     )
     profile_steps: NonNegativeInt = Field(
         0,

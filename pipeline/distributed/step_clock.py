@@ -14,6 +14,7 @@ DDP waits in C++ code, so the DDP backend must call ``StepClock.backward_pass``.
 """
 
 import functools
+import logging
 import threading
 import time
 from collections import deque
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup, Work
 from torch.autograd import Variable
+
+log = logging.getLogger(__name__)
 
 #: The first step compiles. In the second step, DDP rebuilds its buckets, and the ranks agree on them.
 SETTLING_STEPS = 2
@@ -119,20 +122,25 @@ class StepClock:
     Call all methods from the main thread.
 
     Args:
-        is_active: if False, nothing is measured.
+        is_active: if False, nothing is measured, and no function of torch is replaced. The attribute ``is_active`` is
+            also False if this version of torch lacks one of the functions.
         clock: reads the time. If None, a clock for the device is created.
     """
 
     def __init__(self, device: torch.device, *, is_active: bool, clock: HostClock | StreamClock | None = None) -> None:
-        self._is_active = is_active
         self._clock = clock or create_clock(device)
         self._unmeasured_steps = 0
         self._step: _Step | None = None  # the current step, if it is measured
         self._finished: deque[_Step] = deque()  # the steps whose times are not known yet
         self._ignores_waits = False  # in a pause; in a wait, because a replaced function may call another one
         self._thread_id = threading.get_ident()
-        self._functions = [(owner, name, vars(owner)[name]) for owner, name in self._clock.waiting_functions]
-        self._timed = [(owner, name, self._time(plain)) for owner, name, plain in self._functions]
+        functions = [(owner, name, getattr(owner, name, None)) for owner, name in self._clock.waiting_functions]
+        missing = [f"{owner.__name__}.{name}" for owner, name, plain in functions if plain is None]
+        if is_active and missing:
+            log.warning("the step times of the ranks are not compared: this torch has no %s", ", ".join(missing))
+        self.is_active = is_active and not missing
+        self._timed = [(owner, name, self._time(plain)) for owner, name, plain in functions if plain is not None]
+        self._plain = [(owner, name, vars(owner).get(name)) for owner, name, _ in functions]  # None if it is inherited
         self._forget()
 
     def _forget(self) -> None:
@@ -141,7 +149,7 @@ class StepClock:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Return a context manager that measures one step."""
-        if not self._is_active or self._unmeasured_steps < SETTLING_STEPS:
+        if not self.is_active or self._unmeasured_steps < SETTLING_STEPS:
             yield
             self._unmeasured_steps += 1
             return
@@ -150,7 +158,7 @@ class StepClock:
         try:
             yield
         finally:
-            _assign(self._functions)
+            _assign(self._plain)
             self._step = None
         step.end = self._clock.mark()
         self._finished.append(step)
@@ -252,5 +260,9 @@ class StepClock:
 
 
 def _assign(functions: list[tuple[type, str, Any]]) -> None:
+    """Replace functions of classes. If a new function is None, the class inherits it from a base class again."""
     for owner, name, function in functions:
-        setattr(owner, name, function)
+        if function is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, function)

@@ -48,7 +48,7 @@ class RankComparison:
 
         The call does not wait for a GPU.
         """
-        if self._world.size == 1:
+        if self._world.size == 1 or not self._clock.is_active:
             return
         times = self._clock.read() or StepTimes()
         own = torch.zeros(self._world.size, len(_KINDS))  # the other ranks fill the other rows
@@ -59,7 +59,8 @@ class RankComparison:
         """Return metrics from the times that ``start`` has collected.
 
         If a rank was slow in several consecutive rows of metrics, log this rank. Synchronize the device before this
-        call. The result is empty if the run has only one rank, or if a rank has measured no step yet.
+        call. The result is empty if the run has only one rank, if the clock measures nothing, or if a rank has measured
+        no step yet.
         """
         times = [] if self._times is None else self._times.tolist()
         if not times or not all(compute_s for compute_s, *_ in times):

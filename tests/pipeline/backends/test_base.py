@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from pipeline.backends import Backend
+from pipeline.backends.ddp import DdpBackend
 from pipeline.distributed.world import World
+from pipeline.model.gpt2 import allocate_model
 from tests.pipeline.backends.conftest import count_graphs, make_backend, tensors_of
-from tests.pipeline.conftest import assert_same, random_tokens
+from tests.pipeline.conftest import assert_same, random_tokens, tiny_config
 from tests.support.host_reads import HostReads
 
 BACKENDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
@@ -151,3 +153,11 @@ def test_no_micro_step_waits_for_the_device(name: str, world: World) -> None:
         for is_last in (False, True):
             backend.accumulate(tokens[:, :-1], tokens[:, 1:], 1 / 32, is_last=is_last)
     assert reads.found == []
+
+
+@pytest.mark.parametrize(("ranks", "ratio", "is_active"), [(1, 1.2, False), (2, 1.2, True), (2, None, False)])
+def test_the_step_times_are_measured_only_to_compare_ranks(ranks: int, ratio: float | None, is_active: bool) -> None:
+    config = tiny_config(logging={"slow_rank_ratio": ratio})
+    backend = object.__new__(DdpBackend)  # the rest of the constructor needs the other rank
+    Backend.__init__(backend, allocate_model(config.model, "meta"), config, World(0, ranks, 0, torch.device("cpu")))
+    assert backend.step_clock.is_active == is_active

@@ -146,6 +146,34 @@ def test_one_rank_measures_nothing(clock: FakeClock) -> None:
     assert steps.read() is None
 
 
+class InheritsWait(Collective):
+    """A class as of another version of torch, in which a base class has the function."""
+
+
+def test_a_function_of_a_base_class_is_restored(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "waiting_functions", ((InheritsWait, "wait"),))
+    steps = StepClock(CPU, is_active=True, clock=clock)
+    for _ in range(SETTLING_STEPS + 1):
+        with steps.step():
+            InheritsWait(clock, 1.0).wait()
+    assert steps.read() == StepTimes(compute_s=0.0, collective_wait_s=1.0)
+    assert "wait" not in vars(InheritsWait)
+
+
+def test_a_torch_without_a_function_trains_without_the_measurement(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(clock, "waiting_functions", ((Collective, "wait"), (Collective, "wait_for_three")))
+    steps = StepClock(CPU, is_active=True, clock=clock)
+    for _ in range(SETTLING_STEPS + 1):
+        with steps.step():
+            clock.now += 1.0
+    assert not steps.is_active and steps.read() is None
+    assert caplog.messages == [
+        "the step times of the ranks are not compared: this torch has no Collective.wait_for_three"
+    ]
+
+
 def test_a_collective_of_gloo_is_a_wait(world: World) -> None:
     steps = StepClock(CPU, is_active=True)
     plain = vars(Work)["wait"]

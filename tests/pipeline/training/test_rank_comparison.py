@@ -42,6 +42,7 @@ class ThreeRanks(World):
 @dataclass
 class Clock:
     times: StepTimes | None = None
+    is_active: bool = True
 
     def read(self) -> StepTimes | None:
         return self.times
@@ -58,6 +59,12 @@ def compare(comparison: RankComparison, times: list[Times]) -> dict[str, Any]:
 def comparison(caplog: pytest.LogCaptureFixture) -> RankComparison:
     caplog.set_level(logging.INFO)
     return RankComparison(Clock(), ThreeRanks(0, 3, 0, torch.device("cpu")), slow_ratio=1.5)  # type: ignore[arg-type]
+
+
+def test_without_a_measurement_there_is_no_collective(comparison: RankComparison) -> None:
+    comparison._clock.is_active = False
+    comparison.start()  # the world has no times of the other ranks to sum
+    assert comparison.read() == {}
 
 
 def test_the_row_has_the_extremes_and_the_slowest_rank(comparison: RankComparison) -> None:
