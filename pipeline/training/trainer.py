@@ -142,7 +142,7 @@ class Trainer:
         self.throughput.restart()
         while not received and not self._is_complete():
             received = self._run_step()
-        if not received and (reason := self._early_stop_reason()):
+        if reason := self._early_stop_reason():
             log.info("stopped after step %d of %d: %s", self.state.step, self.config.schedule.max_steps, reason)
         return received
 

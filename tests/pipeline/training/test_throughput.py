@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -142,6 +143,35 @@ def test_a_wait_of_the_host_while_the_device_works_is_no_wait_for_data(clock: Cl
         with meter.waiting_for_data():
             clock.wait(4.0)
     assert meter.read()["data_wait_share"] == pytest.approx(0.25)
+
+
+@pytest.mark.gpu
+def test_the_work_of_a_gpu_counts_as_what_it_was_queued_for(gpu: torch.device) -> None:
+    short, long = 20_000_000, 1_000_000_000  # clock cycles, about 10 ms and half a second
+    meter = ThroughputMeter(1000, 1, 1.0, gpu)
+    started_s = time.perf_counter()
+    for _ in range(3):
+        torch.cuda._sleep(short)
+        meter.count_step()
+        with meter.paused():
+            torch.cuda._sleep(long)
+    step_s = meter.read()["step_ms"] / 1e3
+    assert 1e-3 < step_s < (time.perf_counter() - started_s) / 10
+
+
+@pytest.mark.gpu
+def test_a_wait_for_data_counts_only_while_a_gpu_has_no_work(gpu: torch.device) -> None:
+    meter = ThroughputMeter(1000, 1, 1.0, gpu)
+    shares = []
+    for is_busy in (True, False):
+        torch.cuda._sleep(1_000_000_000)
+        if not is_busy:
+            torch.cuda.synchronize()
+        with meter.waiting_for_data():
+            time.sleep(0.1)
+        meter.count_step()
+        shares.append(meter.read()["data_wait_share"])
+    assert shares[0] < 0.01 < 0.05 < shares[1]
 
 
 def test_the_share_of_waiting_for_data(clock: Clock) -> None:

@@ -517,6 +517,22 @@ class TestStop:
         assert rows_with(trainer, "ended") == {STEPS: "finished"}
         assert "SIGTERM received in the last step: the run is complete" in caplog.text
 
+    def test_a_signal_in_the_step_of_an_early_stop_does_not_interrupt_the_run(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trainer = make_trainer(schedule={"stop_at_val_loss": 3.1})
+
+        def validate(*_: Any) -> dict[str, float]:
+            if trainer.state.step == 5:
+                send_sigterm(trainer)
+            return {"val_loss": 3.0}
+
+        monkeypatch.setattr(evaluation, "validate", validate)
+        with caplog.at_level(logging.INFO):
+            trainer.fit()
+        assert rows_with(trainer, "ended") == {5: "finished"}
+        assert "stopped after step 5 of 10: validation loss 3.0000 at step 5 has reached" in caplog.text
+
     def test_a_signal_in_the_first_evaluation_has_nothing_to_save(self, make_trainer: MakeTrainer) -> None:
         trainer = make_trainer()
         signal_in_evaluation(trainer, 0, 2)
