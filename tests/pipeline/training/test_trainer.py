@@ -513,7 +513,7 @@ class TestStop:
         with caplog.at_level(logging.INFO):
             trainer.fit()
         newest = list_checkpoints(trainer.run_folder)[-1]
-        assert step_of(newest) == STEPS and why_complete(newest, trainer.config)
+        assert step_of(newest) == STEPS and why_complete(Start.read(newest), trainer.config)
         assert rows_with(trainer, "ended") == {STEPS: "finished"}
         assert "SIGTERM received in the last step: the run is complete" in caplog.text
 
