@@ -2,7 +2,7 @@
 
 Blocks under ``<!-- runnable -->`` are run page by page, in a folder that looks like a checkout; options that make
 stage 1 and training small are appended. Everything else that is mentioned must exist: commands, options, keys, files,
-functions, links and their anchors.
+functions, links and their anchors. Each ``python`` block is run as a script.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.loading import valid_keys
-from tests.support.runs import REPOSITORY, Sections, overrides, run_ranks
+from tests.support.runs import REPOSITORY, Sections, make_corpus, overrides, run_ranks
 
 
 def read_page(name: str) -> str:
@@ -30,6 +30,7 @@ USER_PAGES = ["README.md", *sorted(str(p.relative_to(REPOSITORY)) for p in (REPO
 TEXTS = {page: read_page(page) for page in USER_PAGES}
 ALL_TEXTS = {**TEXTS, **{page: read_page(page) for page in ("CONTRIBUTING.md", "CHANGELOG.md")}}
 
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUNNABLE = re.compile(r"<!-- runnable -->\n\n((?:    .*\n)+)")
 COMMAND = re.compile(r"launch/(\w+)\.py([^`\n]*)")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
@@ -132,6 +133,39 @@ def test_the_marks_are_found() -> None:
     assert marks == sum(len(RUNNABLE.findall(text)) for text in TEXTS.values()) >= 12
     with pytest.raises(ValueError, match="not runnable"):
         parse("srun python launch/train.py")
+
+
+@pytest.fixture(scope="module")
+def small_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the dataset, the run and the export that the Python examples read, and with texts."""
+    folder = tmp_path_factory.mktemp("small_quickstart")
+    make_corpus(folder / "data" / "python-stdlib")
+    (folder / "books").mkdir()
+    (folder / "books" / "one.txt").write_text("One short book.\n")
+    for script, arguments in (
+        ("train", ["--config", "ddp", "quickstart", "--set", *overrides(SMALL)]),
+        ("export", ["--checkpoint", "runs/quickstart", "--out", "exported/quickstart"]),
+    ):
+        result = run_ranks(1, REPOSITORY / "launch" / f"{script}.py", arguments, timeout_s=120, folder=folder)
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+PYTHON_PAGES = {page: blocks for page, text in TEXTS.items() if (blocks := PYTHON_BLOCK.findall(text))}
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES)
+def test_python_examples_run(page: str, small_quickstart: Path) -> None:
+    for block in PYTHON_PAGES[page]:
+        script = small_quickstart / "example.py"
+        script.write_text(block)
+        result = run_ranks(1, script, [], timeout_s=120, folder=small_quickstart)
+        assert result.returncode == 0, f"{block}\n{result.stderr}"
+
+
+def test_the_python_examples_are_found() -> None:
+    assert {"docs/api.md", "docs/data.md", "docs/huggingface.md"} <= PYTHON_PAGES.keys()
+    assert sum(map(len, PYTHON_PAGES.values())) == sum(text.count("```python") for text in TEXTS.values())
 
 
 @cache
