@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -68,8 +69,30 @@ class ArgumentParser(argparse.ArgumentParser):
                 action.was_given = False
         return super().parse_known_args(*arguments, **options)
 
+    def parse_args(self, *arguments: Any, **options: Any) -> Any:
+        """Parse a command line. For an unknown option that is named as a config key, the error names ``--set``."""
+        parsed, unknown = self.parse_known_args(*arguments, **options)
+        if unknown:
+            advice = _advise_setting(unknown) if "--set" in self._option_string_actions else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _advise_setting(unknown: Sequence[str]) -> str:
+    """Return advice for ``--learning_rate=1e-3`` or ``--learning_rate 1e-3``, or "" if no config key has this name."""
+    from pipeline.config.loading import suggest_key
+
+    option, equals, value = unknown[0].partition("=")
+    section, _, name = option.lstrip("-").replace("-", "_").rpartition(".")
+    key = re.fullmatch(r"; did you mean (\w+\.[\w.]+)\?", suggest_key(section, name))
+    if not option.startswith("--") or not key:
+        return ""
+    if not equals:
+        value = unknown[1] if len(unknown) > 1 else "VALUE"
+    return f"; config keys are given with --set, as in --set {shlex.quote(f'{key[1]}={value}')}"
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -80,8 +80,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--prompt: with --interactive prompts come from the terminal; give only one of the two")
     if arguments.chat and "" in (arguments.prompt or []):
         parser.error("--prompt: a message of a chat must be at least one character")
-    if arguments.system and arguments.chat != "messages":
-        parser.error("--system: only a chat has a message of the system; add --chat, or leave it out")
+    if arguments.system and arguments.chat == "instruction":
+        parser.error("--system: the template instruction has no system message; leave out --system")
+    if arguments.system and not arguments.chat:
+        parser.error("--system: only a chat has a system message; add --chat, or leave out --system")
     return arguments
 
 

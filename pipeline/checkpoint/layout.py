@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def no_checkpoint_error(path: Path | str) -> CheckpointError:
     if _holds_hugging_face_model(path):
         return CheckpointError(
             f"{path}: no checkpoint here, the folder holds a Hugging Face model; import it with gpt2-pipeline export "
-            f"--from-hf {path} --out RUN, and give RUN"
+            f"--from-hf {shlex.quote(str(path))} --out RUN, and give RUN"
         )
     return CheckpointError(f"{path}: no checkpoint here; {expected}")
 

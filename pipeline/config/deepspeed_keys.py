@@ -143,8 +143,12 @@ def changes_of_numbers(backend: BackendConfig) -> list[str]:
 def keys_of_deepspeed(content: dict[str, Any]) -> list[str]:
     """Return DeepSpeed's keys if a config file is DeepSpeed's own JSON. Return [] for a run config."""
     own = [key for key in content if key in (*PASSED_THROUGH, *OWNED_BY_RUN, *MONITORS)]
-    sections = [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]
-    return [] if sections else [key for key in own if key not in Config.model_fields]
+    return [] if sections_of_run(content) else [key for key in own if key not in Config.model_fields]
+
+
+def sections_of_run(content: dict[str, Any]) -> list[str]:
+    """Return the keys of a config file that are sections of a run config, and not keys of DeepSpeed."""
+    return [key for key in content if key in Config.model_fields and key not in OWNED_BY_RUN]
 
 
 def _check_keys(native: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -6,21 +6,23 @@ the key, and what is expected.
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from data_tools.storage.content import describe_content
 from data_tools.storage.files import dotted_keys
-from pipeline.config.deepspeed_keys import find_mistakes, keys_of_deepspeed
+from pipeline.config.deepspeed_keys import find_mistakes, keys_of_deepspeed, sections_of_run
 from pipeline.config.nearest import nearest_name
 from pipeline.config.schema import BackendConfig, Config
-from pipeline.config.shipped import find_config, shipped_configs
+from pipeline.config.shipped import find_config, is_shipped_config, shipped_configs
 from pipeline.errors import ConfigError
 
 # pydantic's messages name types of Python. These replacements name types of JSON.
@@ -34,6 +36,7 @@ _JSON_MESSAGES = {
 _JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
 _MOST_MISTAKES = 20  # per message
 _HINT = "; valid keys here: "
+_SET_BY_OVERRIDE = "set in --set"
 _LONGEST_VALUE = 80  # characters of a wrong value in a message
 #: The names of keys in nanoGPT, transformers and DeepSpeed whose nearest match here is another key, or none.
 _NAMES_ELSEWHERE = {
@@ -62,19 +65,22 @@ _NAMES_ELSEWHERE = {
 
 
 def load_config(
-    files: Sequence[str | Path], overrides: Sequence[str] = (), deepspeed: str | Path | None = None
+    files: str | Path | Sequence[str | Path], overrides: str | Sequence[str] = (), deepspeed: str | Path | None = None
 ) -> Config:
     """Merge config files and overrides into one run config, and validate it.
 
     Args:
-        files: JSON files, or names of shipped configs such as ``zero1``. Later files override earlier files, key by
-            key. ``{}`` empties a key such as ``backend.deepspeed``.
-        overrides: texts of the form ``section.key=value``. A value that is not valid JSON is used as a string.
+        files: one or several JSON files, or names of shipped configs such as ``zero1``. Later files override earlier
+            files, key by key. ``{}`` empties a key such as ``backend.deepspeed``.
+        overrides: one or several texts of the form ``section.key=value``. A value that is not valid JSON is used as a
+            string.
         deepspeed: a file with DeepSpeed's own JSON config, which overrides ``backend.deepspeed`` in ``files``.
 
     Raises:
         ConfigError: a file or an override cannot be read, or the merged config is not valid.
     """
+    files = [files] if isinstance(files, str | Path) else files
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     config, _ = load_config_with_origins(files, overrides, deepspeed)
     return config
 
@@ -90,7 +96,7 @@ def load_config_with_origins(
     paths = [find_config(file) for file in files]
     sources = [(partial(_read_run_config, path), str(path)) for path in paths]
     if deepspeed is not None:
-        sources.append((partial(_read_native, Path(deepspeed)), str(deepspeed)))
+        sources.append((partial(_read_native, deepspeed), str(deepspeed)))
     sources += [(partial(_parse_override, override), "--set") for override in overrides]
     layers: list[tuple[dict[str, Any], str]] = []
     mistakes: list[str] = []
@@ -215,13 +221,22 @@ def _read_run_config(path: Path) -> dict[str, Any]:
     if native := keys_of_deepspeed(content):
         raise ConfigError(
             f"{path}: this is DeepSpeed's own JSON ({', '.join(native[:3])}), not a run config; "
-            f"give it with --deepspeed {path}, and a run config with --config"
+            f"give it with --deepspeed {shlex.quote(str(path))}, and a run config with --config"
         )
     return content
 
 
-def _read_native(path: Path) -> dict[str, Any]:
-    return {"backend": {"name": "deepspeed", "deepspeed": _read_json_object(path)}}
+def _read_native(name: str | Path) -> dict[str, Any]:
+    path = Path(name)
+    content = {} if is_shipped_config(name) else _read_json_object(path)
+    sections = sections_of_run(content)
+    if is_shipped_config(name) or sections:
+        listed = f" ({', '.join(sections[:3])})" if sections else ""
+        raise ConfigError(
+            f"--deepspeed {name}: this is a run config{listed}, not DeepSpeed's own JSON; give it with --config "
+            f"{shlex.quote(str(name))}, together with the other run configs"
+        )
+    return {"backend": {"name": "deepspeed", "deepspeed": content}}
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
@@ -282,12 +297,17 @@ def _explain(mistake: ErrorDetails, origins: dict[str, str]) -> str:
     path = ".".join([*section, name])
     where = _find_origin(path, origins)
     if mistake["type"] == "extra_forbidden":
-        return f"{path or _shorten('')}: no such key ({where}){_suggest_key('.'.join(section), name)}"
+        return f"{path or _shorten('')}: no such key ({where}){suggest_key('.'.join(section), name)}"
     message = _JSON_MESSAGES.get(mistake["type"], mistake["msg"].removeprefix("Value error, "))
     if mistake["type"] == "literal_error":
         message = message.replace("True", "true").replace("False", "false")
     found = "" if mistake["type"] == "value_error" else f", found {_shorten(mistake['input'])}"
-    advice = _advise(mistake["input"], mistake["loc"])
+    if mistake["type"] in ("list_type", "tuple_type") and mistake["input"] is not None:
+        advice = _advise_list(mistake["input"], mistake["loc"], is_override=where == _SET_BY_OVERRIDE)
+    elif mistake["type"] == "literal_error" and is_shipped_config(mistake["input"]):
+        advice = f"; {mistake['input']} is a config: add it with --config {mistake['input']}"
+    else:
+        advice = _advise(mistake["input"], mistake["loc"])
     return f"{path}: {message}{found} ({where}){advice}" if path else f"{message} ({where})"
 
 
@@ -297,13 +317,41 @@ def _advise(given: Any, location: Sequence[int | str]) -> str:
         return f"; JSON writes {_JSON_WORDS[given]}, not {given}"
     if given is not None:
         return ""
+    field = _field_at(location)
+    return f"; {field.description.replace('`', '')}" if field and field.description else ""
+
+
+def _advise_list(given: Any, location: Sequence[int | str], *, is_override: bool) -> str:
+    """Return advice how to write a list. If the value shows which items the list should have, write this list."""
+    field = _field_at(location)
+    if field is None or field.annotation is None:
+        return ""
+    items = [_read_item(item) for item in given.strip("[](){} '\"").split(",")] if isinstance(given, str) else [given]
+    try:
+        TypeAdapter[Any](field.annotation).validate_json(json.dumps(items), strict=True)
+    except ValidationError:
+        return f"; {field.description.replace('`', '')}" if field.description else ""
+    if not is_override:
+        return f"; write {json.dumps(items)}"
+    override = f"{'.'.join(map(str, location))}={json.dumps(items)}"
+    return f"; a list is JSON, as in --set {shlex.quote(override)}"
+
+
+def _read_item(text: str) -> Any:
+    text = text.strip(" '\"")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _field_at(location: Sequence[int | str]) -> FieldInfo | None:
     section: type[BaseModel] | None = Config
-    description = None
+    field = None
     for name in location:
         field = section.model_fields.get(str(name)) if section else None
         section = next(_sections_in(field.annotation), None) if field else None
-        description = field.description if field else None
-    return f"; {description.replace('`', '')}" if description else ""
+    return field
 
 
 def _shorten(value: Any) -> str:
@@ -328,7 +376,12 @@ def _suggest_file(path: Path) -> str:
     return f"; there are: {', '.join(candidates.values())}" if candidates else ""
 
 
-def _suggest_key(section: str, name: str) -> str:
+def suggest_key(section: str, name: str) -> str:
+    """Return the end of an error message: the key that an unknown ``name`` in a section probably means.
+
+    Args:
+        section: the dotted name of the section, or "" for no section.
+    """
     if "." in name:
         return '; in a file a section is an object, as in {"schedule": {"max_steps": 100}}'
     for key, names in _NAMES_ELSEWHERE.items():

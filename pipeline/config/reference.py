@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from pipeline.config.loading import dump_config
+from pipeline.config.loading import dump_config, suggest_key
 from pipeline.config.schema import MODEL_PRESETS, Config
 from pipeline.errors import ConfigError
 
@@ -53,7 +53,10 @@ def format_keys(wanted: str = "") -> str:
     described = [row for _, _, keys in _sections() for row in keys]
     shown = [row for row in described if not wanted or f"{row[0]}.".startswith(f"{wanted}.")]
     if not shown:
-        raise ConfigError(f"{wanted}: no such section or key; the sections are {', '.join(Config.model_fields)}")
+        section, _, name = wanted.rpartition(".")
+        meant = suggest_key(section, name)
+        advice = meant if "?" in meant else f"; the sections are {', '.join(Config.model_fields)}"
+        raise ConfigError(f"{wanted}: no such section or key{advice}")
     return "\n".join(
         f"{key} = {default}\n{_fill(meaning.replace('`', ''), TERMINAL_COLUMNS, indent=4)}"
         for key, default, meaning in shown

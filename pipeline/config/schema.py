@@ -95,6 +95,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    def stated(self, key: str) -> str:
+        """Return a key with its value for an error message. The text says if the value is a default."""
+        return f"{key} ({getattr(self, key)}{'' if key in self.model_fields_set else ', the default'})"
+
 
 def _refuse(mistakes: list[str]) -> None:
     if mistakes:
@@ -200,8 +204,7 @@ class ModelConfig(Section):
             )
         if self.reset_positions_at is not None and self.reset_positions_at >= self.vocab_size:
             mistakes.append(
-                f"reset_positions_at ({self.reset_positions_at}) must be a token, less than "
-                f"vocab_size ({self.vocab_size})"
+                f"{self.stated('reset_positions_at')} must be a token, less than {self.stated('vocab_size')}"
             )
         _refuse(mistakes)
         return self
@@ -396,7 +399,7 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _check_steps(self) -> ScheduleConfig:
         if self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed max_steps ({self.max_steps})")
+            raise ValueError(f"{self.stated('warmup_steps')} must not exceed {self.stated('max_steps')}")
         given = [key for key in ("decay_steps", "decay_shape") if getattr(self, key) is not None]
         if given and self.name != "wsd":
             raise ValueError(
@@ -405,8 +408,8 @@ class ScheduleConfig(Section):
             )
         if self.decay_start < self.warmup_steps:
             raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) and decay_steps ({self.max_steps - self.decay_start}) must not "
-                f"exceed max_steps ({self.max_steps}) together"
+                f"{self.stated('warmup_steps')} and decay_steps ({self.max_steps - self.decay_start}) must not "
+                f"exceed {self.stated('max_steps')} together"
             )
         return self
 

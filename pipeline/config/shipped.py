@@ -20,3 +20,8 @@ def find_config(name: str | Path) -> Path:
     """
     path = Path(name)
     return path if path.is_file() else shipped_configs().get(str(name), path)
+
+
+def is_shipped_config(name: object) -> bool:
+    """Return whether ``find_config`` takes this name for a config in ``ds_configs``."""
+    return isinstance(name, str) and not Path(name).is_file() and name in shipped_configs()

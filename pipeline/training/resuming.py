@@ -1,6 +1,7 @@
 """Decide where a run starts: from scratch, or from which checkpoint."""
 
 import logging
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -264,7 +265,7 @@ def _check_same_run(config: Config, data_sha256: str, start: Start) -> None:
 
 
 def _start_from(folder: Path) -> str:
-    return f"start a new run from its weights with --init-from {folder} and another run.out_dir"
+    return f"start a new run from its weights with --init-from {shlex.quote(str(folder))} and another run.out_dir"
 
 
 def describe_changes(start: Start, config: Config) -> list[str]:

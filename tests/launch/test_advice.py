@@ -17,6 +17,7 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import open_datasets
 from pipeline.data.loader import TrainLoader
 from tests.pipeline.conftest import VOCAB_SIZE, write_shards
+from tests.support.runs import CONFIGS
 
 TOKENS = 413
 GOOD: dict[str, Any] = {
@@ -44,6 +45,14 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         ["schedule.warmup_steps=5"],
         r"not exceed max_steps \((\d+)\)",
         [r"schedule.warmup_steps=\1"],
+    ),
+    "two numbers": (["optimizer.betas=0.9,0.95"], r"as in --set '(.*)'", [r"\1"]),
+    "a list of one": (["evaluation.tasks=validation"], r"as in --set '(.*)'", [r"\1"]),
+    "a list with brackets alone": (["logging.sinks=[jsonl, csv]"], r"as in --set '(.*)'", [r"\1"]),
+    "a mixture of one folder": (
+        ["data.path=null", "data.mixture=[data]"],
+        r'a list of \{("path"): folder, ("weight"): number',
+        ["data.path=null", r'data.mixture=[{\1: "data", \2: 1}]'],
     ),
     "a long sample": (["data.seq_len=64"], r"not exceed model.context_length \((\d+)\)", [r"data.seq_len=\1"]),
     "a part of a batch": (["batch.tokens_per_step=100"], r"would fit: (\d+)", [r"batch.tokens_per_step=\1"]),
@@ -170,6 +179,30 @@ def test_deepspeeds_own_json_goes_where_the_message_says() -> None:
     Path("mine.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "steps_per_print": 10}))
     [file] = follow(refusal([], ("good.json", "mine.json")), r"give it with --deepspeed (\S+),", [r"\1"])
     start([], deepspeed=file)
+
+
+@pytest.mark.parametrize("name", ["zero1", str(CONFIGS / "zero1.json")])
+def test_a_run_config_goes_where_the_message_says(name: str) -> None:
+    with pytest.raises(UserError) as refused:
+        start([], deepspeed=name)
+    [file] = follow(str(refused.value), r"this is a run config.*; give it with --config (\S+),", [r"\1"])
+    start([], (file, "good.json"))
+
+
+def test_a_stage_of_zero_as_the_name_of_the_backend() -> None:
+    [file] = follow(refusal(["backend.name=zero1"]), r"add it with --config (\w+)", [r"\1"])
+    start([], (file, "good.json"))
+
+
+def test_a_list_in_a_file() -> None:
+    Path("mine.json").write_text(json.dumps({"evaluation": {"tasks": "validation"}}))
+    [tasks] = follow(refusal([], ("good.json", "mine.json")), r"; write (\[.*\])$", [r"\1"])
+    start([f"evaluation.tasks={tasks}"])
+
+
+def test_the_default_warmup_of_a_shortened_run_is_named_as_a_default() -> None:
+    with pytest.raises(UserError, match=r"warmup_steps \(715, the default\) must not exceed max_steps \(60\)"):
+        load_config([], ["schedule.max_steps=60"])
 
 
 def test_a_mistyped_config_file() -> None:

@@ -366,7 +366,12 @@ CASES: dict[str, Case] = {
         [f"{G} --prompt Hello --system Short."], r"add (--chat), or", [rf"{G} \1 --prompt Hello --system Short."]
     ),
     "a system without a chat, left out": Case(
-        [f"{G} --prompt Hello --system Short."], r"or leave it out", [f"{G} --prompt Hello"]
+        [f"{G} --prompt Hello --system Short."], r"or leave out --system", [f"{G} --prompt Hello"]
+    ),
+    "a system for single instructions": Case(
+        [f"{G} --chat instruction --prompt Hello --system Short."],
+        r"; leave out --system",
+        [f"{G} --chat instruction --prompt Hello"],
     ),
     "a negative temperature": Case(
         [f"{G} --prompt Hello --temperature=-1"],
@@ -400,8 +405,8 @@ CASES: dict[str, Case] = {
         ["checkpoint convert run --out data"], r"name a folder for the new run", ["checkpoint convert run --out other"]
     ),
     "scoring an export": Case(
-        ["export --checkpoint run --out exported", "evaluate --device cpu --checkpoint exported"],
-        r"the folder holds a Hugging Face model; import it with gpt2-pipeline (\w+) (--from-hf exported) --out RUN",
+        ["export --checkpoint run --out 'my export'", "evaluate --device cpu --checkpoint 'my export'"],
+        r"the folder holds a Hugging Face model; import it with gpt2-pipeline (\w+) (--from-hf 'my export') --out RUN",
         [r"\1 \2 --out imported", "evaluate --device cpu --checkpoint imported --tasks own --data own=choices.jsonl"],
     ),
     "pruning a checkpoint": Case(

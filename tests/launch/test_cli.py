@@ -50,6 +50,22 @@ def test_a_single_value_given_twice_is_refused() -> None:
             parser().parse_args(["--config", "a", "--seed", "0", *second.split()])
 
 
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--learning_rate=1e-3"], "; config keys are given with --set, as in --set optimizer.learning_rate=1e-3 "),
+        (["--max-steps", "60"], "as in --set schedule.max_steps=60 "),
+        (["--run.out_dir", "my run"], "as in --set 'run.out_dir=my run' "),
+        (["--lr"], "as in --set optimizer.learning_rate=VALUE "),
+        (["--nonsense=1"], "unrecognized arguments: --nonsense=1 (see"),
+    ],
+)
+def test_a_key_as_an_option_shows_how_to_set_it(options: list[str], advice: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parser().parse_args(["--config", "a", *options])
+    assert advice in str(refused.value)
+
+
 def test_a_path_from_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/user")
     assert [str(path_or_url(text)) for text in ("~/a", "s3://a/~", "a/~")] == ["/home/user/a", "s3://a/~", "a/~"]
@@ -68,7 +84,7 @@ def test_every_command_has_this_parser(command: Any, monkeypatch: pytest.MonkeyP
         check_options(self)
         raise Caught
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", check)
+    monkeypatch.setattr(ArgumentParser, "parse_args", check)
     with pytest.raises(Caught):
         command.main()
 

@@ -65,8 +65,12 @@ def test_every_key_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     config(monkeypatch, "keys", "run.compile")
     first, *meaning = capsys.readouterr().out.splitlines()
     assert first == 'run.compile = "auto"' and meaning[0].startswith("    Compile the model and the loss")
-    with pytest.raises(UserError, match="runs: no such section or key; the sections are run, model, "):
-        config(monkeypatch, "keys", "runs")
+    with pytest.raises(UserError, match="xyz: no such section or key; the sections are run, model, "):
+        config(monkeypatch, "keys", "xyz")
+    with pytest.raises(
+        UserError, match=r"optimizer.lr: no such section or key; did you mean optimizer.learning_rate\?$"
+    ):
+        config(monkeypatch, "keys", "optimizer.lr")
 
 
 def test_the_json_is_a_config(

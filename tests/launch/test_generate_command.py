@@ -138,8 +138,8 @@ def test_an_error_is_one_line(command: Command) -> None:
         (("--top-p", "0"), "--top-p: must be above 0 and at most 1"),
         (("--precision", "fp8"), "--precision: invalid choice: 'fp8'"),
         (("--chat", "poem"), "--chat: invalid choice: 'poem'"),
-        (("--system", "a"), "--system: only a chat has a message of the system; add --chat"),
-        (("--system", "a", "--chat", "instruction"), "--system: only a chat has a message of the system"),
+        (("--system", "a"), "--system: only a chat has a system message; add --chat"),
+        (("--system", "a", "--chat", "instruction"), "--system: the template instruction has no system message"),
     ):
         error = command(*arguments, status=2)
         assert error.startswith("error: ") and expected in error and len(error.splitlines()) == 1, error

@@ -1,5 +1,6 @@
 """Upload an export to the Hugging Face hub."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,7 @@ def push_to_hub(export: Path, name: str, *, private: bool) -> str:
     Raises:
         CheckpointError: the upload fails, or ``private`` is True and the model exists and is public.
     """
-    later = f"; the export is in {export}: upload it later with: hf upload {name} {export}"
+    later = f"; the export is in {export}: upload it later with: hf upload {name} {shlex.quote(str(export))}"
     with _one_line_errors(name, later) as api:
         url = api.create_repo(name, private=True if private else None, exist_ok=True)
         if private and not api.model_info(url.repo_id).private:

@@ -55,6 +55,10 @@ class TestMerging:
         assert config.schedule.max_steps == 800
         assert config.run.out_dir == "runs/a b"
 
+    def test_one_file_and_one_override_need_no_list(self) -> None:
+        assert load_config("quickstart", "run.seed=3") == load_config(["quickstart"], ["run.seed=3"])
+        assert load_config(CONFIGS / "quickstart.json") == load_config(["quickstart"])
+
     def test_set_takes_json_or_else_text(self) -> None:
         overrides = ["optimizer.betas=[0.8, 0.9]", "run.compile=true", "run.name=gpt=2", "evaluation.max_batches=null"]
         config = load_config([], [*overrides, "optimizer.learning_rate=3e-4"])
