@@ -51,9 +51,18 @@ def report(error: BaseException) -> int:
         if not isinstance(error, (DataError, MainRankError)):
             _wait_for_end()
         text = f"[rank {launched_rank()} on {socket.gethostname()}] {text}"
-    with suppress(BrokenPipeError):
-        print(printable(text), file=sys.stderr, flush=True)
+    print_error(printable(text))
     return status
+
+
+def print_error(text: str) -> None:
+    """Print a text to standard error. If this is not possible, the text is lost.
+
+    For example, the terminal was closed, the reader of a pipe has ended, or the disk of a log file is full. The caller
+    must still end the process.
+    """
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def prints_for_node() -> bool:

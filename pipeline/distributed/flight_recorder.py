@@ -5,7 +5,6 @@ is off.
 """
 
 import pickle
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
-from pipeline.distributed.failure import prints_for_node
+from pipeline.distributed.failure import print_error, prints_for_node
 
 _DUMP_TIMEOUT_S = 10.0  # the recorder asks the driver of a GPU, which may hang
 
@@ -31,7 +30,7 @@ def report_collectives(folder: Path | None, rank: int) -> None:
     if folder and folder.parent.is_dir():
         summary = save_flight_recorder(folder, rank)
         if prints_for_node():
-            print(f"[rank {rank}] {summary}", file=sys.stderr, flush=True)
+            print_error(f"[rank {rank}] {summary}")
 
 
 def save_flight_recorder(folder: Path, rank: int) -> str:

@@ -8,13 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch.distributed import DistError
 
 from data_tools.errors import UserError, describe_error
-from pipeline.distributed.failure import LESS_MEMORY, report
+from pipeline.distributed.failure import LESS_MEMORY, print_error, report
 from pipeline.distributed.flight_recorder import report_collectives
 from pipeline.distributed.lost_ranks import INTERVAL_S, LOST_STORE, find_lost, publish_failure
 from pipeline.distributed.progress import NAMED_RANKS, MainThread, Place, describe_places, find_stuck
@@ -32,6 +32,8 @@ _BROKEN_CONNECTION = (
     "Connection closed by peer",
 )
 _CURE = "run the same command again (training continues from the last checkpoint)"
+#: A rank that must end prints its reason for at most this long, because nobody may read its standard error.
+_EXPLAIN_S = 20.0
 _LESS_HOST_MEMORY = (
     "Raise the memory limit of the job or container, start fewer ranks per host, or use a backend without offload."
 )
@@ -182,11 +184,18 @@ class Heartbeat:
             return
         if self._world.ending.has_failed and self._stopped.wait(self.timeout_s):
             return
-        sys.stdout.flush()
+        explaining = threading.Thread(target=self._explain, args=(verdict,), daemon=True)
+        explaining.start()
+        explaining.join(_EXPLAIN_S)
+        os._exit(LostRankError.exit_status)
+
+    def _explain(self, verdict: Verdict) -> None:
+        with suppress(OSError):
+            sys.stdout.flush()
         if self.rank in verdict.stuck[:NAMED_RANKS]:
-            print(f"[rank {self.rank}] the main thread is stuck here:\n{self._main_thread.stack()}", file=sys.stderr)
+            print_error(f"[rank {self.rank}] the main thread is stuck here:\n{self._main_thread.stack()}")
         report_collectives(self._flight_records, self.rank)
-        os._exit(report(_lost_rank_error(verdict.reason, self._world)))
+        report(_lost_rank_error(verdict.reason, self._world))
 
 
 @contextmanager

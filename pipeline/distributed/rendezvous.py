@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -16,7 +15,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import DistNetworkError
 
 from pipeline.distributed.environment import gloo_interface, launcher_holds_store, master_address, unset_command
-from pipeline.distributed.failure import prints_for_node, report
+from pipeline.distributed.failure import print_error, prints_for_node, report
 from pipeline.distributed.progress import PATIENCE_S
 from pipeline.errors import ConfigError, LostRankError
 
@@ -99,7 +98,7 @@ def _announced(describe: Callable[[], str], after_s: float, give_up_s: float | N
         if done.wait(after_s):
             return
         if prints_for_node():
-            print(describe(), file=sys.stderr, flush=True)
+            print_error(describe())
         if not done.wait(give_up_s):
             os._exit(report(LostRankError(f"gave up after {give_up_s:.0f} s: {describe()}")))
 

@@ -3,13 +3,13 @@
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from pipeline.distributed.environment import launcher_name
+from pipeline.distributed.failure import print_error
 from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
 from pipeline.errors import EvaluationStopped
@@ -91,7 +91,8 @@ class StopRequest:
             self._answering.start()
         elif number == signal.SIGINT and now - self._received_at > _ONE_REQUEST_S:
             line = "error: interrupted again, stopped without saving"
-            last = threading.Thread(target=_print, args=(line,), daemon=True)  # stderr can be a pipe that nobody reads
+            # Standard error can be a pipe that nobody reads.
+            last = threading.Thread(target=print_error, args=(line,), daemon=True)
             last.start()
             last.join(timeout=_ONE_REQUEST_S)
             os._exit(128 + signal.SIGINT)  # the main thread may not run again for minutes
@@ -99,7 +100,7 @@ class StopRequest:
     def _answer(self, number: signal.Signals) -> None:
         """Print, on one rank per node, what the run does after a signal."""
         if self._world.local_rank == 0:
-            say = log.warning if self._world.is_main else _print  # other ranks log only errors
+            say = log.warning if self._world.is_main else print_error  # other ranks log only errors
             again = "; press Ctrl-C again to stop now without saving" if number is signal.SIGINT else ""
             say(f"{number.name} received: finishing the step, then saving{again}")
             if launcher := launcher_name():
@@ -118,8 +119,3 @@ class StopRequest:
         """Raise EvaluationStopped if any rank has received a signal. Every rank must call this."""
         if self.agreed():
             raise EvaluationStopped
-
-
-def _print(line: str) -> None:
-    with suppress(OSError):  # the terminal or the reader of the pipe may be gone
-        print(line, file=sys.stderr, flush=True)

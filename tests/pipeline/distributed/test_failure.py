@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +23,13 @@ def test_a_user_error_is_one_line_with_a_short_value_and_the_cure(capsys: pytest
     assert status == UserError.exit_status
     nines = "9" * 100
     assert capsys.readouterr().err == f"error: run.json: {nines}[...]{nines} is no key; remove it\n"
+
+
+def test_an_error_keeps_its_status_on_a_closed_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Mock(write=Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert report(UserError("no such key")) == UserError.exit_status
+    assert stream.write.called
 
 
 def test_a_long_path_is_whole(capsys: pytest.CaptureFixture[str]) -> None:

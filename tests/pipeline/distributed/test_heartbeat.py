@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -166,10 +169,8 @@ def test_a_long_list_of_lost_ranks_is_cut(monkeypatch: pytest.MonkeyPatch) -> No
     assert lost is not None and lost.startswith("lost rank 1 (") and lost.endswith(") and 95 more")
 
 
-def test_a_silent_rank_ends_the_others(
-    ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Rank 0 finds that rank 2 is silent, and rank 1 reads it from the store."""
+def end_with_silent_rank(ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let ranks 0 and 1 find that rank 2 is silent. Return their exit statuses."""
     statuses: list[int] = []
 
     def stop_thread(status: int) -> None:
@@ -182,11 +183,44 @@ def test_a_silent_rank_ends_the_others(
         rank.start()
     for rank in ranks[:2]:
         rank._thread.join(30)
-    assert statuses == [LostRankError.exit_status] * 2
+    return statuses
+
+
+def test_a_silent_rank_ends_the_others(
+    ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 finds that rank 2 is silent, and rank 1 reads it from the store."""
+    assert end_with_silent_rank(ranks, monkeypatch) == [LostRankError.exit_status] * 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2 and all(
         line.startswith("error: lost rank 2 (") and "silent for 3 s" in line for line in lines
     )
+
+
+class BrokenStream(io.StringIO):
+    """A standard error on a full disk or on a closed terminal. Without an error, nobody reads the pipe."""
+
+    def __init__(self, error: OSError | None) -> None:
+        super().__init__()
+        self._error = error
+        self.is_read = threading.Event()
+
+    def write(self, text: str) -> int:
+        if self._error:
+            raise self._error
+        self.is_read.wait(60)
+        return len(text)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), None])
+def test_ranks_end_although_they_cannot_print(
+    error: OSError | None, ranks: list[Heartbeat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = BrokenStream(error)
+    monkeypatch.setattr(heartbeat, "_EXPLAIN_S", 0.5)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert end_with_silent_rank(ranks, monkeypatch) == [LostRankError.exit_status] * 2
+    stream.is_read.set()
 
 
 @pytest.mark.parametrize(("rank", "other"), [(2, 0), (0, 1)])

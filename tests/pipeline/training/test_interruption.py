@@ -195,7 +195,7 @@ class TestAnswer:
     ) -> None:
         """The log and stderr can wait for the reader of a pipe."""
         ended, is_read = threading.Event(), threading.Event()
-        monkeypatch.setattr(interruption, "_print", lambda _: is_read.wait())
+        monkeypatch.setattr(interruption, "print_error", lambda _: is_read.wait())
         monkeypatch.setattr("os._exit", lambda status: ended.set())
         monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.0)
         caplog.handler.acquire()
