@@ -13,7 +13,7 @@ from pathlib import Path
 from data_tools.formatting import format_size
 from data_tools.storage.atomic import hidden_partial_path, make_empty_folder, write_bytes_durably
 from pipeline.checkpoint.layout import MANIFEST_FILE, checkpoint_folder
-from pipeline.checkpoint.manifest import FileEntry
+from pipeline.checkpoint.manifest import FileEntry, find_not_finite
 from pipeline.checkpoint.pairing import pair
 from pipeline.checkpoint.remote_run import RemoteCheckpoint, RemoteRun
 from pipeline.checkpoint.saving import on_every_rank, on_main_rank, publish_checkpoint
@@ -30,7 +30,7 @@ REQUESTS = 4  # at the same time per rank
 
 
 class DamagedAtUrlError(CheckpointError):
-    """The files of a checkpoint at a URL differ from its manifest."""
+    """No run can resume from a checkpoint at a URL, because its files are damaged, or contain NaN."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,12 @@ def download_checkpoint(checkpoint: RemoteCheckpoint, run_folder: Path, world: W
     folder has no metrics, the metrics are downloaded too.
 
     Raises:
-        DamagedAtUrlError: the downloaded files differ from the manifest. The run folder has not changed.
+        DamagedAtUrlError: the downloaded files differ from the manifest, or contain NaN or infinite numbers. The run
+            folder has not changed.
         CheckpointError: a rank could not read or write a file. The checkpoints in the run folder have not changed.
     """
+    if problem := find_not_finite(checkpoint.manifest.files):
+        raise DamagedAtUrlError(f"{checkpoint}: {problem}")
     started = time.perf_counter()
     folder = checkpoint_folder(run_folder, checkpoint.step)
     aside = hidden_partial_path(folder)

@@ -20,7 +20,7 @@ from pipeline.checkpoint.layout import (
     size_of_file,
     size_of_folder,
 )
-from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
+from pipeline.checkpoint.manifest import CheckpointManifest, find_not_finite, read_manifest
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun, parse_url
 from pipeline.checkpoint.retention import list_abandoned, list_leftovers
 from pipeline.checkpoint.state import StateFile, backend_name, config_section, read_state_file
@@ -39,7 +39,7 @@ class CheckpointReport:
 
     path: Path | str  # a URL is a str
     bytes: int
-    problem: str | None  # the first missing file, wrong file size or unreadable JSON file
+    problem: str | None  # the first missing file, wrong file size or unreadable JSON file, or NaN
     contents: dict[str, Any] | None  # values from the JSON files, and bytes per rank; None if the JSON is unreadable
 
     def __str__(self) -> str:
@@ -140,7 +140,7 @@ def _inspect_remote(run: RemoteRun, step: int, sizes: Mapping[str, int]) -> Chec
     try:
         checkpoint = run.open(step, sizes)
         contents = _read_contents(run.read_state(step), checkpoint.manifest, sizes)
-        problem = checkpoint.find_size_damage()
+        problem = checkpoint.find_size_damage() or find_not_finite(checkpoint.manifest.files)
     except CheckpointError as error:
         problem = str(error)
     return CheckpointReport(run.checkpoint_url(step), sum(sizes.values()), problem, contents)
@@ -157,7 +157,7 @@ def _inspect_checkpoint(folder: Path) -> CheckpointReport:
         sizes = {name: size_of_file(folder / name) for name in (*manifest.files, MANIFEST_FILE)}
         contents = _read_contents(read_state_file(folder), manifest, sizes)
         problems = (find_size_damage(folder / name, entry) for name, entry in manifest.files.items())
-        problem = next(filter(None, problems), None)
+        problem = next(filter(None, problems), None) or find_not_finite(manifest.files)
     except CheckpointError as error:
         problem = str(error)
     return CheckpointReport(folder, size_of_folder(folder), problem, contents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,6 +91,19 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a link, which may point outside the folder; expected a file")
     return check_manifest(read_json_object(path), path)
+
+
+def find_not_finite(files: Mapping[str, FileEntry]) -> str | None:
+    """Return a message if a manifest says that a file contains NaN or infinite numbers. Otherwise, return None.
+
+    No run can resume from such a checkpoint.
+
+    Args:
+        files: the entries in the manifest, by file name.
+    """
+    names = [name for name, entry in files.items() if entry.finite is False]
+    more = f" (and {len(names) - 1} more files)" if len(names) > 1 else ""
+    return f"{names[0]} contains NaN or infinite numbers{more}" if names else None
 
 
 def check_manifest(content: dict[str, Any], path: Path | str) -> CheckpointManifest:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_tools.errors import UserError, describe_error, one_line
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_folder, list_checkpoints, step_of
-from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
 from pipeline.checkpoint.pairing import forget_abandoned, is_abandoned, is_paired, pair
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
 from pipeline.checkpoint.retention import best_step, is_state_of_milestone, surplus_steps
@@ -258,7 +258,11 @@ class Mirror:
             if not both:
                 return
             newest, best = step_of(both[-1]), best_step(both[-1])
-        for step in surplus_steps(complete, newest, self.keep_last, best):
+
+        def find_manifest(step: int) -> CheckpointManifest:
+            return remote.open(step, found[step]).manifest
+
+        for step in surplus_steps(complete, newest, self.keep_last, best, find_manifest):
             if step not in self._milestones:
                 self._milestones[step] = is_state_of_milestone(remote.read_state(step))
             if not self._milestones[step]:

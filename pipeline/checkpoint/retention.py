@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,13 @@ from pipeline.checkpoint.layout import (
     size_of_folder,
     step_of,
 )
-from pipeline.checkpoint.manifest import READABLE_VERSIONS, describe_readable_versions
+from pipeline.checkpoint.manifest import (
+    READABLE_VERSIONS,
+    CheckpointManifest,
+    describe_readable_versions,
+    find_not_finite,
+    read_manifest,
+)
 from pipeline.checkpoint.state import StateFile, config_section, read_state_file
 from pipeline.checkpoint.verification import find_damage
 from pipeline.errors import CheckpointError
@@ -89,17 +95,32 @@ def _remove_folder(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def surplus_steps(steps: Iterable[int], newest: int, keep_last: int, best: int | None) -> list[int]:
+def surplus_steps(
+    steps: Iterable[int],
+    newest: int,
+    keep_last: int,
+    best: int | None,
+    find_manifest: Callable[[int], CheckpointManifest],
+) -> list[int]:
     """Return the steps up to ``newest`` whose checkpoints are not needed, in ascending order.
 
     The caller must remove milestones from the result.
 
     Args:
-        newest: the step of the newest verified checkpoint.
-        keep_last: the number of checkpoints to keep, including ``newest``.
+        newest: the step of the newest verified checkpoint. It is kept.
+        keep_last: the number of checkpoints to keep. Checkpoints with NaN or infinite numbers do not count, because no
+            run can resume from them.
         best: the step with the lowest validation loss, or None if its checkpoint need not be kept.
+        find_manifest: returns the manifest of the checkpoint of a step. Called only for the newest steps.
     """
-    return [step for step in sorted(step for step in steps if step <= newest)[:-keep_last] if step != best]
+    surplus: list[int] = []
+    kept = 0
+    for step in sorted((step for step in steps if step <= newest), reverse=True):
+        counts = kept < keep_last and find_not_finite(find_manifest(step).files) is None
+        kept += counts
+        if not counts and step not in (newest, best):
+            surplus.append(step)
+    return surplus[::-1]
 
 
 def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[int] = frozenset()) -> None:
@@ -107,15 +128,18 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
 
     These checkpoints are kept:
 
-    - ``verified``, the ``keep_last - 1`` checkpoints before it, and all later checkpoints;
+    - ``verified``, and all later checkpoints;
+    - the ``keep_last`` newest checkpoints, including ``verified``. Checkpoints with NaN or infinite numbers do not
+      count;
     - the checkpoints whose step is a multiple of ``checkpoint.keep_every_steps``;
     - if ``checkpoint.keep_best`` is True, the checkpoint with the lowest validation loss;
     - the checkpoints of the steps in ``pinned``.
 
-    Raises CheckpointError if the state of ``verified`` cannot be read.
+    Raises CheckpointError if the state of ``verified`` or a manifest cannot be read.
     """
     folders = {step_of(folder): folder for folder in list_checkpoints(run_folder)}
-    for step in surplus_steps(folders, step_of(verified), keep_last, best_step(verified)):
+    newest, best = step_of(verified), best_step(verified)
+    for step in surplus_steps(folders, newest, keep_last, best, lambda step: read_manifest(folders[step])):
         if step not in pinned and not is_milestone(folders[step]):
             delete_checkpoint(folders[step])
 

@@ -14,7 +14,7 @@ from data_tools.errors import UserError
 from data_tools.storage.atomic import fsync_folder, hidden_partial_path, make_empty_folder, publish, write_json_durably
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_folder, tensor_file
-from pipeline.checkpoint.manifest import CheckpointManifest, FileEntry, read_manifest
+from pipeline.checkpoint.manifest import CheckpointManifest, FileEntry, find_not_finite, read_manifest
 from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.retention import delete_checkpoint, delete_older
 from pipeline.checkpoint.state import StateFile, TrainingState
@@ -46,11 +46,15 @@ class SavedCheckpoint:
     """A complete checkpoint. The ranks have read back its tensor files, and found the bytes that they wrote.
 
     ``write_tensors`` says where the files were read from.
+
+    If the state contained NaN or infinite numbers, ``not_finite`` names a file with such numbers. No run can resume
+    from this checkpoint.
     """
 
     folder: Path
     bytes_of_rank: dict[int, int]
     seconds: float  # the time from the first written byte to the finished folder
+    not_finite: str | None = None  # the result of ``find_not_finite``
 
     @property
     def total_bytes(self) -> int:
@@ -63,7 +67,8 @@ class SavedCheckpoint:
         if len(sizes) > 8:
             smallest, largest = min(self.bytes_of_rank.values()), max(self.bytes_of_rank.values())
             sizes = [f"{len(sizes)} ranks, {smallest / 1e6:,.1f} to {largest / 1e6:,.1f} MB each"]
-        return f"saved {self.folder} in {self.seconds:.2f} s, {rate:,.0f} MB/s ({', '.join(sizes)})"
+        saved = f"saved {self.folder} in {self.seconds:.2f} s, {rate:,.0f} MB/s ({', '.join(sizes)})"
+        return f"{saved}, but {self.not_finite}: no run can resume from it" if self.not_finite else saved
 
 
 def write_checkpoint(
@@ -75,6 +80,8 @@ def write_checkpoint(
     pinned: Callable[[], AbstractContextManager[Set[int]]] = lambda: nullcontext(frozenset()),
 ) -> SavedCheckpoint:
     """Write a checkpoint and verify the written bytes. Then delete old checkpoints with ``delete_older``.
+
+    A state with NaN or infinite numbers is saved too, because its other numbers may be of use.
 
     This call is collective: every rank must make it.
 
@@ -109,7 +116,7 @@ def write_checkpoint(
             shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"cannot save {folder}: {error}") from None
     bytes_of_rank = {rank: sum(entry.bytes for entry in files.values()) for rank, files in enumerate(files_of_ranks)}
-    saved = SavedCheckpoint(folder, bytes_of_rank, time.perf_counter() - started)
+    saved = SavedCheckpoint(folder, bytes_of_rank, time.perf_counter() - started, find_not_finite(all_files))
     if world.is_main:
         try:
             with pinned() as steps:

@@ -76,17 +76,25 @@ class RunRecord:
             sink.count_step(step)
 
     def write_saves(self, outcomes: list[SaveOutcome]) -> None:
-        """Write one row per finished save of a checkpoint. A failed save is only logged and counted."""
+        """Write one row per finished save of a checkpoint. A failed save is only logged and counted.
+
+        A save of NaN or infinite numbers counts as a failed save, because no run can resume from this checkpoint.
+        """
         for outcome in outcomes:
+            row: dict[str, Any] = {}
+            problem = outcome.problem
             if saved := outcome.saved:
-                log.info("%s, training paused %.3f s", saved, outcome.pause_s)
                 row = {"save_s": saved.seconds, "save_pause_s": outcome.pause_s, "save_bytes": saved.total_bytes}
-            else:
+                if saved.not_finite:
+                    problem = f"{saved}, and good older checkpoints are kept"
+                else:
+                    log.info("%s, training paused %.3f s", saved, outcome.pause_s)
+            if problem:
                 self.failed_saves += 1
-                log.warning("%s; failed saves in this run: %d", outcome.problem, self.failed_saves)
-                row = {"failed_saves": self.failed_saves}
+                log.warning("%s; failed saves in this run: %d", problem, self.failed_saves)
+                row["failed_saves"] = self.failed_saves
             self.write({"step": outcome.step, **row})
-            if outcome.saved:
+            if not problem:
                 for sink in self._sinks:
                     sink.settle(outcome.step)
 

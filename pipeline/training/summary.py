@@ -1,16 +1,20 @@
 """Log the settings of a run at its start, and its results at its end."""
 
 import logging
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from data_tools.formatting import count_of, format_duration
 from data_tools.shards.reader import TokenStream
 from data_tools.shards.validation_split import describe_small_validation
 from pipeline.checkpoint.layout import list_checkpoints
+from pipeline.checkpoint.manifest import find_not_finite, read_manifest
 from pipeline.checkpoint.state import backend_name
 from pipeline.config.loading import dump_config
 from pipeline.data.loader import scored_targets
 from pipeline.distributed.device import describe_fp32_products
+from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.layout import LOG_FILE
 from pipeline.run_folder.metrics import MEAN_LOSS_KEY, describe_speed, read_metrics
@@ -78,9 +82,18 @@ def log_results(trainer: Trainer) -> None:
         log.warning("skipped   %s, because the gradient norm was not finite", count_of(skipped, "step"))
     if failed := trainer.record.failed_saves:
         log.warning("failed    %s of a checkpoint", count_of(failed, "save"))
-    if checkpoints := list_checkpoints(folder):
-        log.info("saved     %s", checkpoints[-1])
+    if saved := _newest_finite_checkpoint(folder):
+        log.info("saved     %s", saved)
     log.info("log       %s", folder / LOG_FILE)
+
+
+def _newest_finite_checkpoint(run_folder: Path) -> Path | None:
+    """Return the newest checkpoint whose manifest does not say that it contains NaN or infinite numbers, or None."""
+    for folder in reversed(list_checkpoints(run_folder)):
+        with suppress(CheckpointError):
+            if find_not_finite(read_manifest(folder).files) is None:
+                return folder
+    return None
 
 
 def log_masks(trainer: Trainer) -> None:

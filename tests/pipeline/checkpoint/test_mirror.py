@@ -19,10 +19,12 @@ from torch._C._distributed_c10d import HashStore
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import mirror as mirror_module
 from pipeline.checkpoint.background import BackgroundSaver
+from pipeline.checkpoint.download import DamagedAtUrlError, download_checkpoint
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, step_of
 from pipeline.checkpoint.mirror import Mirror, UploadOutcome
 from pipeline.checkpoint.pairing import abandon, is_abandoned, is_paired
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
+from pipeline.checkpoint.remote_search import find_checkpoints
 from pipeline.checkpoint.upload_rounds import UploadRounds
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
@@ -102,6 +104,24 @@ def test_old_checkpoints_are_deleted_by_the_rules_of_the_disk(
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000002")  # a milestone stays at the URL on a new machine
     upload()
     assert complete_steps(url) == [2, 4, 5]
+
+
+def test_a_checkpoint_with_nan_does_not_replace_the_good_ones_at_the_url(
+    tmp_path: Path, save: Save, backend: DdpBackend, world: World, upload: Upload, url: str
+) -> None:
+    save(1, keep_last=1)
+    upload(keep_last=1)
+    with torch.no_grad():
+        backend.model.wpe.weight[0, 0] = torch.nan
+    for step in (2, 3):
+        save(step, keep_last=1)
+        upload(keep_last=1)
+        assert complete_steps(url) == [1, step]
+    shutil.rmtree(tmp_path / "checkpoints")
+    newest, good = find_checkpoints(url)
+    with pytest.raises(DamagedAtUrlError, match=rf"step_00000003: {WEIGHTS} contains NaN or infinite numbers"):
+        download_checkpoint(newest, tmp_path / "other", world)
+    assert step_of(download_checkpoint(good, tmp_path / "other", world)) == 1
 
 
 def test_what_an_interrupted_upload_left_is_deleted(save: Save, upload: Upload) -> None:

@@ -14,12 +14,16 @@ from safetensors import safe_open
 
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import saving
+from pipeline.checkpoint.background import SnapshotTaker
+from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.verification import find_damage, newest_good_checkpoint
+from pipeline.config.loading import dump_config
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import build_model
-from tests.pipeline.checkpoint.conftest import FILES, MOMENTS, WEIGHTS, Save, unchanged
-from tests.pipeline.conftest import largest_file, tiny_model_config
+from tests.pipeline.checkpoint.conftest import FILES, MOMENTS, WEIGHTS, Save, state_of, unchanged
+from tests.pipeline.conftest import largest_file, tiny_config, tiny_model_config
 
 
 def files_of(run_folder: Path) -> dict[Path, bytes]:
@@ -77,13 +81,42 @@ def test_a_temporary_name_that_a_file_has(save: Save, tmp_path: Path) -> None:
     assert save(2).name == "step_00000002"
 
 
-def test_weights_that_are_not_finite_are_saved_and_not_loaded(save: Save, backend: DdpBackend) -> None:
-    """Reading back compares bits, because NaN is not equal to itself."""
+class TestNumbersThatAreNotFinite:
+    """Such a state is saved, because its other numbers may be of use. It never takes the place of a good checkpoint."""
+
+    def test_they_are_saved_and_not_loaded(self, save: Save, backend: DdpBackend) -> None:
+        """Reading back compares bits, because NaN is not equal to itself."""
+        set_weight(backend, torch.nan)
+        problem = find_damage(save(1))
+        assert problem is not None
+        assert problem.endswith("_weights.safetensors: wpe.weight: 1 of 252 numbers are NaN or infinite")
+
+    @pytest.mark.parametrize("keep_last", [1, 2])
+    def test_good_checkpoints_are_kept(self, save: Save, backend: DdpBackend, tmp_path: Path, keep_last: int) -> None:
+        good = [save(step, keep_last) for step in (1, 2, 3)][-keep_last:]
+        set_weight(backend, torch.inf)
+        for step in (4, 5, 6):
+            newest = save(step, keep_last)
+            assert list_checkpoints(tmp_path) == [*good, newest], "only one such checkpoint"
+            assert newest_good_checkpoint(tmp_path) == good[-1]
+        set_weight(backend, 0.5)
+        good = [*good, save(7, keep_last)][-keep_last:]
+        assert list_checkpoints(tmp_path) == good, "the next good checkpoint replaces it"
+
+    def test_the_result_of_the_save_says_so(self, tmp_path: Path, backend: DdpBackend, world: World) -> None:
+        taker, config = SnapshotTaker(backend, world), dump_config(tiny_config())
+        saved = saving.write_checkpoint(tmp_path, taker.take(state_of(backend, 1)), config, world, keep_last=1)
+        assert saved.not_finite is None and "NaN" not in str(saved)
+        backend.fragments()[0].state["exp_avg_sq"][0] = torch.inf
+        saved = saving.write_checkpoint(tmp_path, taker.take(state_of(backend, 2)), config, world, keep_last=1)
+        assert saved.not_finite == f"{MOMENTS} contains NaN or infinite numbers"
+        assert str(saved).endswith(f"), but {saved.not_finite}: no run can resume from it")
+        assert find_damage(saved.folder, weights="training") is None, "the weights are good"
+
+
+def set_weight(backend: DdpBackend, value: float) -> None:
     with torch.no_grad():
-        backend.model.wpe.weight[0, 0] = torch.nan
-    problem = find_damage(save(1))
-    assert problem is not None
-    assert problem.endswith("_weights.safetensors: wpe.weight: 1 of 252 numbers are NaN or infinite")
+        backend.model.wpe.weight[0, 0] = value
 
 
 def test_a_save_can_be_held_for_a_rehearsal(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

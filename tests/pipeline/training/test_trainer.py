@@ -24,7 +24,7 @@ from pipeline.checkpoint import background
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.state import ValidationHistory, read_state
-from pipeline.checkpoint.verification import find_damage
+from pipeline.checkpoint.verification import find_damage, newest_good_checkpoint
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, tokenizer_of
@@ -620,6 +620,31 @@ class TestFailedSaves:
         trainer.fit()
         assert rows_with(trainer, "failed_saves") == {4: 1, 8: 2}
         assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [STEPS]
+
+    def test_an_infinite_number_in_a_checkpoint_is_counted_and_training_continues(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """One number of AdamW's second moment overflows after step 4. Its weight then stays as it is."""
+        trainer = make_trainer(checkpoint={"keep_last": 1})
+        plain = trainer._advance
+
+        def advance(first_sample: int) -> None:
+            plain(first_sample)
+            if trainer.state.step == 5:
+                trainer.backend.fragments()[0].state["exp_avg_sq"][0] = math.inf
+
+        monkeypatch.setattr(trainer, "_advance", advance)
+        with caplog.at_level(logging.INFO):
+            trainer.fit()
+            log_results(trainer)
+        assert rows_with(trainer, "failed_saves") == {8: 1, STEPS: 2}
+        assert rows_with(trainer, "ended") == {STEPS: "finished"}
+        good, newest = list_checkpoints(trainer.run_folder)
+        assert (step_of(good), step_of(newest)) == (4, STEPS)
+        assert newest_good_checkpoint(trainer.run_folder) == good
+        infinite = "contains NaN or infinite numbers: no run can resume from it, and good older checkpoints are kept"
+        assert [infinite in line for line in caplog.messages if line.startswith("saved /")] == [False, True, True]
+        assert "failed    2 saves of a checkpoint" in caplog.messages and f"saved     {good}" in caplog.messages
 
     @pytest.mark.parametrize("asynchronous", [True, False])
     def test_the_last_one_is_an_error(
