@@ -21,11 +21,16 @@ _TENSOR_FILE = re.compile(rf"rank_(\d{{5,}})_({'|'.join(GROUPS)})\.safetensors")
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Return the complete checkpoint folders of a run, oldest first. Their files are not verified."""
+    """Return the complete checkpoint folders of a run, oldest first. Their files are not verified.
+
+    Raises OSError if the disk fails. Without this error, the run would seem to have no checkpoints.
+    """
     parent = run_folder / CHECKPOINTS_FOLDER
-    if not parent.is_dir():
+    try:
+        names = os.listdir(parent)  # not Path.is_dir(), which is False after some failures of the disk
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the path contains a null character
         return []
-    return sorted((folder for folder in parent.iterdir() if _STEP_FOLDER.fullmatch(folder.name)), key=step_of)
+    return sorted((parent / name for name in names if parse_step(name) is not None), key=step_of)
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:

@@ -73,6 +73,7 @@ class Mirror:
         self._lock = threading.Lock()  # held while checkpoints on the disk are deleted or chosen for an upload
         self._outcomes: deque[UploadOutcome] = deque()
         self._last_problem = "the upload did not begin"
+        self._newest = 0  # the newest step on the disk when rank 0 last looked
         self._due, self._ending = threading.Event(), threading.Event()
         run = self._lead if world.is_main else self._follow
         self._thread = threading.Thread(target=run, name="mirror", daemon=True)
@@ -120,7 +121,7 @@ class Mirror:
                 log.info("waiting for the upload to %s, at most %.0f s", self.url, self.timeout_s)
                 is_announced = True
         if self._rank == 0 and self._thread.is_alive():
-            self._fail(self._newest_step(), self.timeout_s, "the upload took too long")
+            self._fail(self._newest, self.timeout_s, "the upload took too long")
             self._rounds.end()
         return self.poll()
 
@@ -152,11 +153,12 @@ class Mirror:
 
     def _synchronize(self) -> None:
         """Upload the missing checkpoints and delete old ones at the URL. An error becomes a failed outcome."""
-        newest, started, failed = self._newest_step(), time.monotonic(), False
+        started, failed = time.monotonic(), False
         try:
+            self._newest = self._newest_step()
             found = self._open().list()
             self._pair(found)
-            self._set_later_aside(found, newest)
+            self._set_later_aside(found, self._newest)
             for step in self._choose(found):
                 uploaded = self._try_upload(step, found)
                 found, failed = uploaded or found, failed or uploaded is None
@@ -168,7 +170,7 @@ class Mirror:
             self._delete_older(found)
         except Exception as error:  # noqa: BLE001 - reported; the thread must live until the end of the run
             if not failed:  # otherwise, the reason is probably the same
-                self._fail(newest, time.monotonic() - started, _reason(error))
+                self._fail(self._newest, time.monotonic() - started, _reason(error))
         finally:
             with self._lock:
                 self._uploading.clear()

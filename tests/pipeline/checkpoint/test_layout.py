@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.layout import checkpoint_of_step, is_checkpoint, no_checkpoint_error
+from pipeline.checkpoint.layout import (
+    checkpoint_of_step,
+    is_checkpoint,
+    list_checkpoints,
+    no_checkpoint_error,
+)
 from pipeline.errors import CheckpointError
 from tests.pipeline.checkpoint.conftest import MANIFEST
+
+
+def test_a_failure_of_the_disk_is_not_an_empty_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mirror would set the checkpoints at the URL aside. From Python 3.14, Path.is_dir() hides such failures."""
+    monkeypatch.setattr(Path, "is_dir", lambda _: False)
+    assert list_checkpoints(tmp_path) == [folder]
+
+    def fail(_: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "listdir", fail)
+    with pytest.raises(OSError, match="Stale"):
+        list_checkpoints(tmp_path)
+
+
+def test_a_path_that_cannot_exist_has_no_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    assert list_checkpoints(tmp_path) == list_checkpoints(tmp_path / "none") == list_checkpoints(Path("a\0b")) == []
 
 
 class TestOtherPaths:

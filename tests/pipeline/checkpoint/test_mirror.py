@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 import time
@@ -201,6 +202,29 @@ def test_a_server_that_refuses_to_delete(
     assert uploaded[1].is_uploaded
     assert mirror.finish(lambda: None)[-1].is_uploaded
     assert mirror.why_missing() is None
+
+
+def test_a_run_folder_that_cannot_be_listed_once_is_a_failed_upload(
+    tmp_path: Path, world: World, save: Save, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread lives on. A dead thread would upload nothing more, and the other ranks would wait for it."""
+    save(1)
+    mirror = Mirror(url, tmp_path, world, keep_last=2, timeout_s=30)
+    failures = iter([OSError(errno.ESTALE, "Stale file handle")])
+
+    def list_once_failing(run_folder: Path) -> list[Path]:
+        if error := next(failures, None):
+            raise error
+        return list_checkpoints(run_folder)
+
+    monkeypatch.setattr(mirror_module, "list_checkpoints", list_once_failing)
+    mirror.start()
+    mirror.request()
+    (failed,) = wait_for_outcomes(mirror, 1)
+    assert failed.problem and "Stale file handle" in failed.problem
+    assert complete_steps(url) == [], "nothing is set aside or deleted"
+    assert [(outcome.step, outcome.problem) for outcome in mirror.finish(lambda: None)] == [(1, None)]
+    assert mirror._rounds._store.check(["end"])
 
 
 def wait_for_outcomes(mirror: Mirror, count: int) -> list[UploadOutcome]:
