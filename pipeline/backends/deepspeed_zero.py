@@ -127,10 +127,7 @@ class DeepSpeedBackend(Backend):
 
     @abstractmethod
     def _loss_scale_outside_engine(self) -> float:
-        """Return the factor by which the caller multiplies the loss.
-
-        If the engine scales the loss, set the engine's scale and return 1.
-        """
+        """Return the factor by which ``accumulate`` multiplies the loss. It is 1 if the engine scales the loss."""
 
     def state_was_loaded(self, updates: int) -> None:
         super().state_was_loaded(updates)
@@ -199,9 +196,12 @@ class ZeroBackend(DeepSpeedBackend):
         else:
             place_model(model.to(dtype), device)
 
-    def _loss_scale_outside_engine(self) -> float:
+    def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         if self.loss_scaler.dynamic:
             self.optimizer.override_loss_scale(self.loss_scaler.factor)
+        return super().accumulate(tokens, targets, loss_weight, is_last=is_last)
+
+    def _loss_scale_outside_engine(self) -> float:
         return 1.0
 
     def _update(self) -> float:

@@ -134,7 +134,8 @@ class World:
     def with_cpu_group(self) -> World:
         """Return a new ``World`` with its own Gloo process group, for collectives on CPU tensors in another thread.
 
-        Every rank must call this.
+        Its collectives pass no marks in the progress of this ``World``: only the main thread passes marks, and the
+        ranks would otherwise pass them in different orders. Every rank must call this.
         """
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
         return replace(self, device=torch.device("cpu"), group=group, progress=Progress())
