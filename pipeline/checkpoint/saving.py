@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, describe_error
 from data_tools.storage.atomic import fsync_folder, hidden_partial_path, make_empty_folder, publish, write_json_durably
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_folder, tensor_file
@@ -137,7 +137,8 @@ def on_main_rank(world: World, step: Callable[[], None]) -> None:
 def on_every_rank(world: World, step: Callable[[], Result]) -> Result:
     """Call ``step`` on every rank, and return this rank's result. This call is collective.
 
-    If ``step`` fails on one rank, all ranks raise CheckpointError, so no rank hangs in the next collective.
+    If ``step`` fails on one rank, all ranks raise CheckpointError, so no rank hangs in the next collective. The rank
+    logs the traceback of an unexpected error.
     """
     result: Result | None = None
     problem = None
@@ -146,8 +147,8 @@ def on_every_rank(world: World, step: Callable[[], Result]) -> Result:
     except (OSError, UserError) as error:
         problem = f"rank {world.rank}: {getattr(error, 'strerror', None) or error}"
     except Exception as error:
-        world.gather(f"rank {world.rank}: {error!r}")  # the other ranks must not wait
-        raise
+        log.exception("rank %d: an unexpected error in a checkpoint", world.rank)
+        problem = f"rank {world.rank}: {describe_error(error)}"
     if problems := [text for text in world.gather(problem) if text]:
         raise CheckpointError("; ".join(problems))
     return result  # type: ignore[return-value] # the result is set if no rank has a problem

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.backends.ddp import DdpBackend
-from pipeline.checkpoint import background
+from pipeline.checkpoint import background, saving
 from pipeline.checkpoint.background import BackgroundSaver, SnapshotTaker
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
 from pipeline.checkpoint.loading import load_training_state
@@ -259,6 +259,32 @@ class TestFailure:
         assert (outcome.step, outcome.problem) == (4, None)
         assert outcome.saved is not None and find_damage(outcome.saved.folder) is None
         assert list_checkpoints(saver.run_folder) == [outcome.saved.folder]
+
+    @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("one line\nand more")], ids=repr)
+    def test_an_unexpected_error_does_not_end_the_training(
+        self,
+        make_saver: MakeSaver,
+        backend: DdpBackend,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        error: Exception,
+    ) -> None:
+        """Otherwise, this rank would die, while the others count a failed save. The log has the traceback."""
+
+        def fail(*_: Any) -> None:
+            raise error
+
+        saver = make_saver()
+        with monkeypatch.context() as patch:
+            patch.setattr(saving, "write_tensors", fail)
+            saver.start(state_of(backend, 1))
+            (failed,) = saver.wait()
+        assert failed.saved is None and failed.problem is not None and "\n" not in failed.problem
+        folder = checkpoint_folder(saver.run_folder, 1)
+        assert failed.problem.startswith(f"cannot save {folder}: rank 0: {type(error).__name__}")
+        assert "rank 0: an unexpected error in a checkpoint" in caplog.text and "Traceback" in caplog.text
+        saver.start(state_of(backend, 2))
+        assert [outcome.problem for outcome in saver.wait()] == [None]
 
 
 def test_an_outcome_says_what_was_written(make_saver: MakeSaver, backend: DdpBackend) -> None:
