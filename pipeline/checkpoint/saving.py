@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_tools.errors import UserError, describe_error
+from data_tools.errors import PROJECT, UserError, describe_error
 from data_tools.storage.atomic import fsync_folder, hidden_partial_path, make_empty_folder, publish, write_json_durably
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_folder, tensor_file
@@ -186,9 +186,9 @@ def publish_checkpoint(aside: Path, folder: Path) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the main packages that are installed."""
+    """Return the versions of this project and of the main packages, if they are installed."""
     installed = {}
-    for package in ("torch", "deepspeed", "safetensors", "numpy"):
+    for package in (PROJECT, "torch", "deepspeed", "safetensors", "numpy"):
         with suppress(PackageNotFoundError):
             installed[package] = version(package)
     return installed

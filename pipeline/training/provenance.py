@@ -1,5 +1,6 @@
 """Describe the program and the machine at the start of a run."""
 
+import hashlib
 import platform
 import shlex
 import socket
@@ -12,13 +13,16 @@ from typing import Any
 from pipeline.checkpoint.saving import package_versions
 from pipeline.distributed.environment import launcher_name
 
+PROGRAM_ROOT = Path(__file__).resolve().parents[2]
+
 _LONGEST_GIT_S = 10.0  # git can be slow in a large repository on a network disk
 
 
 def describe_process() -> dict[str, Any]:
-    """Describe this process: the time, the command, the host, the launcher, the packages, and the git commit.
+    """Describe this process: the time, the command, the host, the launcher, the packages, and the code.
 
-    The values of the keys ``launcher`` and ``git`` can be None.
+    ``git`` is the commit of the working folder, which may contain the user's configs. ``program`` identifies the code
+    of this program. The values of the keys ``launcher`` and ``git`` can be None.
     """
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -28,7 +32,27 @@ def describe_process() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": package_versions(),
         "git": describe_commit(Path.cwd()),
+        "program": describe_program(PROGRAM_ROOT),
     }
+
+
+def describe_program(root: Path) -> dict[str, Any]:
+    """Return a hash of the source code below ``root``, and its git commit if git tracks the code.
+
+    git does not track the code of an installed package, even if the package is inside of a repository.
+    """
+    own_file = str(Path(__file__).resolve().relative_to(PROGRAM_ROOT))
+    is_tracked = _run_git(root, "ls-files", "--error-unmatch", own_file) is not None
+    return {"source_sha256": hash_source_code(root), **((is_tracked and describe_commit(root)) or {})}
+
+
+def hash_source_code(root: Path) -> str:
+    """Return the SHA-256 of this program's source code. ``root`` contains ``data_tools`` and ``pipeline``."""
+    digest = hashlib.sha256()
+    for room in ("data_tools", "pipeline"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def describe_commit(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """Check that all ranks run the same program with the same config, and see the same run folder and the same data."""
 
-import hashlib
 import socket
 import time
 import uuid
@@ -14,6 +13,7 @@ from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.errors import ConfigError
+from pipeline.training.provenance import PROGRAM_ROOT, hash_source_code
 
 _TOKEN_PREFIX = ".shared-"
 #: A network file system may show a new file on other hosts only after some seconds.
@@ -74,7 +74,7 @@ def describe_start(config: Config, data_sha256: str, world: World) -> Start:
             del compared[section][key]
     program = {name: text for name, text in package_versions().items() if name in ("torch", "deepspeed")}
     if world.local_rank == 0:
-        program["source code"] = _hash_source_code()
+        program["source code"] = hash_source_code(PROGRAM_ROOT)[:12]
     folder = str(Path(config.run.out_dir).absolute())
     return Start(world.rank, socket.gethostname(), folder, data_sha256, compared, program)
 
@@ -108,15 +108,6 @@ def _describe_changes(main: dict[str, Any], own: dict[str, Any]) -> str:
     texts = [f"{key} {change}" for key, change in changed_settings(main, own).items()]
     more = len(texts) - _NAMED_CHANGES
     return ", ".join(texts[:_NAMED_CHANGES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _hash_source_code() -> str:
-    digest = hashlib.sha256()
-    root = Path(__file__).resolve().parents[2]
-    for room in ("data_tools", "pipeline"):
-        for path in sorted((root / room).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _write_token(run_folder: Path) -> str | None:

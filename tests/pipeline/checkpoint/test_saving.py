@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from data_tools.errors import PROJECT
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import saving
 from pipeline.checkpoint.background import SnapshotTaker
@@ -186,4 +187,5 @@ class TestFiles:
         monkeypatch.setattr(saving, "version", without_deepspeed)
         versions = json.loads((save() / "state.json").read_text())["versions"]
         assert versions["torch"] == real("torch")
+        assert versions[PROJECT] == real(PROJECT), "the program that wrote the checkpoint"
         assert "deepspeed" not in versions

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.training.provenance import describe_commit, describe_process
+from pipeline.training.provenance import describe_commit, describe_process, describe_program
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -49,3 +49,23 @@ def test_the_process_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found["command"] == "python3 launch/train.py --config 'a file.json'"
     assert found["git"] is None and found["launcher"] is None
+    assert len(found["program"]["source_sha256"]) == 64
+
+
+def test_the_code_of_the_program_is_identified(tmp_path: Path) -> None:
+    """An installed program is not in the user's repository, even if the folder of its packages is."""
+    copy = tmp_path / "pipeline" / "training" / "provenance.py"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("1\n")
+    (tmp_path / "mine.py").write_text("1\n")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", "mine.py")
+    git(tmp_path, "commit", "--quiet", "-m", "without the program")
+    installed = describe_program(tmp_path)
+    assert installed.keys() == {"source_sha256"}
+    git(tmp_path, "add", "pipeline")
+    git(tmp_path, "commit", "--quiet", "-m", "with the program")
+    assert describe_program(tmp_path) == {**installed, "commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
+    copy.write_text("2\n")
+    changed = describe_program(tmp_path)
+    assert changed["dirty"] and changed["source_sha256"] != installed["source_sha256"]
