@@ -61,7 +61,7 @@ def _read_run(folder: Path, label: str) -> Run:
     config = folder / CONFIG_FILE
     settings = dict(flatten(_read_json(config))) if config.is_file() else {}
     results = {path.stem: _read_json(path) for path in sorted((folder / EVALUATION_FOLDER).glob("*.json"))}
-    return Run(label, settings, read_metrics(folder), results, _find_outdated(folder, results))
+    return Run(label, settings, read_metrics(folder, warns=True), results, _find_outdated(folder, results))
 
 
 def _find_outdated(folder: Path, results: Results) -> frozenset[str]:

@@ -46,8 +46,13 @@ _SPEED_KEYS = ("tokens_per_s", "step_ms", "mfu", "peak_memory_gib")
 LOSSES = {MEAN_LOSS_KEY: "loss", "val_loss": "validation loss"}
 
 
-def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """Return the rows in ``metrics.jsonl``. Incomplete and damaged lines are left out and logged."""
+def read_metrics(run_folder: Path, *, warns: bool = False) -> list[dict[str, Any]]:
+    """Return the rows in ``metrics.jsonl``. Incomplete and damaged lines are left out.
+
+    Args:
+        warns: whether to log the lines that are left out. A run reads the file many times, and logs them only when it
+            removes them from the file.
+    """
     path = run_folder / METRICS_FILE
     if not path.exists():
         return []
@@ -59,7 +64,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
             row = None
         if _is_row(row):
             rows.append(row)
-        else:
+        elif warns:
             log.warning("%s: dropping a line that was cut short or damaged", path)
     return rows
 

@@ -63,6 +63,7 @@ def _append_row(run_folder: Path, row: Row) -> None:
 
 def _drop_rows_after(run_folder: Path, step: int) -> None:
     path = run_folder / METRICS_FILE
-    kept = "".join(json.dumps(row) + "\n" for row in read_metrics(run_folder) if step and row["step"] <= step).encode()
+    rows = read_metrics(run_folder, warns=True) if step else []
+    kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step).encode()
     if path.exists() and path.read_bytes() != kept:  # also to drop an incomplete last line
         write_bytes_durably(path, kept)

@@ -124,3 +124,13 @@ def test_every_row_names_the_keys_that_change_the_numbers(tmp_path: Path) -> Non
     record.write({"step": 1, "loss": 2.0, "mean_loss": 2.0})
     record.close(0, "finished", {})
     assert [row["different_numbers"] for row in read_metrics(tmp_path) if "loss" in row] == [["prescale_gradients"]]
+
+
+def test_a_resumed_run_logs_a_damaged_line_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The record and the sinks read the file at each start."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "elapsed_s": 2.0}\n{"step": 2, "los')
+    for _ in range(2):
+        open_record(tmp_path, resumed_step=2).close(2, "finished", {})
+    assert caplog.text.count("dropping a line that was cut short or damaged") == 1
+    assert '"los' not in path.read_text()
