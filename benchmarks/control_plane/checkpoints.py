@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoint.layout import GROUPS, MANIFEST_FILE, MOMENTS, WEIGHTS, checkpoint_folder, tensor_file
-from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.manifest import FileEntry, read_manifest
 from pipeline.checkpoint.pieces import index_pieces, piece_key
 from pipeline.checkpoint.retention import delete_checkpoint
-from pipeline.checkpoint.saving import Files, Snapshot, complete_and_publish, write_tensor_files
+from pipeline.checkpoint.saving import Snapshot, complete_and_publish, write_tensor_files
 from pipeline.checkpoint.state import StateFile, TrainingState
 from pipeline.checkpoint.tensor_stream import TensorGroups, in_memory
 from pipeline.checkpoint.verification import find_damage
@@ -38,7 +38,7 @@ def measure_checkpoint(ranks: int, folder: Path, shapes: dict[str, list[int]]) -
     clock = Stopwatch()
     start = TrainingState(step=1, samples=0, tokens=0, updates=1, loss_scale=1.0, loss_scale_good_steps=0, seed=0)
 
-    files: Files = {}
+    files: dict[str, FileEntry] = {}
     pieces = 0
     for rank in range(ranks):
         groups = groups_of(rank, ranks, shapes)

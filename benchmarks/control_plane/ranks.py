@@ -20,9 +20,8 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from benchmarks.control_plane.store import TIMEOUT
 from pipeline.checkpoint.layout import tensor_file
-from pipeline.checkpoint.manifest import FileEntry
+from pipeline.checkpoint.manifest import FileEntry, Files
 from pipeline.checkpoint.mirror import Mirror
-from pipeline.checkpoint.upload_rounds import Files
 from pipeline.distributed.heartbeat import Heartbeat
 from pipeline.distributed.lost_ranks import INTERVAL_S, find_lost
 from pipeline.distributed.network_interface import choose_gloo_interface

@@ -28,6 +28,7 @@ from pipeline.checkpoint.verification import find_size_damage
 from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.schema import MODEL_SIZES, Config, describe_model
 from pipeline.errors import CheckpointError
+from pipeline.model.parameter_state import TOKEN_EMBEDDING
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, read_metrics
 
 _MAX_RANKS_SHOWN = 8
@@ -184,8 +185,8 @@ def _read_contents(state: StateFile, manifest: CheckpointManifest, file_sizes: M
 def _count_parameters(shapes: dict[str, list[int]], vocab_size: Any) -> int:
     """Count the parameters without the padding rows of the embedding. The tied weight counts once."""
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    if isinstance(vocab_size, int) and "wte.weight" in shapes:
-        counts["wte.weight"] = vocab_size * shapes["wte.weight"][-1]
+    if isinstance(vocab_size, int) and TOKEN_EMBEDDING in shapes:
+        counts[TOKEN_EMBEDDING] = vocab_size * shapes[TOKEN_EMBEDDING][-1]
     return sum(counts.values())
 
 

@@ -15,8 +15,9 @@ MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 #: Each rank writes one file per group. ``moments`` contains the optimizer's state.
 WEIGHTS, MOMENTS = GROUPS = ("weights", "moments")
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
-_CHECKPOINT_URL = re.compile(rf"(?P<run>.+)/{CHECKPOINTS_FOLDER}/(?P<name>step_\d{{8,}})/?")
+STEP_PREFIX = "step_"  # of the name of a checkpoint folder
+_STEP_FOLDER = re.compile(rf"{STEP_PREFIX}(\d{{8,}})")
+_CHECKPOINT_URL = re.compile(rf"(?P<run>.+)/{CHECKPOINTS_FOLDER}/(?P<name>{STEP_PREFIX}\d{{8,}})/?")
 _TENSOR_FILE = re.compile(rf"rank_(\d{{5,}})_({'|'.join(GROUPS)})\.safetensors")
 
 
@@ -33,14 +34,19 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
     return sorted((parent / name for name in names if parse_step(name) is not None), key=step_of)
 
 
+def checkpoint_name(step: int) -> str:
+    """Return the name of the checkpoint folder of ``step``."""
+    return f"{STEP_PREFIX}{step:08d}"
+
+
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
     """Return the path of the checkpoint folder of ``step``. The folder need not exist."""
-    return run_folder / CHECKPOINTS_FOLDER / f"step_{step:08d}"
+    return run_folder / CHECKPOINTS_FOLDER / checkpoint_name(step)
 
 
 def checkpoint_url(run_url: str, step: int) -> str:
     """Return the URL of the checkpoint of ``step``. The checkpoint need not exist."""
-    return f"{run_url.rstrip('/')}/{CHECKPOINTS_FOLDER}/step_{step:08d}"
+    return f"{run_url.rstrip('/')}/{CHECKPOINTS_FOLDER}/{checkpoint_name(step)}"
 
 
 def split_url(url: str) -> tuple[str, int | None]:

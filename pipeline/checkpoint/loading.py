@@ -23,12 +23,10 @@ from pipeline.config.schema import Config, ModelConfig
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import GPT2, allocate_model
-from pipeline.model.parameter_state import EMA, KINDS_OF_WEIGHTS, WEIGHT
+from pipeline.model.parameter_state import EMA, KINDS_OF_WEIGHTS, POSITION_EMBEDDING, WEIGHT
 from pipeline.run_folder.layout import run_folder_of
 
 log = logging.getLogger(__name__)
-
-_POSITIONS = "wpe.weight"
 
 
 def load_training_state(folder: Path, backend: Backend, rank: int | None = None) -> TrainingState:
@@ -155,7 +153,7 @@ def read_manifest_of_model(folder: Path, shapes: dict[str, list[int]]) -> Checkp
     stored = manifest.parameters
     for name in [*shapes, *stored]:
         if shapes.get(name) != stored.get(name):
-            context = ", with --init-from for these weights in another context" if name == _POSITIONS else ""
+            context = ", with --init-from for these weights in another context" if name == POSITION_EMBEDDING else ""
             raise CheckpointError(
                 f"{folder}: belongs to another model: {name} has shape {stored.get(name, 'none')} there "
                 f"and {shapes.get(name, 'none')} here; use the run's own config, or another run.out_dir{context}"

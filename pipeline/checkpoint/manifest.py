@@ -38,6 +38,9 @@ class FileEntry:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
+Files = Mapping[str, FileEntry]  # file name -> entry in the manifest
+
+
 @dataclass(frozen=True)
 class CheckpointManifest:
     """The content of ``manifest.json``.
@@ -93,7 +96,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     return check_manifest(read_json_object(path), path)
 
 
-def find_not_finite(files: Mapping[str, FileEntry]) -> str | None:
+def find_not_finite(files: Files) -> str | None:
     """Return a message if a manifest says that a file contains NaN or infinite numbers. Otherwise, return None.
 
     No run can resume from such a checkpoint.

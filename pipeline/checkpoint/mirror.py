@@ -16,11 +16,11 @@ from pathlib import Path
 
 from data_tools.errors import UserError, describe_error, one_line
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_folder, list_checkpoints, step_of
-from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
+from pipeline.checkpoint.manifest import CheckpointManifest, Files, read_manifest
 from pipeline.checkpoint.pairing import forget_abandoned, is_abandoned, is_paired, pair
 from pipeline.checkpoint.remote_run import ABANDONED_MANIFEST, RemoteRun
 from pipeline.checkpoint.retention import best_step, is_state_of_milestone, surplus_steps
-from pipeline.checkpoint.upload_rounds import Files, UploadRounds
+from pipeline.checkpoint.upload_rounds import UploadRounds
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.run_folder.layout import METRICS_FILE

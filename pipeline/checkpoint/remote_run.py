@@ -10,7 +10,14 @@ from pathlib import Path
 
 from data_tools.storage.folders import RemoteFolder
 from pipeline.checkpoint.json_files import parse_json_object
-from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_url, parse_step, split_url
+from pipeline.checkpoint.layout import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    checkpoint_name,
+    checkpoint_url,
+    parse_step,
+    split_url,
+)
 from pipeline.checkpoint.manifest import CheckpointManifest, FileEntry, check_manifest
 from pipeline.checkpoint.state import StateFile, check_state_file
 from pipeline.errors import CheckpointError
@@ -146,7 +153,7 @@ class RemoteRun:
 
 
 def _prefix(step: int) -> str:
-    return f"{CHECKPOINTS_FOLDER}/step_{step:08d}/"
+    return f"{CHECKPOINTS_FOLDER}/{checkpoint_name(step)}/"
 
 
 def parse_url(url: str) -> tuple[RemoteRun, int | None]:

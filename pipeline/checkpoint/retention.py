@@ -16,6 +16,7 @@ from data_tools.formatting import format_size
 from data_tools.storage.atomic import fsync_folder
 from pipeline.checkpoint.layout import (
     MANIFEST_FILE,
+    STEP_PREFIX,
     is_checkpoint,
     list_checkpoints,
     size_of_folder,
@@ -36,15 +37,17 @@ from pipeline.run_folder.lock import lock_run_folder
 
 log = logging.getLogger(__name__)
 
+_ABANDONED = ".abandoned"  # follows the name of a checkpoint that was set aside
+
 
 def list_leftovers(run_folder: Path) -> list[Path]:
     """Return the incomplete folders that interrupted saves and deletions have left."""
-    return sorted((run_folder / CHECKPOINTS_FOLDER).glob(".step_*.partial"))
+    return sorted((run_folder / CHECKPOINTS_FOLDER).glob(f".{STEP_PREFIX}*.partial"))
 
 
 def list_abandoned(run_folder: Path) -> list[Path]:
     """Return the checkpoints that were renamed because the run continued from an earlier step."""
-    return sorted((run_folder / CHECKPOINTS_FOLDER).glob("step_*.abandoned*"))
+    return sorted((run_folder / CHECKPOINTS_FOLDER).glob(f"{STEP_PREFIX}*{_ABANDONED}*"))
 
 
 def remove_leftovers(run_folder: Path) -> None:
@@ -73,7 +76,7 @@ def set_aside_after(run_folder: Path, step: int, origin: Path | None = None) -> 
 
 
 def _unused_abandoned_path(folder: Path) -> Path:
-    names = (f"{folder.name}.abandoned" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    names = (f"{folder.name}{_ABANDONED}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
     return next(path for path in map(folder.with_name, names) if not path.exists())
 
 

@@ -14,7 +14,7 @@ from data_tools.errors import PROJECT, UserError, describe_error
 from data_tools.storage.atomic import fsync_folder, hidden_partial_path, make_empty_folder, publish, write_json_durably
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, checkpoint_folder, tensor_file
-from pipeline.checkpoint.manifest import CheckpointManifest, FileEntry, find_not_finite, read_manifest
+from pipeline.checkpoint.manifest import CheckpointManifest, FileEntry, Files, find_not_finite, read_manifest
 from pipeline.checkpoint.pieces import index_pieces
 from pipeline.checkpoint.retention import delete_checkpoint, delete_older
 from pipeline.checkpoint.state import StateFile, TrainingState
@@ -27,7 +27,6 @@ from pipeline.model.parameter_state import StateNames
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Files = dict[str, FileEntry]  # file name -> entry in the manifest
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ entry. Rank 0 reads the results of all ranks with one request.
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from pipeline.checkpoint.layout import parse_tensor_file
-from pipeline.checkpoint.manifest import FileEntry
+from pipeline.checkpoint.manifest import FileEntry, Files
 from pipeline.distributed.progress import NAMED_RANKS
 from pipeline.distributed.rendezvous import list_ranks
 from pipeline.distributed.world import World
@@ -28,8 +27,6 @@ _END = "end"
 #: Each rank has one share and one result in the store. A new round overwrites them, so that the store does not grow.
 _SHARE, _RESULT = "share_{rank}", "result_{rank}"
 _FINISHED = "finished_{round}"  # how many ranks have written their result
-
-Files = Mapping[str, FileEntry]  # file name -> entry in the manifest of the checkpoint
 
 
 @dataclass(frozen=True)

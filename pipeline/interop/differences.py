@@ -10,7 +10,7 @@ from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig
 from pipeline.interop.foreign import model_shapes, read_padded
 from pipeline.model.gpt2 import GPT2, MLP, gelu
-from pipeline.model.parameter_state import WEIGHT
+from pipeline.model.parameter_state import TOKEN_EMBEDDING, WEIGHT
 
 #: 50257 rounded up to a multiple of 1024. A vocabulary of at most this size is GPT-2's with added tokens or padding.
 LARGEST_PADDED_VOCABULARY = 51_200
@@ -86,7 +86,7 @@ def _assemble(config: ModelConfig, weights: Mapping[str, Tensor]) -> GPT2:
     state = {name: read_padded({WEIGHT: weights}, shapes, WEIGHT, name).float() for name in shapes}
     with torch.device("meta"):
         model = GPT2(config)
-    model.load_state_dict({**state, "lm_head.weight": state["wte.weight"]}, assign=True)
+    model.load_state_dict({**state, "lm_head.weight": state[TOKEN_EMBEDDING]}, assign=True)
     return model.eval()
 
 

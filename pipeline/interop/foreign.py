@@ -21,6 +21,7 @@ from pipeline.checkpoint.saving import SavedCheckpoint
 from pipeline.config.schema import MODEL_PRESETS, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import allocate_model
+from pipeline.model.parameter_state import POSITION_EMBEDDING, TOKEN_EMBEDDING
 
 #: The prefix of GPT-2's parameters in a model with an output layer, in nanoGPT and in transformers.
 TRANSFORMER_PREFIX = "transformer."
@@ -131,17 +132,14 @@ def read_named_weights(where: str, state_dict: Mapping[Any, Any]) -> dict[str, T
             _require_causal(f"{where}: {key!r}", value)
         else:
             weights[name] = require_finite_floats(f"{where}: {key!r}", value)
-    if "wte.weight" not in weights:
-        raise CheckpointError(
-            f"{where}: holds no '{TRANSFORMER_PREFIX}wte.weight', the embedding of a GPT-2; {list_keys(state_dict)}"
-        )
+    embedding = TRANSFORMER_PREFIX + TOKEN_EMBEDDING
+    if TOKEN_EMBEDDING not in weights:
+        raise CheckpointError(f"{where}: holds no '{embedding}', the embedding of a GPT-2; {list_keys(state_dict)}")
     head = weights.pop("lm_head.weight", None)
     if head is not None and not (
-        head.dtype == weights["wte.weight"].dtype and torch.equal(head, weights["wte.weight"])
+        head.dtype == weights[TOKEN_EMBEDDING].dtype and torch.equal(head, weights[TOKEN_EMBEDDING])
     ):
-        raise CheckpointError(
-            f"{where}: 'lm_head.weight' differs from '{TRANSFORMER_PREFIX}wte.weight'; GPT-2 has one weight for both"
-        )
+        raise CheckpointError(f"{where}: 'lm_head.weight' differs from '{embedding}'; GPT-2 has one weight for both")
     return weights
 
 
@@ -189,7 +187,7 @@ def require_sizes(where: str, weights: Mapping[str, Tensor], sizes: Mapping[str,
         keys: maps each name in ``sizes`` to the key under which the file stores this size.
     """
     width = sizes["n_embd"]
-    for name, key in (("wte.weight", "vocab_size"), ("wpe.weight", "context_length")):
+    for name, key in ((TOKEN_EMBEDDING, "vocab_size"), (POSITION_EMBEDDING, "context_length")):
         rows = sizes[key]
         if name in weights and weights[name].shape != (rows, width):
             raise CheckpointError(

@@ -37,6 +37,7 @@ from pipeline.interop.foreign import model_shapes
 from pipeline.interop.hugging_face.layout import hugging_face_name
 from pipeline.interop.hugging_face.tokenizer_files import vocabulary_and_merges
 from pipeline.model.gpt2 import LAYER_NORM_EPS
+from pipeline.model.parameter_state import POSITION_EMBEDDING, TOKEN_EMBEDDING
 
 #: Option -> dtype of the matrices, its name in the file, and the name of the whole file's type.
 _DTYPES = {
@@ -44,7 +45,6 @@ _DTYPES = {
     "float16": (torch.float16, GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bfloat16": (torch.bfloat16, GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
-_EMBEDDING, _POSITIONS = "wte.weight", "wpe.weight"
 _SUFFIXES = (".weight", ".bias")
 _PRE_TOKENIZER = "gpt-2"  # llama.cpp's name for GPT-2's rules that divide a text into words
 
@@ -91,7 +91,7 @@ def export_gguf(checkpoint: Path | str, out: Path, dtype: str, weights: str = "t
 def _write_file(path: Path, source: Path, config: Config, dtype: str, weights: str) -> None:
     shapes = model_shapes(config.model)
     pieces = pieces_of_weights(source, shapes, weights)
-    shapes[_EMBEDDING] = [config.model.vocab_size, config.model.n_embd]  # without padding rows
+    shapes[TOKEN_EMBEDDING] = [config.model.vocab_size, config.model.n_embd]  # without padding rows
     kinds = {name: _kind_of(name, shape, dtype) for name, shape in shapes.items()}
     names = get_tensor_name_map(MODEL_ARCH.GPT2, config.model.n_layer)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[MODEL_ARCH.GPT2])
@@ -115,7 +115,7 @@ def _write_file(path: Path, source: Path, config: Config, dtype: str, weights: s
 
 
 def _kind_of(name: str, shape: list[int], dtype: str) -> str:
-    return "float32" if len(shape) == 1 or name == _POSITIONS else dtype
+    return "float32" if len(shape) == 1 or name == POSITION_EMBEDDING else dtype
 
 
 def _to_numpy(name: str, parameter: Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -34,7 +34,7 @@ from pipeline.interop.foreign import (
     require_sizes,
 )
 from pipeline.interop.nanogpt_file import NanoGptFile, Section, open_nanogpt_file
-from pipeline.model.parameter_state import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from pipeline.model.parameter_state import EXP_AVG, EXP_AVG_SQ, TOKEN_EMBEDDING, WEIGHT
 
 _SIZE_KEYS = {
     **{key: key for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
@@ -96,7 +96,7 @@ def _read_model(file: NanoGptFile) -> tuple[ForeignModel, ModelConfig]:
     notes += describe_differences(stored, weights, rows, exact_gelu=not file.is_build_nanogpt)
     if len(weights) < len(model_shapes(stored)):
         notes.append("biases: none in the file; they are zero, and training changes them from there")
-    weights["wte.weight"] = weights["wte.weight"][:rows]
+    weights[TOKEN_EMBEDDING] = weights[TOKEN_EMBEDDING][:rows]
     return ForeignModel(stored.model_copy(update={"vocab_size": rows}), weights, notes), stored
 
 
@@ -107,7 +107,7 @@ def _name_of(path: Path) -> str:
 def _stored_shapes(stored: ModelConfig, model_args: Section) -> dict[str, list[int]]:
     """Return the shapes that the file must contain. If ``bias`` is False, the result has no biases."""
     has_biases = model_args.get("bias", bool) is not False
-    shapes = {**model_shapes(stored), "wte.weight": [stored.vocab_size, stored.n_embd]}
+    shapes = {**model_shapes(stored), TOKEN_EMBEDDING: [stored.vocab_size, stored.n_embd]}
     return {name: shape for name, shape in shapes.items() if has_biases or not name.endswith(".bias")}
 
 
@@ -225,7 +225,7 @@ def _read_moments(
     if len(counts) != 1:
         raise CheckpointError(f"{state.where}: 'step' differs among parameters: {sorted(counts)}; {_WEIGHTS_ONLY}")
     for tensors in moments.values():
-        tensors["wte.weight"] = tensors["wte.weight"][:kept_rows]
+        tensors[TOKEN_EMBEDDING] = tensors[TOKEN_EMBEDDING][:kept_rows]
     return moments, counts.pop()
 
 

@@ -1,4 +1,4 @@
-"""Define the names of a parameter's tensors: its weight, its optimizer tensors, and its moving average."""
+"""Define the names of parameters, and of a parameter's tensors: weight, optimizer tensors and moving average."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.config.schema import Config
 from pipeline.model.muon_matrices import belongs_to_muon
+
+TOKEN_EMBEDDING, POSITION_EMBEDDING = "wte.weight", "wpe.weight"  # GPT-2's names of these parameters
 
 WEIGHT = "weight"
 EXP_AVG, EXP_AVG_SQ = ADAMW_STATE = ("exp_avg", "exp_avg_sq")  # the names of the two moments in torch's AdamW

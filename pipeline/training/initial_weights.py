@@ -14,11 +14,11 @@ from pipeline.checkpoint.layout import checkpoint_url, split_url, step_of
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.weights import WeightSource, locate_weights, open_weights
+from pipeline.model.parameter_state import POSITION_EMBEDDING
 
 log = logging.getLogger(__name__)
 
 _SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")  # context_length may differ
-_POSITIONS = "wpe.weight"
 
 
 def find_initial_weights(config: Config) -> Path | str | None:
@@ -71,7 +71,7 @@ def load_initial_weights(place: Path | str, backend: Backend, tokenizer: Tokeniz
     source = open_weights(locate_weights(place) if is_url else Path(place))  # each host has its own copy of a URL
 
     def write(name: str, start: int, target: Tensor) -> None:
-        if name == _POSITIONS:
+        if name == POSITION_EMBEDDING:
             copy_positions(source, start, target)
         else:
             source.copy_elements(name, start, target)
@@ -115,7 +115,7 @@ def copy_positions(source: WeightSource, start: int, target: Tensor) -> None:
     while copied < len(target):
         first = (start + copied) % stored
         count = min(stored - first, len(target) - copied)
-        source.copy_elements(_POSITIONS, first, target[copied : copied + count])
+        source.copy_elements(POSITION_EMBEDDING, first, target[copied : copied + count])
         copied += count
 
 

@@ -40,7 +40,7 @@ from pipeline.interop.hugging_face.layout import (
     stored_shapes,
 )
 from pipeline.interop.hugging_face.tokenizer_files import VOCABULARY_FILE, describe_other_tokenizer
-from pipeline.model.parameter_state import WEIGHT
+from pipeline.model.parameter_state import TOKEN_EMBEDDING, WEIGHT
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def read_folder(folder: Path) -> ForeignModel:
         notes.append(other)
     notes += describe_dtypes(weights)
     notes += describe_differences(stored, weights, rows, exact_gelu=False)
-    weights["wte.weight"] = weights["wte.weight"][:rows]
+    weights[TOKEN_EMBEDDING] = weights[TOKEN_EMBEDDING][:rows]
     config = stored.model_copy(update={"vocab_size": rows})
     return ForeignModel(config, weights, notes, other_tokenizer(rows) if other else None)
 

@@ -9,6 +9,7 @@ from pipeline.errors import CheckpointError
 from pipeline.interop.foreign import TRANSFORMER_PREFIX, model_shapes, preset_of
 from pipeline.model.gpt2 import LAYER_NORM_EPS
 from pipeline.model.initialisation import INIT_STD
+from pipeline.model.parameter_state import TOKEN_EMBEDDING
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -50,7 +51,7 @@ def is_transposed(name: str) -> bool:
 
 def stored_shapes(config: ModelConfig) -> dict[str, list[int]]:
     """Return the shapes in which ``transformers`` stores the parameters, by canonical name."""
-    shapes = {**model_shapes(config), "wte.weight": [config.vocab_size, config.n_embd]}
+    shapes = {**model_shapes(config), TOKEN_EMBEDDING: [config.vocab_size, config.n_embd]}
     return {name: shape[::-1] if is_transposed(name) else shape for name, shape in shapes.items()}
 
 
