@@ -1,6 +1,7 @@
 """Define what all commands have in common: options, one-line error messages, and exit statuses."""
 
 import argparse
+import faulthandler
 import gc
 import io
 import logging
@@ -291,6 +292,9 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     """
     status = 0
     _open_missing_streams()
+    with suppress(OSError, ValueError):  # standard error may be closed
+        # After a crash in native code, for example SIGBUS because a mapped file was cut, Python prints its traceback.
+        faulthandler.enable(2)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # tests may replace the stream with an object of another type
             stream.reconfigure(errors="backslashreplace")

@@ -66,8 +66,10 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
     encoder = load_encoder(REFERENCE_ENCODER)  # fast enough for a few documents, and also needed later
     documents = (document for chunk in chunks for document in documents_of(chunk, source, request, skipped))
     for document in documents:
-        text_bytes += len(utf8_of(document))
-        tokens += encode_document(encoder, document).tokens.size
+        # A single document can have hundreds of megabytes, for which tiktoken needs minutes.
+        text = (document if isinstance(document, str) else document.text)[:_SAMPLE_BYTES]
+        text_bytes += len(utf8_of(text))
+        tokens += encode_document(encoder, text).tokens.size
         if text_bytes >= _SAMPLE_BYTES:
             break
     if not tokens:

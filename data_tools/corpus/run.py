@@ -3,8 +3,11 @@
 The bytes of the shards do not depend on the number of workers, on the machines, or on interruptions.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
+from fnmatch import fnmatch
+from pathlib import Path
 
 from data_tools.corpus.chunks import Chunk, ChunkRecord, plan_chunks
 from data_tools.corpus.duplicates import write_repeated
@@ -16,8 +19,9 @@ from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk
 from data_tools.corpus.worker_server import start_worker_server
 from data_tools.encoding.encoders import choose_encoder
+from data_tools.errors import DataError
 from data_tools.shards.contents import Contents
-from data_tools.shards.manifest import Manifest
+from data_tools.shards.manifest import MANIFEST_NAME, Manifest
 from data_tools.sources import open_source
 from data_tools.storage.files import is_remote, sha256_of_json
 from data_tools.storage.remote import require_writable_url
@@ -47,7 +51,9 @@ def find_complete(request: TokenizeRequest) -> Manifest | None:
     Raises:
         DataError: the folder is damaged or belongs to another request.
     """
-    return load_complete(request.out, identity_of(request, open_source(request)))
+    source = open_source(request)
+    _require_outside_input(request)
+    return load_complete(request.out, identity_of(request, source))
 
 
 def tokenize_corpus(request: TokenizeRequest, observer: Observer | None = None) -> Manifest:
@@ -81,6 +87,7 @@ def tokenize_share(
 
 def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer: Observer) -> Manifest | None:
     source = open_source(request)
+    _require_outside_input(request)
     identity = identity_of(request, source)
     if manifest := load_complete(request.out, identity):
         return manifest
@@ -108,6 +115,26 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
             return None
         _encode(job, chunks, output, observer)
         return output.complete(encoder=encoder, engine=request.engine)
+
+
+def _require_outside_input(request: TokenizeRequest) -> None:
+    """Raise DataError if the source would find the shards in ``request.out`` and read them as documents."""
+    if is_remote(str(request.out)) or request.source == "parquet":  # no file in the output folder ends in .parquet
+        return
+    out = os.path.realpath(request.out)
+    for text in request.inputs:
+        if is_remote(text):
+            continue
+        if os.path.isdir(text):
+            is_inside = Path(out).is_relative_to(os.path.realpath(text))
+        else:
+            pattern = os.path.abspath(text)
+            is_inside = "**" in text and any(fnmatch(f"{out}/{name}", pattern) for name in (MANIFEST_NAME, "x.npy"))
+        if is_inside:
+            raise DataError(
+                f"--out {request.out} is inside --input {text}, so the shards would be read as documents; name a "
+                "folder outside of it"
+            )
 
 
 def _find_repeated(job: Job, chunks: Sequence[Chunk], output: OutputFolder) -> bool:

@@ -5,6 +5,7 @@ all tokens are scored.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +39,9 @@ class Dialogue:
 Document = str | Dialogue
 
 _BEGINNING = np.array([END_OF_TEXT], dtype=np.uint16)
+
+# The longest beginning of a text that ends between a word and a blank.
+_WHOLE_WORDS = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 class EncodedDocument(NamedTuple):
@@ -79,3 +83,15 @@ def encode_document(encoder: Encoder, document: Document) -> EncodedDocument:
     pieces = [_BEGINNING, *(encoder.encode(text) for text, _ in document.segments)]
     flags = [True, *(is_scored for _, is_scored in document.segments)]
     return EncodedDocument(np.concatenate(pieces), np.repeat(flags, [piece.size for piece in pieces]))
+
+
+def beginning_of(document: Document, characters: int) -> Document:
+    """Return a beginning of a text with at most ``characters`` characters. Its tokens are the first tokens of the text.
+
+    The cut is between a word and a blank, because no token continues there. A text without such a place and a
+    ``Dialogue`` are returned whole.
+    """
+    if isinstance(document, Dialogue) or len(document) <= characters:
+        return document
+    found = _WHOLE_WORDS.match(document, 0, characters)
+    return found.group() if found else document

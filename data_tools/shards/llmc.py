@@ -14,15 +14,22 @@ from data_tools.arrays import TokenArray
 LLMC_SUFFIX = ".bin"
 MAGIC = 20240520
 VERSION = 1
+# llm.c's files with other contents.
+_OTHER_MAGICS = {
+    20240326: "weights of a model",
+    20240327: "values for a test of a model",
+    20240522: "an evaluation task",
+    20240801: "tokens of 32 bits, as for Llama 3",
+}
 HEADER_BYTES = 256 * 4
 MAX_TOKENS = (1 << 31) - 1  # the number of tokens is stored as an int32
 _TOKEN_BYTES = 2
 
 
 def is_llmc(path: Path) -> bool:
-    """Return whether a file begins like a shard of llm.c. Raise OSError if the file cannot be read."""
+    """Return whether a file begins like a file of llm.c. Raise OSError if the file cannot be read."""
     with open(path, "rb") as file:
-        return file.read(4) == MAGIC.to_bytes(4, "little")
+        return int.from_bytes(file.read(4), "little") in (MAGIC, *_OTHER_MAGICS)
 
 
 def llmc_tokens(content: pa.Buffer) -> TokenArray:
@@ -34,6 +41,8 @@ def llmc_tokens(content: pa.Buffer) -> TokenArray:
     if content.size < HEADER_BYTES:
         raise ValueError(f"it ends after {content.size} bytes, within its header")
     magic, version, tokens = np.frombuffer(content, dtype="<i4", count=3).tolist()
+    if magic in _OTHER_MAGICS:
+        raise ValueError(f"it contains {_OTHER_MAGICS[magic]} (magic {magic}); this command reads uint16 tokens")
     if magic != MAGIC:
         raise ValueError(f"its magic is {magic}, that of llm.c's uint16 tokens is {MAGIC}")
     if version != VERSION:

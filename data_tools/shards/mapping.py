@@ -72,7 +72,7 @@ def map_bytes(path: Path) -> pa.Buffer:
         ValueError: Arrow has mapped the file as several ranges of memory. Arrow 26 always maps a file as one range.
     """
     require_fetched(path)
-    with pa.memory_map(str(path)) as file:
+    with pa.memory_map(os.fsencode(path)) as file:  # as bytes, because a name may contain bytes that are not UTF-8
         size = file.size()
         # A longer read would prefetch the whole file. A buffer of one byte keeps the mapping open.
         first = file.read_buffer(1)

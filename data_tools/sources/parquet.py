@@ -51,7 +51,8 @@ class ParquetSource(FileSource):
 
 @contextmanager
 def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    with open_file(path) as opened, pq.ParquetFile(opened) as file:
+    # Some writers, such as parquet-java and DuckDB, add checksums to the pages. Arrow ignores them by default.
+    with open_file(path) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
         yield file
 
 

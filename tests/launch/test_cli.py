@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import pty
+import signal
 import subprocess
 import sys
+import textwrap
 from typing import Any
 
 import pytest
@@ -25,6 +27,23 @@ def parser() -> ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--json", action="store_true")
     return made
+
+
+def test_a_crash_in_native_code_prints_where_it_happened() -> None:
+    """SIGBUS is the signal for reading a mapped file that another process has cut."""
+    code = """
+        import os, signal
+        from launch.cli import run_command
+        def read_a_cut_file():
+            os.kill(os.getpid(), signal.SIGBUS)
+        run_command(read_a_cut_file)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=REPOSITORY, env=child_environment(), capture_output=True
+    )
+    assert done.returncode == -signal.SIGBUS
+    assert b"Bus error" in done.stderr
+    assert b"in read_a_cut_file" in done.stderr
 
 
 def test_every_value_of_a_repeated_option_counts() -> None:

@@ -94,6 +94,8 @@ def from_config_json(content: dict[str, Any], where: str, notes: list[str]) -> d
     for key, expected in _GPT2_SETTINGS.items():
         # A missing key has GPT-2's value. Only model_type is required.
         found = content.get(key, None if key == "model_type" else expected)
+        if key == "activation_function" and found == "gelu_pytorch_tanh":  # the same function as gelu_new
+            continue
         if found != expected:
             found, expected = json.dumps(found), json.dumps(expected)
             raise CheckpointError(f"{where}: '{key}' is {found}; GPT-2 has {expected}, which is required")

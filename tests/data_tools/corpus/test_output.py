@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,32 @@ def test_foreign_files_are_left_alone(tmp_path: Path, names: list[str]) -> None:
         with pytest.raises(DataError, match=rf"--out .*/out is not empty \(it holds {first}\) and was not made by"):
             run(request_for(tmp_path))
     assert states((tmp_path / "out").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "pattern"), [("text", ""), ("jsonl", ""), ("text", "/**/*"), ("jsonl", "/**/*.json*")]
+)
+def test_an_output_folder_in_the_input_is_refused(tmp_path: Path, source: str, pattern: str) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(json_lines(DOCUMENTS))
+    request = request_for(tmp_path, "texts/tokens", source=source, inputs=(f"{folder}{pattern}",))
+    message = rf"--out .*/tokens is inside --input {re.escape(request.inputs[0])}, so the shards would be read"
+    with pytest.raises(DataError, match=message):
+        tokenize_corpus(request)
+    assert [path.name for path in folder.iterdir()] == ["a.jsonl"]
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(DataError, match="is inside --input"):
+        find_complete(replace(request, inputs=(str(folder),), out=tmp_path / "link" / "tokens"))
+
+
+def test_an_output_folder_that_the_input_leaves_out_is_accepted(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(json_lines(DOCUMENTS))
+    request = request_for(tmp_path, "texts/tokens", inputs=(f"{folder}/**/*.jsonl",))
+    assert tokenize_corpus(request).shards
+    assert find_complete(request)
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:

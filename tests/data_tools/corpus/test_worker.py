@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 from data_tools.arrays import TokenArray
 from data_tools.corpus import chunks as chunks_module
+from data_tools.corpus import estimate as estimate_module
 from data_tools.corpus import worker as worker_module
 from data_tools.corpus.estimate import Estimate
 from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
 from data_tools.encoding.encoders import GigatokenEncoder, load_encoder
 from data_tools.errors import DataError
 from data_tools.shards.contents import Contents
+from data_tools.tokenizer import Tokenizer
 from data_tools.vocabulary import END_OF_TEXT
 from tests.data_tools.conftest import (
     contents,
@@ -155,6 +157,33 @@ def test_the_first_document_of_each_chunk_that_is_encoded_is_checked(tmp_path: P
     assert manifest.made is not None
     chunks = {shard.file.split("_")[1] for shard in manifest.shards}
     assert len(chunks) <= manifest.made["checked_documents"] < len(chunks) + 5
+
+
+def test_tiktoken_encodes_only_the_beginning_of_a_long_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_CHECKED_CHARACTERS", 100)
+    monkeypatch.setattr(estimate_module, "_SAMPLE_BYTES", 100)
+    encoded: list[int] = []
+    encode = Tokenizer.encode
+
+    def watch(self: Tokenizer, text: str) -> TokenArray:
+        encoded.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", watch)
+    manifest = tokenize_corpus(request_for(tmp_path, ["word " * 5000]))
+    assert manifest.made is not None
+    assert manifest.made["checked_documents"] == 1
+    assert len(encoded) == 2  # for the estimate and for the check
+    assert max(encoded) <= 100
+
+
+@pytest.mark.usefixtures("wrong_encoder")
+def test_a_wrong_beginning_of_a_long_document_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_CHECKED_CHARACTERS", 100)
+    with pytest.raises(DataError, match="gigatoken and tiktoken encode document 0"):
+        tokenize_corpus(request_for(tmp_path, ["strawberry " * 5000], val_fraction=0.0))
 
 
 # A source that changes while it is read

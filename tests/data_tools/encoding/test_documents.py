@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import tiktoken
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.encoding.documents import Dialogue, Document, encode_document, fingerprint_of, utf8_of
+from data_tools.encoding.documents import Dialogue, Document, beginning_of, encode_document, fingerprint_of, utf8_of
 from data_tools.encoding.encoders import load_encoder
 from data_tools.vocabulary import END_OF_TEXT
 
@@ -63,3 +63,26 @@ def test_segments_of_a_dialogue_are_encoded_by_themselves(reference: tiktoken.En
     flags = [scored for piece, (_, scored) in zip(pieces, dialogue.segments, strict=True) for _ in piece]
     assert encoded.scored is not None
     assert encoded.scored.tolist() == [True, *flags]
+
+
+@given(
+    text=st.lists(
+        st.sampled_from(["a", "don", "'t", "'ll", " ", "  ", "\n", "\t", "\x1c", "\xa0", "é", "漢", "1", "!", "\ud800"])
+    ).map("".join),
+    characters=st.integers(0, 30),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_tokens_of_a_beginning_are_the_first_tokens_of_the_text(text: str, characters: int) -> None:
+    beginning = beginning_of(text, characters)
+    assert isinstance(beginning, str)
+    assert text.startswith(beginning)
+    assert len(beginning) <= characters or beginning == text
+    tokens = load_encoder("tiktoken").encode(beginning)
+    np.testing.assert_array_equal(load_encoder("tiktoken").encode(text)[: tokens.size], tokens)
+
+
+def test_a_beginning_has_as_many_whole_words_as_fit() -> None:
+    assert beginning_of("one two three", 8) == "one two"
+    assert beginning_of("one two three", 4) == "one"
+    assert beginning_of("onetwothree", 8) == "onetwothree"
+    assert beginning_of(" " * 1000 + "word", 8) == " " * 1000 + "word"

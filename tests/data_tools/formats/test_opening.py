@@ -148,7 +148,8 @@ DAMAGE: list[tuple[str, str, Damage, str]] = [
     ("llmc", "grown", grow("x_train_000001.bin", b"\0\0"), r"header says 100 tokens, its size says 101"),
     ("llmc", "count", put("x_train_000001.bin", 8, "<i", 101), r"header says 101 tokens, its size says 100"),
     ("llmc", "negative", put("x_train_000001.bin", 8, "<i", -1), r"header says -1 tokens, its size says 100"),
-    ("llmc", "magic", put("x_val_000000.bin", 0, "<i", 20240801), r"x_val_000000\.bin.*magic is 20240801.*is 20240520"),
+    ("llmc", "magic", put("x_val_000000.bin", 0, "<i", 20240521), r"x_val_000000\.bin.*magic is 20240521.*is 20240520"),
+    ("llmc", "wide", put("x_val_000000.bin", 0, "<i", 20240801), r"x_val_000000\.bin.* contains tokens of 32 bits"),
     ("llmc", "version", put("x_val_000000.bin", 4, "<i", 7), r"x_val_000000\.bin.*its version is 7, it must be 1"),
     ("llmc", "header", edit("x_val_000000.bin", lambda content: content[:1000]), "ends after 1000 bytes.*its header"),
     ("llmc", "empty", edit("x_val_000000.bin", lambda content: b""), r"x_val_000000\.bin is empty \(0 bytes\)"),
@@ -227,3 +228,13 @@ def test_a_damaged_file_is_refused_by_name(
         convert(ConvertRequest(source=source, source_format=format, out=tmp_path / "out", to="npy"))
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sound", "source"]
+
+
+def test_a_file_of_llmc_without_uint16_tokens_is_recognized_and_refused(tmp_path: Path) -> None:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240801, 7, 4
+    (tmp_path / "x_train.bin").write_bytes(header.tobytes() + np.arange(4, dtype="<u4").tobytes())
+    with pytest.raises(
+        DataError, match=r"x_train\.bin .*contains tokens of 32 bits, as for Llama 3 \(magic 20240801\)"
+    ):
+        open_collection(tmp_path)

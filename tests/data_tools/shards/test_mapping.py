@@ -173,6 +173,13 @@ def test_opening_does_not_read_the_tokens(tmp_path: Path) -> None:
     assert open_split(folder, "train").read(tokens - 4, 4).tolist() == [0, 5, 6, 7]
 
 
+def test_a_folder_whose_name_is_not_utf8_opens(tmp_path: Path, format: str) -> None:
+    folder = tmp_path / "caf\udce9"
+    write_folder(folder, [random_tokens(20)], format)
+    assert open_split(folder, "train").tokens == 20
+    verify(folder)
+
+
 MANY_SHARDS = """
 import os, resource, sys
 import numpy as np

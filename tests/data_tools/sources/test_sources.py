@@ -403,6 +403,18 @@ def test_a_row_is_named_by_its_number_in_the_file_in_a_later_slice_too(tmp_path:
         assert message == f"{tmp_path}/a.parquet: row 1234: column 'text' is null, it must be a string"
 
 
+def test_checksums_in_parquet_are_compared(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["the same text again and again"] * 10})
+    pq.write_table(
+        table, path, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"text again", b"taxt again", 1))
+    assert refusal("parquet", path).startswith(f"cannot read {path}: ")
+    assert "CRC" in refusal("parquet", path)
+
+
 def test_invalid_utf8_in_parquet_is_named(tmp_path: Path) -> None:
     column = pa.array([b"fine", b"bad \xff"]).view(pa.string())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")

@@ -265,6 +265,11 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
 ]
 
 
+def test_another_name_of_the_same_activation_function_is_accepted(small: Path, tmp_path: Path) -> None:
+    setting("activation_function", "gelu_pytorch_tanh")(shutil.copytree(small, tmp_path / "small"))
+    assert_same(imported(tmp_path / "small", tmp_path / "run").model, imported(small, tmp_path / "other").model)
+
+
 @pytest.mark.parametrize(("damage", "message"), BROKEN)
 def test_anything_but_gpt2_is_one_line(
     damage: Callable[[Path], Any], message: str, small: Path, tmp_path: Path
