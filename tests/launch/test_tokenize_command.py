@@ -136,7 +136,7 @@ def test_help_shows_an_example_and_the_defaults(run_process: Command) -> None:
     assert ended.returncode == 0
     assert "example:\n  gpt2-pipeline tokenize --source" in ended.stdout
     assert "(default: 100000000)" in ended.stdout
-    assert "(default: all cores)" in ended.stdout
+    assert "(default: one per core" in ended.stdout
 
 
 # Progress
