@@ -17,6 +17,7 @@ from pipeline.checkpoint.layout import GROUPS, STATE_FILE, checkpoint_url, split
 from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
 from pipeline.checkpoint.pieces import Piece, PieceIndex, index_pieces, manifest_of_weights, open_tensors
 from pipeline.checkpoint.state import TrainingState, read_state
+from pipeline.checkpoint.verification import was_deleted
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, ModelConfig
@@ -229,39 +230,73 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
         CheckpointError: there is no checkpoint with undamaged weights, or it lacks the requested moving average.
         ConfigError: the config in the checkpoint is not valid.
     """
-    return read_model(locate_weights_of(path, weights), device, weights)
+    return load_model_of_main(path, World(0, 1, 0, device), weights)
 
 
 def load_model_of_main(path: Path | str, world: World, weights: str = "training") -> LoadedModel:
     """Load the same model on all ranks: the main rank chooses the checkpoint as ``load_model`` does, and verifies it.
 
-    If each rank chose for itself, the ranks could load different checkpoints of a run that is still training. Every
-    rank must call this.
+    A run that is still training saves new checkpoints and deletes old ones. If each rank chose for itself, the ranks
+    could load different checkpoints. If the run deletes the checkpoint before all ranks have read it, the main rank
+    chooses again. Every rank must call this.
 
     Raises:
         CheckpointError: as for ``load_model``, or the hosts have different checkpoints at this path.
         ConfigError: the config in the checkpoint is not valid.
     """
-    folder = world.call_on_main(lambda: locate_weights_of(path, weights))
-    if is_remote(str(path)) and not world.is_main:  # each host has its own copy of the weights at a URL
-        folder = locate_weights_of(checkpoint_url(split_url(str(path))[0], step_of(folder)), weights)
-    loaded = read_model(folder, world.device, weights)
-    hashes = world.gather(loaded.weights_sha256)
-    world.call_on_main(lambda: _require_same_weights(path, hashes))
+    loaded = None
+    while loaded is None:
+        loaded = _load_chosen(path, world, weights)
     return loaded
 
 
-def _require_same_weights(path: Path | str, hashes: list[str]) -> None:
-    """Raise CheckpointError if the ranks have loaded different weights. ``hashes`` has one entry per rank."""
-    for rank, sha256 in enumerate(hashes):
-        if sha256 != hashes[0]:
+def _load_chosen(path: Path | str, world: World, weights: str) -> LoadedModel | None:
+    """Load the checkpoint that the main rank chooses. Return None if it is deleted before all ranks have read it."""
+    folder = chosen = world.call_on_main(lambda: locate_weights_of(path, weights))
+    if is_remote(str(path)) and not world.is_main:  # each host has its own copy of the weights at a URL
+        folder = locate_weights_of(checkpoint_url(split_url(str(path))[0], step_of(chosen)), weights)
+    loaded = None
+    try:
+        loaded = _read_model(folder, world.device, weights)
+        own = _Reading(loaded.weights_sha256)
+    except CheckpointError as error:
+        own = _Reading(problem=str(error))
+    readings = world.gather(own)
+    return loaded if world.call_on_main(lambda: _is_same_model(path, chosen, readings)) else None
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The hash of the weights that a rank has read, or the reason why it could not read them."""
+
+    weights_sha256: str | None = None
+    problem: str | None = None
+
+
+def _is_same_model(path: Path | str, folder: Path, readings: list[_Reading]) -> bool:
+    """Return whether all ranks have read the same weights. If the checkpoint was deleted before, return False.
+
+    Args:
+        readings: one per rank.
+
+    Raises:
+        CheckpointError: a rank could not read the checkpoint, or has read other weights than rank 0.
+    """
+    for rank, reading in enumerate(readings):
+        if reading.problem and was_deleted(folder):
+            log.info("%s was deleted while it was read; its run is still training", folder)
+            return False
+        if reading.problem:
+            raise CheckpointError(f"rank {rank}: {reading.problem}" if rank else reading.problem)
+        if reading != readings[0]:
             raise CheckpointError(
                 f"{path}: rank {rank} finds other weights at this path than rank 0; name a folder that all hosts "
                 "share, or the URL of the run"
             )
+    return True
 
 
-def read_model(folder: Path, device: torch.device, weights: str = "training") -> LoadedModel:
+def _read_model(folder: Path, device: torch.device, weights: str = "training") -> LoadedModel:
     """Load a model in fp32 from a checkpoint folder. The hashes of its files are not verified.
 
     Raises:

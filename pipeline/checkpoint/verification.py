@@ -105,14 +105,25 @@ def newest_good_checkpoint(
 ) -> Path | None:
     """Return the newest undamaged checkpoint (see ``find_damage``), or None.
 
-    Log each damaged checkpoint that is newer than the result.
+    Log each damaged checkpoint that is newer than the result. A run that is still training can delete a checkpoint
+    while this function reads it. The function then looks for newer checkpoints.
     """
-    for folder in reversed(list_checkpoints(run_folder)):
+    folders = list_checkpoints(run_folder)
+    while folders:
+        folder = folders.pop()
         problem = find_damage(folder, hash_file, weights)
         if problem is None:
             return folder
-        log.warning("skipping a damaged checkpoint: %s", problem)
+        if was_deleted(folder):
+            folders = list_checkpoints(run_folder)
+        else:
+            log.warning("skipping a damaged checkpoint: %s", problem)
     return None
+
+
+def was_deleted(folder: Path) -> bool:
+    """Return whether a checkpoint no longer exists. A link to a missing folder still exists."""
+    return not os.path.lexists(folder)
 
 
 def locate_checkpoint(path: Path, hash_file: HashFile = sha256_of_file, weights: str | None = None) -> Path:

@@ -159,3 +159,13 @@ def test_a_malformed_state_is_one_line(folder: Path) -> None:
     (folder / STATE).write_text('{"step": 3}')
     with pytest.raises(CheckpointError, match=r"state\.json: malformed"):
         read_state(folder)
+
+
+def test_a_link_to_a_missing_folder_is_skipped(save: Save, caplog: pytest.LogCaptureFixture) -> None:
+    """A user has moved a checkpoint to another disk, which is not mounted now."""
+    older, newer = save(step=3), save(step=4)
+    newer.rename(newer.with_name("moved"))
+    newer.symlink_to(newer.with_name("elsewhere"))
+    assert newest_good_checkpoint(older.parent.parent) == older
+    (message,) = caplog.messages
+    assert message.startswith(f"skipping a damaged checkpoint: {newer / MANIFEST}: cannot be read")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.checkpoint import weights_copy
+from pipeline.checkpoint import loading, verification, weights_copy
 from pipeline.checkpoint.inspection import CheckpointReport, RunReport, inspect
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.checkpoint.loading import load_model, load_model_of_main
 from pipeline.checkpoint.mirror import Mirror
+from pipeline.checkpoint.retention import delete_checkpoint
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World
@@ -76,14 +77,15 @@ def same_weights(place: Path | str, other: Path | str, weights: str = "training"
 class RankOfTwo(World):
     """One of two ranks. The other rank is only what it has sent."""
 
-    chosen: Path = Path()  # by the main rank
+    answers: list[Any] = field(default_factory=list)  # of ``call_on_main`` on the main rank
     hash_of_other: str = "0" * 64
 
     def call_on_main(self, function: Any) -> Any:
-        return function() if self.is_main else self.chosen
+        return function() if self.is_main else self.answers.pop(0)
 
     def gather(self, item: Any) -> list[Any]:
-        return [item, self.hash_of_other] if self.is_main else [self.hash_of_other, item]
+        other = replace(item, weights_sha256=self.hash_of_other)
+        return [item, other] if self.is_main else [other, item]
 
 
 @pytest.mark.parametrize("is_url", [False, True])
@@ -92,7 +94,7 @@ def test_all_ranks_load_the_checkpoint_that_the_main_rank_has_chosen(run_folder:
     place = URL if is_url else run_folder
     assert load_model(place, CPU).step == 2
     older = load_model(list_checkpoints(run_folder)[0], CPU)
-    second = RankOfTwo(1, 2, 1, CPU, chosen=older.checkpoint, hash_of_other=older.weights_sha256)
+    second = RankOfTwo(1, 2, 1, CPU, answers=[older.checkpoint, True], hash_of_other=older.weights_sha256)
     loaded = load_model_of_main(place, second)
     assert (loaded.step, loaded.weights_sha256) == (1, older.weights_sha256)
     assert is_url == (loaded.checkpoint != older.checkpoint), "each host has its own copy of the weights at a URL"
@@ -103,12 +105,36 @@ def test_hosts_with_different_checkpoints_at_the_same_path_are_an_error(run_fold
         load_model_of_main(run_folder, RankOfTwo(0, 2, 0, CPU))
 
 
+@pytest.mark.parametrize("is_gone_for", ["the hashes", "the weights"])
+def test_a_checkpoint_that_the_run_deletes_while_it_is_read_is_replaced_by_a_newer_one(
+    is_gone_for: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with ``checkpoint.keep_last`` 1: the next save is complete, and the run deletes the checkpoint before it."""
+    older, newer = list_checkpoints(run_folder)
+    aside = newer.rename(newer.with_name(".newer"))
+    module, name = (verification, "find_damage") if is_gone_for == "the hashes" else (loading, "load_weights")
+    plain = getattr(module, name)
+
+    def delete_and_read(folder: Path, *arguments: Any) -> Any:
+        if folder == older and older.is_dir():
+            aside.rename(newer)
+            delete_checkpoint(older)
+        return plain(folder, *arguments)
+
+    monkeypatch.setattr(module, name, delete_and_read)
+    with caplog.at_level(logging.WARNING):
+        assert load_model(run_folder, CPU).step == 2
+    assert not caplog.messages, "no warning of a damaged checkpoint"
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        load_model(older, CPU)
+
+
 def test_only_the_main_rank_verifies_a_checkpoint_on_a_shared_disk(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newest = load_model(run_folder, CPU)
     monkeypatch.setattr(weights_copy, "locate_checkpoint", None)
-    second = RankOfTwo(1, 2, 1, CPU, chosen=newest.checkpoint, hash_of_other=newest.weights_sha256)
+    second = RankOfTwo(1, 2, 1, CPU, answers=[newest.checkpoint, True], hash_of_other=newest.weights_sha256)
     assert load_model_of_main(run_folder, second).step == 2
 
 
