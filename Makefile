@@ -103,7 +103,16 @@ clean: ## remove the environment and caches; keep data and runs
 		{ echo "error: $(PYTHON) is older than Python 3.10; give another one: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 
+# pip shows no progress with --quiet.
+define announce_installation
+@if [ -n "$$PIP_EXTRA_INDEX_URL" ]; then echo "installing the packages in .venv"; else \
+	echo "installing the packages in .venv; on Linux, pip downloads several gigabytes for NVIDIA GPUs."; \
+	echo "Without a GPU, stop with Ctrl-C, and first run:" \
+		"export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"; fi
+endef
+
 .venv/run: setup.py constraints.txt | .venv/bin/python
+	$(announce_installation)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plots]'
 	@touch $@
 
@@ -112,5 +121,6 @@ clean: ## remove the environment and caches; keep data and runs
 	@touch $@
 
 .venv/dev: setup.py constraints.txt | .venv/bin/python
+	$(announce_installation)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs,lint,test]'
 	@touch $@ .venv/run

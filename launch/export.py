@@ -68,6 +68,8 @@ def build_parser() -> ArgumentParser:
 
 def _export(parser: ArgumentParser, arguments: argparse.Namespace) -> None:
     file_format, dtype = arguments.format or HUGGING_FACE, arguments.dtype or "float32"
+    if file_format == HUGGING_FACE and arguments.out.suffix.lower() == f".{GGUF}":
+        parser.error(f"--out {arguments.out}: the name of a GGUF file; add --format {GGUF}, or name a folder")
     if dtype not in FORMATS[file_format]:
         parser.error(f"--dtype {dtype}: only for --format {GGUF}; use {' or '.join(FORMATS[file_format])}")
     from pipeline.interop.hugging_face.publishing import check_access, push_to_hub

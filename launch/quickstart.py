@@ -22,6 +22,7 @@ from data_tools.shards.manifest import load_manifest
 from launch.run import evaluate, run_stage, sample, tokenize, train
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
+from pipeline.distributed.environment import is_active
 from pipeline.run_folder.layout import CONFIG_FILE, REPORT_PAGE
 from pipeline.run_folder.metrics import read_metrics
 
@@ -190,6 +191,7 @@ def summarize(config: Config, text: str, seconds: float, report: str) -> str:
     tokens = config.schedule.max_steps * config.batch.tokens_per_step
     trained = f"{config.schedule.max_steps} steps, {tokens / 1e6:.2f}M tokens"
     lines = [
+        *([("first", activation)] if (activation := activation_command()) else []),
         ("loss curves", report),
         ("complete a text", command("generate", "--checkpoint", run_folder, "--prompt", "import ")),
         ("train longer", command("quickstart", "--minutes", "20", "--set", "run.out_dir=runs/longer")),
@@ -220,6 +222,15 @@ def other_backend(config: Config) -> str:
         settings.append("run.device=cpu")
     launcher = "torchrun --standalone --nproc_per_node=2 -m launch.train --config fsdp quickstart --set"
     return f"{launcher} {shlex.join(settings)}"
+
+
+def activation_command() -> str | None:
+    """Return the command that activates this Python's environment. Return None if the shell needs no such command."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    if not script.is_file() or is_active(sys.prefix):
+        return None
+    is_near = script.is_relative_to(Path.cwd())
+    return shlex.join(["source", str(script.relative_to(Path.cwd()) if is_near else script)])
 
 
 def draw_losses(losses: Mapping[int, float]) -> list[str]:

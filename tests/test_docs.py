@@ -8,15 +8,19 @@ functions, links and their anchors. Each ``python`` block is run as a script.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from pipeline.config.loading import valid_keys
+import launch.train
+from pipeline.config.loading import load_config, valid_keys
 from tests.support.runs import REPOSITORY, Sections, make_corpus, overrides, run_ranks
 
 
@@ -61,6 +65,16 @@ SHRUNK = {
 }
 
 
+@contextmanager
+def chdir(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 @dataclass(frozen=True)
 class Command:
     """One line of a runnable block."""
@@ -100,8 +114,23 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+#: The quickstart's own sizes are about 2,000 tokens per step and 250,000 tokens per run.
+MOST_TOKENS_PER_STEP, MOST_TOKENS = 10_000, 1_000_000
+
+
+def check_size(checkout: Path, arguments: list[str]) -> None:
+    """Check that a training command sets a small batch and a short schedule itself, before it is shrunk."""
+    with chdir(checkout):
+        given = launch.train.build_parser().parse_args(arguments)
+        config = load_config(given.config, given.set, given.deepspeed)
+    assert config.batch.tokens_per_step <= MOST_TOKENS_PER_STEP
+    assert config.batch.tokens_per_step * config.schedule.max_steps <= MOST_TOKENS
+
+
 def run(checkout: Path, line: str) -> None:
     command = parse(line)
+    if command.script == "launch/train.py":
+        check_size(checkout, command.arguments)
     arguments = [*command.arguments, *SHRUNK.get(Path(command.script).stem, [])]
     result = run_ranks(command.processes, checkout / command.script, arguments, timeout_s=120, folder=checkout)
     assert result.returncode == 0, f"{line}\n{result.stderr}\n{result.stdout}"
@@ -166,6 +195,13 @@ def test_python_examples_run(page: str, small_quickstart: Path) -> None:
 def test_the_python_examples_are_found() -> None:
     assert {"docs/api.md", "docs/data.md", "docs/huggingface.md"} <= PYTHON_PAGES.keys()
     assert sum(map(len, PYTHON_PAGES.values())) == sum(text.count("```python") for text in TEXTS.values())
+
+
+def test_a_training_command_without_a_batch_or_a_schedule_is_found(tmp_path: Path) -> None:
+    check_size(tmp_path, ["--config", "ddp", "quickstart"])
+    for arguments in (["ddp"], ["ddp", "--set", "batch.tokens_per_step=2048", "batch.micro_batch_size=2"]):
+        with pytest.raises(AssertionError):
+            check_size(tmp_path, ["--config", *arguments])
 
 
 @cache

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,21 @@ from tests.support.runs import REPOSITORY
 
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
 SETUP = (REPOSITORY / "setup.py").read_text()
+
+
+@pytest.mark.parametrize("index", ["", "https://download.pytorch.org/whl/cpu"])
+def test_make_announces_the_size_of_the_installation(index: str, tmp_path: Path) -> None:
+    for name in ("Makefile", "setup.py", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to("/bin/true")  # installs nothing
+    environment = {"PATH": os.environ["PATH"], "PIP_EXTRA_INDEX_URL": index}
+    shown = subprocess.run(
+        ["make", ".venv/run"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith("installing the packages in .venv")
+    assert ("export PIP_EXTRA_INDEX_URL=https://download" in shown.stdout) == (not index)
 
 
 def matrices(workflow: Path) -> list[list[str]]:

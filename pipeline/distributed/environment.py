@@ -61,6 +61,11 @@ def launcher_variables() -> dict[str, str]:
     return {name: os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ}
 
 
+def is_active(environment: str) -> bool:
+    """Return whether the shell has activated the virtual environment in this folder."""
+    return os.environ.get("VIRTUAL_ENV") == environment
+
+
 def unset_command() -> str:
     """Return a shell command that unsets the launcher's environment variables."""
     return f"unset {' '.join(launcher_variables())}"

@@ -92,16 +92,17 @@ def format_table(results: Results) -> str:
     """Return the results as text, with one line per figure and the 95% intervals beside the figures."""
     lines = []
     for task, result in results.items():
+        width = max(18, *(len(key) for key, value in result.items() if isinstance(value, int | float)))
         lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")
         for key, value in result.items():
             if isinstance(value, float):
                 interval = result.get(key + INTERVAL)
                 bounds = "   95% interval [{:.4f}, {:.4f}]".format(*interval) if interval else ""
-                lines.append(f"  {key:<18} {value:>14.4f}{bounds}")
+                lines.append(f"  {key:<{width}} {value:>14.4f}{bounds}")
             elif isinstance(value, int) and key != "step":
-                lines.append(f"  {key:<18} {value:>14,}")
+                lines.append(f"  {key:<{width}} {value:>14,}")
             elif key == DIFFERENT_NUMBERS_KEY:
-                lines.append(f"  {'different numbers':<18} {', '.join(value)}")
+                lines.append(f"  {'different numbers':<{width}} {', '.join(value)}")
         for name, figures in result.get("tasks", {}).items():  # the tasks of CORE
             bounds = "   95% interval [{:.4f}, {:.4f}]".format(*figures[f"acc{INTERVAL}"])
             lines.append(f"  {name:<34} acc {figures['acc']:.4f}{bounds}   centered {figures['centered']:.4f}")

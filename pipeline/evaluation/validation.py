@@ -210,7 +210,7 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
         "top1_accuracy": top1 / targets,
         "top5_accuracy": top5 / targets,
         "target_tokens": int(targets),
-        "utf8_bytes": stream.utf8_bytes,
-        "documents": stream.documents,
+        "utf8_bytes": stream.utf8_bytes or None,  # 0 in the manifest means unknown
+        "documents": stream.documents or None,
         "loss_by_position": [None if math.isnan(mean) else mean for mean in (by_position[0] / by_position[1]).tolist()],
     }

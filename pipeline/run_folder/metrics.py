@@ -80,10 +80,13 @@ def _is_row(row: Any) -> bool:
 
 def format_row(row: dict[str, Any], max_steps: int) -> str:
     """Return a row as a line for the console, such as ``step 100/200 | loss  5.1234 | norm  1.234 | ...``."""
-    width = len(str(max_steps))
     figures = [pattern.format(row[key]) for key, pattern in _CONSOLE_FORMATS.items() if row.get(key) is not None]
     figures[:0] = [f"{name} null" for key, name in LOSSES.items() if key in row and row[key] is None]
-    return " | ".join([f"step {row['step']:>{width}}/{max_steps}", *figures])
+    return " | ".join([format_step(row, max_steps), *figures])
+
+
+def format_step(row: dict[str, Any], max_steps: int) -> str:
+    return f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"
 
 
 def describe_speed(rows: Sequence[dict[str, Any]]) -> str:

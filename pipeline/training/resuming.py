@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from data_tools.shards.manifest import TokenizerRecord
 from data_tools.storage.files import is_remote
 from data_tools.storage.sha256 import sha256_of_file
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 _KEYS_OF_A_START = {"checkpoint.resume", "run.working_dir"}
 
 _BACKEND_OPTIONS = ("backend.ddp.", "backend.fsdp.", "backend.deepspeed.")
+
+_NOTABLE_RISE = 1.1  # of the learning rate
 
 AUTO, NONE = "auto", "none"  # values of checkpoint.resume; any other value is a path
 
@@ -179,6 +183,25 @@ def why_no_step_is_left(state: TrainingState, schedule: ScheduleConfig) -> str |
     if reason := early_stop_reason(schedule, state.validation):
         return f"at step {state.step}, nothing to train: {reason}; set this key to null to train longer"
     return None
+
+
+def describe_raised_rate(start: Start, config: Config) -> str | None:
+    """Return a warning if a resumed run has another schedule than before, and this raises its decayed learning rate."""
+    stored = config_section(start.state.config, "schedule")
+    if stored == dump_config(config)["schedule"] or _is_of_another_run(start, config):
+        return None
+    try:
+        schedule = ScheduleConfig.model_validate(stored)
+    except ValidationError:
+        return None  # an earlier version wrote the checkpoint, with other keys
+    step = start.state.step
+    before, after = (lr_at(step, config.optimizer, each) for each in (schedule, config.schedule))
+    if step <= schedule.decay_start or after <= _NOTABLE_RISE * before:
+        return None
+    return (
+        f"step {step:,} is inside or after the decay of the earlier schedule, and the changed schedule raises the "
+        f"learning rate there from {before:.3g} to {after:.3g}; the loss can rise, too"
+    )
 
 
 def describe_started_decay(start: Start, config: Config) -> str | None:

@@ -18,7 +18,12 @@ from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.layout import LOG_FILE
 from pipeline.run_folder.metrics import MEAN_LOSS_KEY, describe_speed, read_metrics
-from pipeline.training.resuming import describe_changes, describe_started_decay, windows_per_evaluation
+from pipeline.training.resuming import (
+    describe_changes,
+    describe_raised_rate,
+    describe_started_decay,
+    windows_per_evaluation,
+)
 from pipeline.training.start import Start
 from pipeline.training.trainer import Trainer
 
@@ -50,8 +55,9 @@ def log_settings(trainer: Trainer, attention_kernel: str, start: Start | None) -
     log.info("start     %s", _describe_start(start, trainer.origin))
     for change in describe_changes(start, config) if start else ():
         log.info("changed   %s", change)
-    if start and (warning := describe_started_decay(start, config)):
-        log.warning(warning)
+    for warning in (describe_started_decay(start, config), describe_raised_rate(start, config)) if start else ():
+        if warning:
+            log.warning(warning)
 
 
 def _describe_start(start: Start | None, origin: dict[str, Any] | None) -> str:

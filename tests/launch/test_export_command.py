@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import launch.export
+from data_tools.errors import PROJECT
 from pipeline.checkpoint.layout import list_checkpoints
 from pipeline.run_folder.metrics import read_metrics
 from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
@@ -70,6 +71,11 @@ def test_a_mistake_is_one_line(tmp_path: Path, run_export: Callable[..., Done]) 
         (("--from-hf", used, "--out", new, "--dtype", "bfloat16"), "--dtype: only for exporting"),
         (("--checkpoint", run, "--out", new, "--dtype", "float16"), "--dtype float16: only for --format gguf; use"),
         (("--from-hf", used, "--out", new, "--format", "gguf"), "--format: only for exporting"),
+        (("--checkpoint", run, "--out", tmp_path / "x.gguf"), "x.gguf: the name of a GGUF file; add --format gguf, or"),
+        (
+            ("--from-hf", run, "--out", new),
+            f"{run}: this is a run or a checkpoint of {PROJECT}, not a Hugging Face model",
+        ),
         (("--checkpoint", run, "--out", used, "--format", "gguf"), f"{used} already exists; name a new file"),
         (("--checkpoint", run, "--out", used), f"{used} already exists and is not an empty folder"),
         (("--checkpoint", run, "--out", tmp_path / "file"), "file already exists and is not an empty folder"),

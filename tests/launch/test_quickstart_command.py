@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -89,6 +90,20 @@ def test_the_command_for_two_processes_fits_the_machine(
     _, settings = quickstart.other_backend(config).split(" --set ")
     run = load_config(["fsdp", "quickstart"], shlex.split(settings))
     assert (run.run.device, run.data.path) == (device, config.data.path)
+
+
+def test_commands_of_an_environment_that_is_not_active_come_after_its_activation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    assert quickstart.activation_command() is None, "a Python without a virtual environment"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    assert quickstart.activation_command() == "source .venv/bin/activate"
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / ".venv"))
+    assert quickstart.activation_command() is None
 
 
 def test_the_bars_are_as_long_as_the_losses() -> None:

@@ -64,7 +64,7 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
     files = {
         CONFIG_FILE: _as_json(to_config_json(config.model, dtype, end_of_text)),
         GENERATION_CONFIG_FILE: _as_json(to_generation_json(end_of_text)),
-        **model_card(source, state, config, weights),
+        **model_card(source, state, config, weights, has_tokenizer=other_vocabulary is None),
     }
     if other_vocabulary is None:
         files |= {name: text.encode() for name, text in tokenizer_files(config.model.context_length).items()}

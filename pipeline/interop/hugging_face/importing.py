@@ -5,6 +5,7 @@ The weights are in ``model.safetensors`` or ``pytorch_model.bin``, or in several
 
 import logging
 import re
+import shlex
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from data_tools.errors import PROJECT
 from data_tools.shards.manifest import other_tokenizer
 from pipeline.checkpoint.conversion import require_new_run_folder, write_new_run
 from pipeline.checkpoint.json_files import read_json_object
+from pipeline.checkpoint.layout import is_checkpoint, list_checkpoints
 from pipeline.checkpoint.pieces import open_tensors
 from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import config_from_json
@@ -64,6 +67,11 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
     """
     require_new_run_folder(run_folder)
     folder = find_folder(source)
+    if list_checkpoints(folder) or is_checkpoint(folder):
+        raise CheckpointError(
+            f"--from-hf {source}: this is a run or a checkpoint of {PROJECT}, not a Hugging Face model; start a new "
+            f"run from its weights with {PROJECT} train --init-from {shlex.quote(source)}"
+        )
     model = read_folder(folder)
     notes = [
         f"step 0: {folder} does not say how it was trained; its moments and its schedule start from zero",

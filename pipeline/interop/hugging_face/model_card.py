@@ -22,6 +22,7 @@ from pipeline.run_folder.metrics import read_metrics
 CARD_FILE = "README.md"
 CURVE_FILE = "loss.png"
 _MAX_CURVE_ROWS = 20
+_NEW_TOKENS = 40  # in the example of the card, if the context is long enough
 
 _CARD = """\
 ---
@@ -36,22 +37,43 @@ context {model.context_length}, vocabulary {model.vocab_size}.
 {sections}
 ## Use
 
+{use}"""
+
+_USE_WITH_TEXT = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 prompt = tokenizer("The meaning of life is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new_tokens})[0]))
+```
+"""
+
+_USE_WITH_IDS = """\
+This folder has no tokenizer, because the model's tokens are not GPT-2's. The model takes and returns token ids:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".")
+prompt = torch.tensor([[0, 1, 2]])  # the ids of a text, from the model's own tokenizer
+print(model.generate(prompt, max_new_tokens={new_tokens})[0].tolist())
 ```
 """
 
 _OPTIMIZER_NAMES = {"adamw": "AdamW", "muon": "Muon for the matrices of the blocks and AdamW for the rest"}
 
 
-def model_card(checkpoint: Path, state: TrainingState, config: Config, weights: str) -> dict[str, bytes]:
+def model_card(
+    checkpoint: Path, state: TrainingState, config: Config, weights: str, *, has_tokenizer: bool
+) -> dict[str, bytes]:
     """Return the files of the model card by name: a Markdown file and a picture of the loss curve.
 
     The picture is left out if matplotlib is not installed or the run folder has no metrics.
+
+    Args:
+        has_tokenizer: whether the export contains a tokenizer. If not, the card shows how to use token ids.
     """
     from huggingface_hub import ModelCardData  # slow to import
 
@@ -76,6 +98,9 @@ def model_card(checkpoint: Path, state: TrainingState, config: Config, weights: 
         else "not trained further",
         model=config.model,
         sections="\n".join(filter(None, sections)),
+        use=(_USE_WITH_TEXT if has_tokenizer else _USE_WITH_IDS).format(
+            new_tokens=min(_NEW_TOKENS, config.model.context_length // 2)
+        ),
     )
     return {CARD_FILE: text.encode(), **({CURVE_FILE: picture} if picture else {})}
 

@@ -1,5 +1,6 @@
 """Log one line per training row and per validation, and show a progress bar on a terminal."""
 
+import json
 import logging
 import time
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.formatting import format_duration
-from pipeline.run_folder.metrics import LOSSES, MEAN_LOSS_KEY, format_row
+from pipeline.run_folder.metrics import LOSSES, MEAN_LOSS_KEY, SAMPLE_KEY, format_row, format_step
 from pipeline.run_folder.sinks.sink import Row, Sink
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ class Console(Sink):
             if row.get(MEAN_LOSS_KEY) is not None:
                 loss = f"loss {row[MEAN_LOSS_KEY]:.4f}"
                 self._bar.set_postfix_str(f"{loss}, {format_duration(left_s)} left" if left_s else loss)
+
+        if SAMPLE_KEY in row:
+            text = json.dumps(row[SAMPLE_KEY], ensure_ascii=False)  # one line
+            log.info("%s | sample %s", format_step(row, self._max_steps), text)
 
     def count_step(self, step: int) -> None:
         self._bar.update(step - self._bar.n)

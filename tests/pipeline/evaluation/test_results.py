@@ -35,6 +35,12 @@ def test_figures_are_aligned() -> None:
     assert len(lines) == 6 and len({len(line) for line in lines}) == 1
 
 
+def test_a_long_name_moves_the_column() -> None:
+    result = {"step": 7, "checkpoint": "here", "loss": 3.25, "empty_texts_left_out": 0}
+    _, first, second = format_table({"texts": result}).splitlines()
+    assert len(first) == len(second)
+
+
 def test_results_of_later_steps_are_set_aside(tmp_path: Path) -> None:
     folder = tmp_path / "evaluation"
     folder.mkdir()

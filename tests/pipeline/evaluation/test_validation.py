@@ -56,6 +56,13 @@ class TestValidation:
         assert results["target_tokens"] == TOKENS - 1
         assert results["documents"] == 4
 
+    def test_unknown_counts_are_not_zero(self, model: GPT2, tmp_path: Path) -> None:
+        """A manifest has 0 bytes of text and 0 documents if the vocabulary is not GPT-2's or has no end of text."""
+        tokens = np.arange(TOKENS) % (END_OF_TEXT - 1)
+        write_shards(tmp_path / "data", {"val": [tokens]}, utf8_bytes=0)
+        figures = score(model, open_split(tmp_path / "data", "val"), 3)
+        assert (figures["utf8_bytes"], figures["documents"], figures["bits_per_byte"]) == (None, None, None)
+
     def test_bits_per_byte_leave_out_end_of_text(self, results: dict[str, Any], direct: list[Any]) -> None:
         assert sum(target == END_OF_TEXT for _, target, _, _ in direct) >= 3
         nats = sum(loss for _, target, loss, _ in direct if target != END_OF_TEXT)

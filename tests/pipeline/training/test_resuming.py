@@ -22,6 +22,7 @@ from pipeline.model.gpt2 import build_model
 from pipeline.run_folder.lock import open_run_folder
 from pipeline.training.resuming import (
     describe_changes,
+    describe_raised_rate,
     describe_started_decay,
     find_start,
     prepare_run_folder,
@@ -365,6 +366,17 @@ class TestAnotherRun:
         assert describe_started_decay(branch, config_of(run_folder, **{**sections, "schedule": advised})) is None
         own = config_of(other.parent.parent, **sections)
         assert describe_started_decay(branch, own) is None, "not a branch"
+
+    def test_a_schedule_that_is_lengthened_after_its_end_gives_a_warning(self, other: Path, run_folder: Path) -> None:
+        ended, longer = ({"warmup_steps": 1, "max_steps": steps, "name": "linear"} for steps in (6, 11))
+        start, own = Start.read(other), other.parent.parent
+        start.state.config["schedule"] = dump_config(config_of(own, schedule=ended))["schedule"]
+        warning = describe_raised_rate(start, config_of(own, schedule=longer, optimizer={"learning_rate": 1e-3}))
+        assert warning is not None and "step 6" in warning and "from 0.0001 to 0.00055; " in warning
+        assert describe_raised_rate(start, config_of(own, schedule=ended)) is None, "the same schedule"
+        assert describe_raised_rate(start, config_of(run_folder, schedule=longer)) is None, "a branch"
+        start.state.config["schedule"] = {**longer, "max_steps": 12}
+        assert describe_raised_rate(start, config_of(own, schedule=longer)) is None, "the rate falls"
 
     def test_a_start_with_the_same_schedule_gives_no_warning(self, other: Path, run_folder: Path) -> None:
         assert describe_started_decay(Start.read(other), config_of(run_folder)) is None

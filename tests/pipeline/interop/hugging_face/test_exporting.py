@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -202,6 +203,18 @@ def test_a_tokenizer_as_large_as_gpt2s_is_not_taken_for_it(text_model: GPT2, tmp
     assert sorted(os.listdir(export.path)) == FILES[:3] + ["model.safetensors"]
     for name in ("config.json", "generation_config.json"):
         assert json.loads((export.path / name).read_text())["eos_token_id"] is None
+
+
+@pytest.mark.parametrize("vocab_size", [50257, VOCAB_SIZE])
+def test_the_code_of_the_model_card_runs(
+    vocab_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = text_config(vocab_size=vocab_size)
+    run = save_in_pieces(random_text_model(config), config, tmp_path / "run")
+    monkeypatch.chdir(export_checkpoint(run, tmp_path / "out", "float32").path)
+    [code] = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    exec(code, {})
+    assert len(capsys.readouterr().out.split()) > 3
 
 
 def test_gpt2s_tokenizer_under_another_name_is_written(text_model: GPT2, tmp_path: Path) -> None:

@@ -20,17 +20,18 @@ def test_training_rows_are_aligned_and_show_the_time_left(caplog: pytest.LogCapt
             elapsed_s = 30.0 + 2.0 * step  # the first step compiles for 30 seconds
             console.write({"step": step, "loss": 0.0, "mean_loss": loss, "grad_norm": loss, "elapsed_s": elapsed_s})
         console.write({"step": 10, "val_loss": 8.0, "elapsed_s": 60.0})
-        console.write({"step": 10, "sample": "not on the console"})
+        console.write({"step": 10, "sample": "Hello,\nwörld"})
         console.rewind(8)
         console.write({"step": 9, "loss": 0.0, "mean_loss": 8.0, "elapsed_s": 70.0})
         console.write({"step": 10, "loss": 0.0, "mean_loss": 8.0, "elapsed_s": 71.0})
-    first, second, third, validation, again, last = (record.message for record in caplog.records)
+    first, second, third, validation, sample, again, last = (record.message for record in caplog.records)
     clock = r"\d\d:\d\d:\d\d"
     assert re.fullmatch(rf"step   1/100 \| loss 10.9500 \| norm 10.950 \| {clock}", first)
     assert re.fullmatch(rf"step   5/100 \| loss  9.5000 \| norm  9.500 \| {clock} \| 3 min 10 s left", second)
     assert third.endswith(" | 3 min 00 s left")
     assert {line.index("norm") for line in (first, second, third)} == {first.index("norm")}
     assert re.fullmatch(rf"step  10/100 \| validation loss 8.0000 \| {clock}", validation)
+    assert sample == r'step  10/100 | sample "Hello,\nwörld"'
     assert "left" not in again and last.endswith(" | 1 min 30 s left"), "after a rollback, the estimate starts again"
 
 
