@@ -32,7 +32,8 @@ def main() -> None:
     limits = dict(arguments.limit)
     settings = Settings(arguments.shots, limits.pop(EVERY_TASK, None), arguments.stride, limits)
     run = RunConfig(device=arguments.device, rank_timeout_s=arguments.rank_timeout)
-    with join_world(run, process_group=False) as world, heartbeat(world, run.rank_timeout_s):
+    joined = join_world(run, process_group=False, device_option="--device")
+    with joined as world, heartbeat(world, run.rank_timeout_s):
         _, written = run_tasks(
             arguments.checkpoint,
             arguments.tasks,

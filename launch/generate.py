@@ -52,7 +52,8 @@ def main() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # PowerShell writes a byte order mark
     given = {key: getattr(arguments, key) for key in (*SAMPLING_OPTIONS, "stop")}
-    with join_world(RunConfig(device=arguments.device), process_group=False) as world:
+    run = RunConfig(device=arguments.device)
+    with join_world(run, process_group=False, device_option="--device") as world:
         together = 1 if arguments.chat else len(arguments.prompt or [None])
         generator = load_text_generator(
             arguments.checkpoint, world.device, arguments.precision, arguments.weights, together

@@ -142,11 +142,12 @@ class World:
 
 
 @contextmanager
-def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]:
+def join_world(run: RunConfig, *, process_group: bool = True, device_option: str = "run.device") -> Iterator[World]:
     """Return a context manager that connects this process with the other ranks. Its block gets the ``World``.
 
     Args:
         process_group: whether to create torch's process group for a single rank too. FSDP and DeepSpeed need it.
+        device_option: the key or option that set ``run.device``, for error messages.
 
     Raises:
         ConfigError: this machine lacks the device in ``run.device``, the launcher's environment variables are not
@@ -154,9 +155,9 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
     """
     check_launcher()
     rank, size, local_rank = launched_rank(), launched_world_size(), launched_local_rank()
-    device = choose_device(run.device, local_rank)
+    device = choose_device(run.device, local_rank, device_option)
     if device.type == "mps" and size > 1:
-        raise ConfigError("run.device: mps runs in a single process; start with plain python, or use cpu")
+        raise ConfigError(f"{device_option}: mps runs in a single process; start with plain python, or use cpu")
     if device.type == "cuda":
         set_allocator_default()
         torch.cuda.set_device(device)
@@ -173,12 +174,13 @@ def join_world(run: RunConfig, *, process_group: bool = True) -> Iterator[World]
             dist.destroy_process_group()
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+def choose_device(wanted: str, local_rank: int = 0, option: str = "run.device") -> torch.device:
     """Return the device for this rank.
 
     Args:
         wanted: the value of ``run.device``.
         local_rank: the number of this rank on its node. This is also the number of the rank's GPU.
+        option: the key or option that set ``wanted``, for error messages.
 
     Raises:
         ConfigError: this machine does not have the device, or has fewer GPUs than ranks.
@@ -188,9 +190,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     if wanted == "auto":
         wanted = available[0]
     if wanted not in available:
-        raise ConfigError(
-            f"run.device (--device): this machine has no {wanted}; available: {', '.join(available)}, or auto"
-        )
+        raise ConfigError(f"{option}: this machine has no {wanted}; available: {', '.join(available)}, or auto")
     if wanted != "cuda":
         return torch.device(wanted)
     if local_rank >= torch.cuda.device_count():

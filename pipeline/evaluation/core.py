@@ -14,7 +14,7 @@ from data_tools.vocabulary import END_OF_TEXT
 from pipeline.errors import ConfigError
 from pipeline.evaluation.core_bundle import TASKS_FILE, BundleTask, read_bundle
 from pipeline.evaluation.examples import Settings
-from pipeline.evaluation.intervals import WILSON, Z_95
+from pipeline.evaluation.intervals import FEWEST_VALUES, TOO_FEW, WILSON, Z_95
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.protocols import Figures, accuracy
 from pipeline.evaluation.results import CORE, INTERVAL, hash_folder
@@ -87,11 +87,12 @@ def _summary(tasks: Sequence[BundleTask], figures: dict[str, Figures]) -> Figure
         for task in tasks
     )
     margin = Z_95 * math.sqrt(variance) / len(tasks)
+    is_known = min(len(task.examples) for task in tasks) >= FEWEST_VALUES
     return {
         CORE: core,
-        f"{CORE}{INTERVAL}": [core - margin, core + margin],
+        f"{CORE}{INTERVAL}": [core - margin, core + margin] if is_known else None,
         "tasks": figures,
-        "interval": f"{CORE}: {_NORMAL}; acc: {WILSON}",
+        "interval": f"{CORE}: {_NORMAL if is_known else TOO_FEW}; acc: {WILSON}",
     }
 
 

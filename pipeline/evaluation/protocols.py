@@ -11,7 +11,7 @@ from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import Example, Reader, TaskData, read_examples
-from pipeline.evaluation.intervals import NORMAL, WILSON, normal_mean, wilson
+from pipeline.evaluation.intervals import NORMAL, TOO_FEW, WILSON, normal_mean, wilson
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.results import INTERVAL
 from pipeline.evaluation.scoring import Score, Scorer
@@ -190,11 +190,12 @@ def _describe_continuations(scores: Scores) -> list[Figures]:
 
 def _continuation_figures(scores: Scores) -> Figures:
     losses = [-score.log_likelihood for (score,) in scores]
+    bounds = normal_mean(losses)
     return {
         **accuracy("acc", sum(score.is_greedy for (score,) in scores), len(scores)),
         "perplexity": perplexity(float(np.mean(losses))),
-        "perplexity_interval": [perplexity(loss) for loss in normal_mean(losses)],
-        "interval": f"acc: {WILSON}; perplexity: {NORMAL}",
+        "perplexity_interval": [perplexity(bound) for bound in bounds] if bounds else None,
+        "interval": f"acc: {WILSON}; perplexity: {NORMAL if bounds else TOO_FEW}",
     }
 
 

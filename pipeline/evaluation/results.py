@@ -1,6 +1,7 @@
 """Find the results of evaluations in a run folder, and format them. This module does not import torch."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config.paths import find_path
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError
+from pipeline.evaluation.intervals import TOO_FEW
 from pipeline.run_folder.layout import EVALUATION_FOLDER, run_folder_of
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY
 
@@ -96,18 +98,21 @@ def format_table(results: Results) -> str:
         lines.append(f"{task}  (step {result['step']}, {result['checkpoint']})")
         for key, value in result.items():
             if isinstance(value, float):
-                interval = result.get(key + INTERVAL)
-                bounds = "   95% interval [{:.4f}, {:.4f}]".format(*interval) if interval else ""
+                bounds = _format_interval(result[key + INTERVAL]) if key + INTERVAL in result else ""
                 lines.append(f"  {key:<{width}} {value:>14.4f}{bounds}")
             elif isinstance(value, int) and key != "step":
                 lines.append(f"  {key:<{width}} {value:>14,}")
             elif key == DIFFERENT_NUMBERS_KEY:
                 lines.append(f"  {'different numbers':<{width}} {', '.join(value)}")
         for name, figures in result.get("tasks", {}).items():  # the tasks of CORE
-            bounds = "   95% interval [{:.4f}, {:.4f}]".format(*figures[f"acc{INTERVAL}"])
+            bounds = _format_interval(figures[f"acc{INTERVAL}"])
             lines.append(f"  {name:<34} acc {figures['acc']:.4f}{bounds}   centered {figures['centered']:.4f}")
         lines.extend(_format_losses(result.get("loss_by_position", [])))
     return "\n".join(lines)
+
+
+def _format_interval(bounds: Sequence[float] | None) -> str:
+    return "   95% interval " + ("[{:.4f}, {:.4f}]".format(*bounds) if bounds else TOO_FEW)
 
 
 def _format_losses(losses: list[float | None]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from data_tools.errors import DataError, list_names
 from pipeline.errors import ConfigError
 from pipeline.evaluation.examples import TaskData
-from pipeline.evaluation.intervals import BOOTSTRAP, bootstrap_ratio
+from pipeline.evaluation.intervals import BOOTSTRAP, TOO_FEW, bootstrap_ratio
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.protocols import Figures, PreparedTask, Scores, facts_of
 from pipeline.evaluation.sources import Row, as_json
@@ -124,23 +124,25 @@ def _size(text: str) -> dict[str, int]:
 
 
 def _text_figures(texts: Sequence[str], windows: list[list[Request]], scores: Scores) -> Figures:
-    units = _losses_of_windows(windows, scores)
+    units, unit = _losses_of_windows(windows, scores), "texts"
     if len(units) == 1:  # the bootstrap resamples texts, or the windows of a single text
-        units = [[window] for window in units[0]]
-    losses = [sum(loss for loss, _ in unit) for unit in units]
-    counts = [sum(count for _, count in unit) for unit in units]
+        units, unit = [[window] for window in units[0]], "windows"
+    losses = [sum(loss for loss, _ in of_unit) for of_unit in units]
+    counts = [sum(count for _, count in of_unit) for of_unit in units]
     loss, tokens = sum(losses), sum(counts)
     words, size = (sum(_size(text)[key] for text in texts) for key in ("words", "utf8_bytes"))
-    low, high = (bound * tokens for bound in bootstrap_ratio(losses, counts))
+    bounds = bootstrap_ratio(losses, counts)
     figures: Figures = {}
     for key, count in (("token", tokens), ("word", words), ("byte", size)):
         figures[f"{key}_perplexity"] = perplexity(loss / count)
-        figures[f"{key}_perplexity_interval"] = [perplexity(low / count), perplexity(high / count)]
+        figures[f"{key}_perplexity_interval"] = (
+            [perplexity(bound * tokens / count) for bound in bounds] if bounds else None
+        )
     return {
         **figures,
         "bits_per_byte": loss / size / math.log(2),
         "tokens": tokens,
         "words": words,
         "utf8_bytes": size,
-        "interval": f"{BOOTSTRAP} of {'texts' if len(texts) > 1 else 'windows'}, counts of words and bytes fixed",
+        "interval": f"{BOOTSTRAP} of {unit}, counts of words and bytes fixed" if bounds else TOO_FEW,
     }

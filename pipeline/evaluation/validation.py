@@ -23,7 +23,7 @@ from pipeline.data.loader import validation_batches
 from pipeline.distributed.device import summing_dtype
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
-from pipeline.evaluation.intervals import WINDOWS, Z_95
+from pipeline.evaluation.intervals import FEWEST_VALUES, TOO_FEW, WINDOWS, Z_95
 from pipeline.evaluation.results import VALIDATION
 from pipeline.model.gpt2 import ScoringBatch
 from pipeline.model.output_layer import IGNORE_INDEX
@@ -195,7 +195,7 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
     # The loss is a ratio of sums over windows, so compute the interval from the windows' deviations from this ratio.
     squared_deviations = max(squared_loss - 2 * loss * loss_by_targets + loss**2 * squared_targets, 0.0)
     half = Z_95 * math.sqrt(squared_deviations * windows / max(windows - 1, 1)) / targets
-    bounds = [loss - half, loss + half]
+    bounds = [loss - half, loss + half] if windows >= FEWEST_VALUES else None
     # With another vocabulary than GPT-2's, the bytes of text are unknown (0). If a mask excludes tokens, the bytes of
     # the scored tokens are unknown.
     utf8_bytes = 0 if stream.has_mask else stream.utf8_bytes
@@ -204,8 +204,8 @@ def _figures(by_position: Tensor, overall: Tensor, stream: TokenStream) -> dict[
         "loss": loss,
         "perplexity": perplexity(loss),
         "loss_interval": bounds,
-        "perplexity_interval": [perplexity(bound) for bound in bounds],
-        "interval": WINDOWS,
+        "perplexity_interval": [perplexity(bound) for bound in bounds] if bounds else None,
+        "interval": WINDOWS if bounds else TOO_FEW,
         "bits_per_byte": (loss_sum - end_of_text_loss) / math.log(2) / utf8_bytes if utf8_bytes else None,
         "top1_accuracy": top1 / targets,
         "top5_accuracy": top5 / targets,

@@ -55,7 +55,10 @@ def format_plans(
 
 def _describe_links(device: Device, world_size: int) -> str:
     hosts = -(-world_size // device.per_node)
-    within = f"{min(world_size, device.per_node)} per host, {8 * device.node_gb_per_s:,.4g} Gbit/s between two GPUs"
+    on_host = min(world_size, device.per_node)
+    within = f"{on_host} per host"
+    if on_host > 1:
+        within += f", {8 * device.node_gb_per_s:,.4g} Gbit/s between two {'GPUs' if device.is_gpu else 'ranks'}"
     if hosts == 1:
         return f"1 host, {within}"
     return f"{hosts} hosts, {within}; {8 * device.network_gb_per_s * device.per_node:,.4g} Gbit/s between hosts"
@@ -104,8 +107,12 @@ def format_verdict(plans: Sequence[Plan]) -> str:
 
 
 def format_days(days: float) -> str:
-    """Return a duration as text, in hours if it is shorter than a day."""
-    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:.2g} hours"
+    """Return a duration as text, in the largest unit of which it has at least one."""
+    if days >= 1:
+        return f"{days:,.1f} days"
+    units = {"hours": 24 * days, "minutes": 1440 * days, "seconds": 86400 * days}
+    unit = next((unit for unit, count in units.items() if count >= 1), "seconds")
+    return f"{units[unit]:.2g} {unit}"
 
 
 def _memory_table(plans: Sequence[Plan]) -> Iterator[str]:

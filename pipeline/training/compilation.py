@@ -32,8 +32,8 @@ def choose_compilation(config: Config, world: World, plan: BatchPlan, start: Sta
 
     - On CUDA, the value is true.
     - On MPS, the value is false.
-    - On a CPU, the value is true for a new run that will take more than ``SHORTEST_COMPILED_CPU_RUN_S``. A resumed run
-      keeps its earlier value, because compilation changes rounding.
+    - On a CPU, the value is true if the steps that are left take more than ``SHORTEST_COMPILED_CPU_RUN_S``. A resumed
+      run keeps the value with which its checkpoint was trained, because compilation changes rounding.
 
     Args:
         start: the checkpoint from which the run resumes, or None.
@@ -66,13 +66,15 @@ def _decide(config: Config, world: World, plan: BatchPlan, start: Start | None) 
     before = start.setting("run", "compile") if start else None
     if isinstance(before, bool):
         return before, f"auto: as before {start}"
-    micro_steps = plan.accumulation * config.schedule.max_steps
+    step = start.state.step if start else 0
+    micro_steps = plan.accumulation * (config.schedule.max_steps - step)
     for tokens, passes in ((plan.seq_len, 1), (_TIMED_TOKENS, _TIMED_PASSES)):
         run_s = micro_steps * max(world.gather(measure_micro_step(config, plan, tokens, passes)))
         if run_s <= SHORTEST_COMPILED_CPU_RUN_S:  # the single pass is too long, never too short
             break
     pays_off = run_s > SHORTEST_COMPILED_CPU_RUN_S
-    return pays_off, f"auto: the run takes {'' if pays_off else 'at most '}{run_s:,.0f} s uncompiled"
+    what, bound = "the rest of the run" if step else "the run", "" if pays_off else "at most "
+    return pays_off, f"auto: {what} takes {bound}{run_s:,.0f} s uncompiled"
 
 
 def measure_micro_step(config: Config, plan: BatchPlan, tokens: int, passes: int) -> float:

@@ -18,6 +18,7 @@ from data_tools.errors import UserError
 from pipeline.config.loading import load_config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.planning import devices
+from pipeline.planning.presentation import format_days
 from tests.support.runs import CONFIGS
 
 TINY = ["--set", "model.preset=gpt2-tiny", "batch.tokens_per_step=65536", "--world-size=4"]
@@ -123,6 +124,29 @@ def test_ranks_share_the_cpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) ->
     assert shared.host_gb_per_s * 4 == alone.host_gb_per_s
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # each rank has two threads, also when it is alone
     assert devices.find_device("this", "fp32", 4).flops("fp32") == 1e12
+
+
+@pytest.mark.parametrize(
+    ("ranks", "network"), [(1, "1 host, 1 per host"), (2, "1 host, 2 per host, 40 Gbit/s between two ranks")]
+)
+def test_a_plan_for_a_cpu_names_no_gpu(
+    ranks: int, network: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "measure_matmul_ceiling", lambda *_: 1e12)
+    monkeypatch.setattr(devices, "_measure_copy", lambda *_: 1e10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan(monkeypatch, "--device", "this", "--world-size", str(ranks), "--backends", "fsdp", "--tokens", "1000000")
+    lines = capsys.readouterr().out.splitlines()
+    assert f"network  {network}" in lines
+    assert not [line for line in lines[:-1] if "GPU" in line]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.5, "0.5 seconds"), (33, "33 seconds"), (3500, "58 minutes"), (7200, "2 hours"), (86400 * 1.5, "1.5 days")],
+)
+def test_a_duration_has_a_unit_that_fits(seconds: float, text: str) -> None:
+    assert format_days(seconds / 86400) == text
 
 
 @pytest.mark.parametrize(("gpus", "node_gb_per_s"), [(1, 25), (2, 200)])

@@ -68,10 +68,12 @@ def test_collectives_of_one_rank(world: World) -> None:
     assert world.with_cpu_group().device == CPU
 
 
-def test_a_missing_device_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("given", "named"), [({}, r"run\.device"), ({"device_option": "--device"}, "--device")])
+def test_a_missing_device_is_a_config_error(given: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``train`` has no option --device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = r"run\.device \(--device\): this machine has no cuda; available: .*cpu, or auto"
-    with pytest.raises(ConfigError, match=message), join_world(RunConfig(device="cuda")):
+    message = rf"^{named}: this machine has no cuda; available: .*cpu, or auto$"
+    with pytest.raises(ConfigError, match=message), join_world(RunConfig(device="cuda"), **given):  # type: ignore[arg-type]
         pass
 
 

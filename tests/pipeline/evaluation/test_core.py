@@ -17,6 +17,7 @@ from data_tools.errors import DataError
 from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import END_OF_TEXT
 from pipeline.errors import ConfigError
+from pipeline.evaluation import core
 from pipeline.evaluation.core import CORE, prepare_core
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.results import format_table, hash_folder
@@ -123,7 +124,10 @@ def is_right(model: GPT2, rows: list[dict[str, Any]], number: int, kind: str, sh
     return means.index(min(means)) == rows[number]["gold"]
 
 
-def test_core_is_that_of_a_slow_loop(bundle: Path, scorer: Scorer, text_model: GPT2) -> None:
+def test_core_is_that_of_a_slow_loop(
+    bundle: Path, scorer: Scorer, text_model: GPT2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "FEWEST_VALUES", 7)
     result, _ = prepare_core(str(bundle), Settings(), CORE).measure(scorer)
     centered = []
     for label, (kind, shots, baseline, delimiter) in TASKS.items():
@@ -143,6 +147,7 @@ def test_core_is_that_of_a_slow_loop(bundle: Path, scorer: Scorer, text_model: G
 def test_core_is_a_task_like_others(bundle: Path, scorer: Scorer) -> None:
     prepared = prepare_task(CORE, str(bundle), Settings(limit=4, limits={}), scorer.model, ALONE)
     result, examples = prepared.measure(scorer)
+    assert result["core_interval"] is None, "four examples are too few"
     assert prepared.name == "core_first4" and result["examples"] == len(examples) == 12
     for label in TASKS:
         of_task = [example for example in examples if example["core_task"] == label]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.evaluation.intervals import bootstrap_ratio, normal_mean, wilson
+from pipeline.evaluation.intervals import FEWEST_VALUES, bootstrap_ratio, normal_mean, wilson
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,15 @@ def test_wilson(successes: int, trials: int, expected: tuple[float, float]) -> N
 
 
 def test_normal_mean() -> None:
-    low, high = normal_mean([0.0] * 50 + [2.0] * 50)
-    assert (low, high) == pytest.approx((1 - 1.96 * 0.1005, 1 + 1.96 * 0.1005), abs=1e-4)
-    assert normal_mean([3.0]) == (3.0, 3.0)
+    assert normal_mean([0.0] * 50 + [2.0] * 50) == pytest.approx((1 - 1.96 * 0.1005, 1 + 1.96 * 0.1005), abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, FEWEST_VALUES - 1, FEWEST_VALUES])
+def test_a_few_values_have_no_interval(count: int) -> None:
+    """Of two values, the normal interval is six times too narrow, and the bootstrap draws only three means."""
+    values = np.linspace(1.0, 2.0, count).tolist()
+    found = normal_mean(values), bootstrap_ratio(values, [1.0] * count)
+    assert [interval is None for interval in found] == [count < FEWEST_VALUES] * 2
 
 
 def test_bootstrap_ratio_covers_the_truth_and_is_reproducible() -> None:
@@ -34,7 +40,7 @@ def test_bootstrap_ratio_covers_the_truth_and_is_reproducible() -> None:
     for _ in range(40):
         sizes = draw.integers(1, 50, 100)
         losses = sizes * 3.0 + draw.normal(0, 5, 100)
-        low, high = bootstrap_ratio(losses, sizes)
-        assert (low, high) == bootstrap_ratio(losses, sizes)
-        inside += low < 3.0 < high
+        bounds = bootstrap_ratio(losses, sizes)
+        assert bounds and bounds == bootstrap_ratio(losses, sizes)
+        inside += bounds[0] < 3.0 < bounds[1]
     assert 33 <= inside <= 40

@@ -15,6 +15,7 @@ import pytest
 from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
+from pipeline.evaluation import intervals
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.protocols import encode_apart, encode_pair
 from pipeline.evaluation.scoring import Scorer
@@ -103,12 +104,16 @@ def test_hellaswag_completion_compares_mean_losses_of_tokens(
     assert answers["acc_norm"] == [int(np.argmin(losses))] * 4
 
 
-def test_figures_of_a_continuation(text_model: GPT2, scorer: Scorer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_figures_of_a_continuation(
+    text_model: GPT2, scorer: Scorer, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = measure(scorer, "lambada", write_lines(tmp_path / "rows.jsonl", LAMBADA))
     pairs = [encode_pair(tokenizer, *re.fullmatch(r"(.*)( \S+)", row["text"]).groups()) for row in LAMBADA]  # type: ignore[union-attr]
     scores = [plain_score(text_model, pair)[0] for pair in pairs]
     assert result["perplexity"] == pytest.approx(math.exp(-np.mean(scores)), rel=1e-5)
-    low, high = result["perplexity_interval"]
+    assert result["perplexity_interval"] is None, "three examples are too few"
+    monkeypatch.setattr(intervals, "FEWEST_VALUES", 3)
+    low, high = measure(scorer, "lambada", tmp_path / "rows.jsonl")["perplexity_interval"]
     assert low < result["perplexity"] < high
     assert result["acc"] == 0.0
     assert result["acc_interval"][1] > 0.3, "three examples say little"

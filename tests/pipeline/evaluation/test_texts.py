@@ -12,6 +12,7 @@ import pytest
 from data_tools.errors import DataError
 from data_tools.tokenizer import Tokenizer
 from pipeline.errors import ConfigError
+from pipeline.evaluation import intervals
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.packing import Request
 from pipeline.evaluation.scoring import Scorer
@@ -47,7 +48,12 @@ def test_rolling_windows_without_overlap() -> None:
 
 @pytest.mark.parametrize("stride", [None, 7])
 def test_figures_of_a_text(
-    text_model: GPT2, scorer: Scorer, tokenizer: Tokenizer, tmp_path: Path, stride: int | None
+    text_model: GPT2,
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    stride: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = " = Title = \n\n A café costs 1 @,@ 000 . \n" * 9
     (tmp_path / "own.txt").write_text(text, encoding="utf-8")
@@ -64,7 +70,9 @@ def test_figures_of_a_text(
     assert result["word_perplexity"] == pytest.approx(math.exp(loss / len(re.split(r"\s+", text))), rel=1e-4)
     assert result["bits_per_byte"] == pytest.approx(loss / len(text.encode()) / math.log(2), rel=1e-5)
     assert f"moved on by {step}" in result["protocol"]
-    low, high = result["token_perplexity_interval"]
+    assert result["token_perplexity_interval"] is None, "its windows are too few"
+    monkeypatch.setattr(intervals, "FEWEST_VALUES", 2)
+    low, high = measure(scorer, "own", tmp_path / "own.txt", stride=stride)["token_perplexity_interval"]
     assert low < result["token_perplexity"] < high
 
 

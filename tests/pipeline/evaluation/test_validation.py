@@ -14,6 +14,7 @@ import torch
 from data_tools.shards.reader import TokenStream, open_split
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
+from pipeline.evaluation import validation
 from pipeline.evaluation.validation import mixture_loss
 from pipeline.model.gpt2 import GPT2
 from tests.pipeline.conftest import END_OF_TEXT, write_shards
@@ -44,7 +45,18 @@ class TestValidation:
         assert results["loss"] == pytest.approx(expected, rel=1e-6)
         assert results["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
-    def test_the_interval_reflects_the_spread_of_the_windows(self, results: dict[str, Any], direct: list[Any]) -> None:
+    def test_the_interval_reflects_the_spread_of_the_windows(
+        self,
+        model: GPT2,
+        stream: TokenStream,
+        results: dict[str, Any],
+        direct: list[Any],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        assert results["loss_interval"] is results["perplexity_interval"] is None, "11 windows are too few"
+        assert results["interval"] == "none, fewer than 30 values"
+        monkeypatch.setattr(validation, "FEWEST_VALUES", 11)
+        results = score(model, stream, 4)
         losses = np.array([loss for _, _, loss, _ in direct])
         windows = [losses[start : start + T] for start in range(0, len(losses), T)]
         residues = [window.sum() - len(window) * losses.mean() for window in windows]

@@ -100,16 +100,29 @@ def test_the_slowest_rank_decides(monkeypatch: pytest.MonkeyPatch, config: Confi
     assert choose(config, WithASlowRank(0, 2, 0, torch.device("cpu"))).run.compile is True
 
 
+def save(config: Config, world: World, step: int, compiled: bool | str) -> Start:
+    """Save a checkpoint that has this value of ``run.compile``."""
+    stored = dump_config(with_compile(config, compiled))
+    state = TrainingState(step, 4, 48, 1, 1.0, 0, config.run.seed, None)
+    backend = DdpBackend(build_model(config.model, 1), config, world)
+    return Start.read(save_checkpoint(Path(config.run.out_dir), state, stored, backend, world, 9))
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_a_run_that_continues_keeps_its_choice(
     monkeypatch: pytest.MonkeyPatch, config: Config, world: World, before: bool
 ) -> None:
-    stored = dump_config(with_compile(config, before))
-    state = TrainingState(1, 4, 48, 1, 1.0, 0, config.run.seed, None)
-    backend = DdpBackend(build_model(config.model, 1), config, world)
-    start = Start.read(save_checkpoint(Path(config.run.out_dir), state, stored, backend, world, 9))
+    start = save(config, world, 1, before)
     pretend(monkeypatch, config, SHORT_S if before else LONG_S)
     assert choose(config, world, start).run.compile is before
+
+
+def test_only_the_steps_that_are_left_count(monkeypatch: pytest.MonkeyPatch, config: Config, world: World) -> None:
+    """A checkpoint of another program does not say whether it was compiled, and may be near the end."""
+    start = save(config, world, config.schedule.max_steps - 1, "auto")
+    pretend(monkeypatch, config, LONG_S)
+    assert choose(config, world).run.compile is True
+    assert choose(config, world, start).run.compile is False
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
