@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -188,9 +188,7 @@ def print_waits(folder: Path, scratch: Path, rounds: int) -> None:
             print_row(preset, "yes" if ahead else "no", f"{step_ms:,.1f} ms", f"{share:.4%}")
 
 
-def waits_of(
-    preset: str, steps: int, folder: Path, run_folder: Path, rounds: int
-) -> dict[bool, list[dict[str, float]]]:
+def waits_of(preset: str, steps: int, folder: Path, run_folder: Path, rounds: int) -> dict[bool, list[dict[str, Any]]]:
     config = Config.model_validate(
         {
             "run": {"out_dir": str(run_folder), "device": "cpu", "precision": "fp32"},
@@ -200,7 +198,7 @@ def waits_of(
             "logging": {"sinks": ["jsonl", "console"]},
         }
     )
-    readings: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    readings: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
     run_folder.mkdir()
     with join_world(config.run) as world:
         plan = plan_batch(config, world.size)

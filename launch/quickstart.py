@@ -33,9 +33,6 @@ PROBE_STEPS, PROBE_WARM_UP_STEPS = 5, 2
 
 FEWEST_STEPS = 20
 
-#: A run on a CPU computes in bf16 if this makes matrix products at least this much faster.
-WORTHWHILE_SPEEDUP = 1.5
-
 #: How often Python starts and loads a model: for the training, and for each later stage.
 STARTS_AFTER_PROBE = 5
 
@@ -126,7 +123,7 @@ def choose_precision(device: str) -> str:
     """Return the fastest precision on this machine that needs no loss scaling."""
     import torch
 
-    from pipeline.distributed.matmul_ceiling import measure_matmul_ceiling
+    from pipeline.distributed.matmul_ceiling import WORTHWHILE_SPEEDUP, measure_matmul_ceiling
 
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

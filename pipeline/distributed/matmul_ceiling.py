@@ -8,7 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from pipeline.distributed.device import synchronize
+from pipeline.distributed.device import matmul_dtype, synchronize
 
 #: (m, k, n): the sizes of a product of an (m, k) matrix and a (k, n) matrix.
 ProductShape = tuple[int, int, int]
@@ -17,7 +17,9 @@ CEILING_SECONDS = 0.6
 _CEILING_SQUARES = {"cuda": (8192,), "mps": (2048,), "cpu": (1024, 1536, 2048)}
 _CEILING_ROUNDS = 3
 _NOISE_NUMBERS = 65_537  # a prime, so that the rows of a matrix differ
-_SMALL_SQUARE, _SMALL_REPEATS = 256, 8  # under a second on any CPU, for any dtype
+_SMALL, _SMALL_REPEATS = (256, 256, 256), 8  # under a second on any CPU, for any dtype
+#: A precision is worth changing on a CPU if this makes matrix products at least this much faster.
+WORTHWHILE_SPEEDUP = 1.5
 _LONGEST_PRODUCT = 0.2  # the largest share of the measurement's time that one product may take on a CPU
 
 
@@ -44,15 +46,53 @@ def measure_matmul_ceiling(
     return max(flops, fastest.measure(slice_s))  # other programs may have made the first measurement slower
 
 
+def describe_slow_precision(precision: str, device: torch.device) -> str | None:
+    """Return a warning if a CPU is faster in fp32 than in a precision with 16-bit products, or None.
+
+    A CPU without 16-bit matrix units converts each number. The measurement takes a few milliseconds, or a third of a
+    second on such a CPU.
+
+    Args:
+        precision: a value of ``run.precision``.
+    """
+    dtype = matmul_dtype(precision)
+    if device.type != "cpu" or dtype == torch.float32:
+        return None
+    speedup = _fp32_speedup(dtype)
+    if speedup < WORTHWHILE_SPEEDUP:
+        return None
+    return (
+        f"run.precision={precision} is slow on this CPU: matrix products in fp32 are {speedup:.2g} times as fast; set "
+        "run.precision=fp32"
+    )
+
+
+def _fp32_speedup(dtype: torch.dtype) -> float:
+    """Return the speed of a small fp32 product on this CPU, divided by the speed of the same product in ``dtype``.
+
+    One thread computes both. On a busy machine, several threads would mostly wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure_small(torch.float32) / _measure_small(dtype)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure_small(dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a small product on this CPU: those of the fastest repetition, the least disturbed one."""
+    product = _Product(_SMALL, dtype, torch.device("cpu"))
+    return max(product.measure(0.0) for _ in range(_SMALL_REPEATS))
+
+
 def _short_products(shapes: Sequence[ProductShape], dtype: torch.dtype, longest_s: float) -> list[ProductShape]:
     """Return the shapes whose product takes at most ``longest_s`` seconds on this CPU.
 
     If there are none, return one small shape.
     """
-    small = (_SMALL_SQUARE,) * 3
-    product = _Product(small, dtype, torch.device("cpu"))
-    flops_per_s = max(product.measure(0.0) for _ in range(_SMALL_REPEATS))
-    return [shape for shape in shapes if 2 * math.prod(shape) / flops_per_s <= longest_s] or [small]
+    flops_per_s = _measure_small(dtype)
+    return [shape for shape in shapes if 2 * math.prod(shape) / flops_per_s <= longest_s] or [_SMALL]
 
 
 def _noise(rows: int, columns: int, device: torch.device) -> Tensor:

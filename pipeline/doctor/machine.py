@@ -14,7 +14,9 @@ from data_tools.errors import DataError, install_command
 from data_tools.memory import available_memory
 from data_tools.tokenizer import load_tokenizer
 from pipeline.backends import cpu_adam_problem
+from pipeline.config.schema import RunConfig
 from pipeline.distributed.device import GIB, compiler_works, device_name
+from pipeline.distributed.matmul_ceiling import describe_slow_precision
 from pipeline.doctor.communication import check_collectives, check_host_name, check_port, check_ranks, check_variables
 from pipeline.doctor.findings import Finding, Level
 from pipeline.model.attention import fastest_kernel
@@ -60,7 +62,10 @@ def run_checks(folder: Path, *, thorough: bool) -> list[Finding]:
 def check_devices() -> Iterator[Finding]:
     """Check whether torch can use the GPUs, how much memory is free on each, and which attention kernel each runs."""
     if not torch.cuda.is_available():
-        yield _check_without_gpu()
+        finding = _check_without_gpu()
+        yield finding
+        if finding.level == "ok" and not torch.backends.mps.is_available():
+            yield _check_precision()
         return
     kernels: dict[str, list[str]] = {}  # kernel -> the GPUs that use it
     old: list[str] = []
@@ -95,6 +100,15 @@ def _check_without_gpu() -> Finding:
         return Finding("device", "problem", f"there is an NVIDIA driver, but torch sees no GPU: {reason}", cure)
     says = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}; no GPU"
     return Finding("device", "ok", says)
+
+
+def _check_precision() -> Finding:
+    """Check whether this CPU trains fast in the default precision."""
+    default = RunConfig().precision
+    if warning := describe_slow_precision(default, torch.device("cpu")):
+        says, cure = warning.rsplit("; ", 1)
+        return Finding("precision", "note", says, cure)
+    return Finding("precision", "ok", f"{default}, the default, is not slower than fp32")
 
 
 def _rate(subject: str, says: str, cure: str, *, size: float, comfortable: float, least: float = 0) -> Finding:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from data_tools.formatting import format_duration
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config, describe_model
 from pipeline.report.runs import Run, flatten
+from pipeline.run_folder.metrics import median_of, speed_rows
 
 #: Settings that only name a run.
 NAMING = ("run.name", "run.out_dir")
@@ -56,10 +56,11 @@ def _facts(run: Run) -> dict[str, str]:
     facts["validation loss, last"] = _format(run.last("val_loss"))
     facts["validation loss, best"] = _format(min(run.values("val_loss"), default=None))
     facts["validation loss of EMA, last"] = _format(run.last("val_ema_loss"))
-    if speeds := run.values("tokens_per_s"):
-        facts["tokens per second, median"] = f"{statistics.median(speeds):,.0f}"
-    if shares := run.values("mfu"):
-        facts["MFU, median"] = f"{statistics.median(shares):.1%}"
+    trained = speed_rows(run.rows)
+    if (speed := median_of(trained, "tokens_per_s")) is not None:
+        facts["tokens per second, median"] = f"{speed:,.0f}"
+    if (share := median_of(trained, "mfu")) is not None:
+        facts["MFU, median"] = f"{share:.1%}"
     if peaks := run.values("peak_memory_gib"):
         facts["peak memory of the main rank"] = f"{max(peaks):.2f} GiB"
     facts["skipped steps"] = str(run.last("skipped_steps") or 0)

@@ -89,15 +89,38 @@ def format_step(row: dict[str, Any], max_steps: int) -> str:
     return f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"
 
 
+def speed_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the training rows without the first one after each start, which includes the time to compile.
+
+    If there are no other training rows, return these first ones.
+    """
+    first: list[dict[str, Any]] = []
+    later: list[dict[str, Any]] = []
+    has_started = False
+    for row in rows:
+        if "started" in row:
+            has_started = True
+        elif row.get("tokens_per_s") is not None:
+            (first if has_started else later).append(row)
+            has_started = False
+    return later or first
+
+
+def median_of(rows: Sequence[dict[str, Any]], key: str) -> float | None:
+    """Return the median of the values of a key, or None if there are no values. Nulls are left out."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
 def describe_speed(rows: Sequence[dict[str, Any]]) -> str:
     """Describe the median speed and the highest peak memory of the training rows. Without such rows, return ""."""
-    trained = [row for row in rows if all(row.get(key) is not None for key in _SPEED_KEYS)]
-    if not trained:
-        return ""
-    tokens_per_s, step_ms, mfu, _ = (statistics.median(row[key] for row in trained) for key in _SPEED_KEYS)
-    memory = max(row["peak_memory_gib"] for row in trained)
-    speed = f"median {tokens_per_s:,.0f} tokens/s, {step_ms:,.0f} ms per step, {mfu:.1%} of the ceiling"
-    return f"{speed}; peak memory {memory:.2f} GiB"
+    trained = speed_rows(rows)
+    formats = {"tokens_per_s": "{:,.0f} tokens/s", "step_ms": "{:,.0f} ms per step", "mfu": "{:.1%} of the ceiling"}
+    medians = {key: median_of(trained, key) for key in formats}
+    speed = ", ".join(formats[key].format(median) for key, median in medians.items() if median is not None)
+    peaks = [row["peak_memory_gib"] for row in rows if row.get("peak_memory_gib") is not None]
+    memory = [f"peak memory {max(peaks):.2f} GiB"] if peaks else []
+    return "; ".join([f"median {speed}", *memory]) if speed else ""
 
 
 def perplexity(loss: float) -> float:

@@ -14,6 +14,7 @@ from pipeline.checkpoint.state import backend_name
 from pipeline.config.loading import dump_config
 from pipeline.data.loader import scored_targets
 from pipeline.distributed.device import describe_fp32_products
+from pipeline.distributed.matmul_ceiling import describe_slow_precision
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.layout import LOG_FILE
@@ -48,6 +49,8 @@ def log_settings(trainer: Trainer, attention_kernel: str, start: Start | None) -
     log.info("backend   %s on %s, world size %d", backend.describe(), device.type, trainer.world.size)
     remark = describe_fp32_products(config.run.precision, device)
     log.info("precision %s: %s%s", config.run.precision, dtypes, remark)
+    if trainer.world.is_main and (warning := describe_slow_precision(config.run.precision, device)):
+        log.warning(warning)
     log.info("attention %s", attention_kernel)
     log.info(
         "ceiling   %.3g FLOP/s, measured with matrix products; mfu is the share of it", trainer.throughput.ceiling_flops

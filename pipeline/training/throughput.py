@@ -68,6 +68,7 @@ class ThroughputMeter:
         self.flops_per_token = flops_per_token
         self.ceiling_flops = ceiling_flops
         self._device = device
+        self._fastest_flops = 0.0  # of training
         self._clock = clock or create_clock(device)
         self.restart()
 
@@ -91,8 +92,11 @@ class ThroughputMeter:
         self._steps += 1
         self._add_waits()
 
-    def read(self) -> dict[str, float]:
-        """Wait for the device, and return metrics such as ``tokens_per_s`` since the last call."""
+    def read(self) -> dict[str, float | None]:
+        """Wait for the device, and return metrics such as ``tokens_per_s`` since the last call.
+
+        ``mfu`` is None if the ceiling is too low (see ``_share_of_ceiling``).
+        """
         synchronize(self._device)
         now = time.perf_counter()
         self._add_waits()
@@ -100,13 +104,30 @@ class ThroughputMeter:
         tokens_per_s = self.tokens_per_step / seconds
         waited_share = self._waited_s / (now - self._started)
         self.restart()
-        self.raise_ceiling(tokens_per_s * self.flops_per_token)  # training cannot be faster than the ceiling
         return {
             "tokens_per_s": tokens_per_s,
             "step_ms": seconds * 1e3,
-            "mfu": tokens_per_s * self.flops_per_token / self.ceiling_flops,
+            "mfu": self._share_of_ceiling(tokens_per_s * self.flops_per_token),
             "data_wait_share": waited_share,
         }
+
+    def _share_of_ceiling(self, flops: float) -> float | None:
+        """Return ``flops / ceiling_flops``, or None if training has been faster than the ceiling.
+
+        Training cannot be faster than the true ceiling. The measured ceiling is then too low for any share of it.
+        """
+        was_too_low = self._fastest_flops > self.ceiling_flops
+        self._fastest_flops = max(self._fastest_flops, flops)
+        if self._fastest_flops <= self.ceiling_flops:
+            return flops / self.ceiling_flops
+        if not was_too_low:
+            log.info(
+                "ceiling   too low: training reached %.3g FLOP/s, and %.3g were measured, probably while other "
+                "programs used the machine; mfu is null until a higher measurement",
+                flops,
+                self.ceiling_flops,
+            )
+        return None
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:

@@ -263,9 +263,16 @@ class Trainer:
     def _reach_in_step(self, activity: str) -> None:
         self._reach_of_step(f"step {self.state.step + 1}, {activity}")
 
+    def _announce_compilation(self, purpose: str) -> None:
+        """Log that the next forward pass compiles the model, so that a silent minute does not look like a hang."""
+        if self.config.run.compiles:
+            log.info("compile   the model for %s; this can take a few minutes", purpose)
+
     def train_step(self) -> TrainedStep:
         """Queue one optimizer step on the device, without waiting for its result."""
         self.heartbeat_file.enter("training", self.state.step)
+        if self._steps_here == 0:
+            self._announce_compilation("training")
         first_sample = self.guard.next_sample(self.state.samples, self.plan.samples_per_step)
         self._reach_in_step("waiting for data")
         with self.throughput.waiting_for_data(), self.backend.step_clock.waiting_for_data():
@@ -413,6 +420,8 @@ class Trainer:
         """
         self.heartbeat_file.enter("evaluating", self.state.step)
         self.world.progress.reach(f"evaluation after step {self.state.step}", is_patient=not self._has_evaluated)
+        if not self._has_evaluated and any(dataset.validation for dataset in self.loader.datasets):
+            self._announce_compilation("validation")
         with self.throughput.paused():
             self._check_ceiling()
             before_batch = self.stop_request.stop_evaluation

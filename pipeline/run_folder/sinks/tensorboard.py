@@ -75,6 +75,8 @@ FIRST_HYPERPARAMETERS = (
 #: The keys of the summary that the HPARAMS page shows.
 RESULTS = ("validation_loss", "loss")
 
+_HPARAMS_SUFFIX = ".hparams"  # of the event file with the settings and results
+
 #: TensorBoard's CUSTOM SCALARS page: group -> chart -> regular expressions of its tags.
 TENSORBOARD_LAYOUT = {
     "loss": {
@@ -159,9 +161,25 @@ class TensorBoardLog(Sink):
         results = {f"results/{key}": summary[key] for key in RESULTS if summary.get(key) is not None}
         if self._writer:
             with suppress(OSError):  # an earlier row has logged the error
-                self._writer.add_hparams(settings, results, run_name=".")
+                self._write_hparams(settings, results)
         self._close()
         self._open.close()
+
+    def _write_hparams(self, settings: dict[str, Any], results: dict[str, Any]) -> None:
+        """Write the settings and results to a file of their own, in place of the files of earlier starts of the run.
+
+        TensorBoard shows the first settings that it finds in the folder of a run, and the last results.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        for earlier in Path(self._folder).glob(f"*{_HPARAMS_SUFFIX}"):
+            earlier.unlink()
+        with SummaryWriter(self._folder, filename_suffix=_HPARAMS_SUFFIX) as writer:
+            for summary in hparams(settings, results):
+                writer.file_writer.add_summary(summary)
+            for tag, value in results.items():
+                writer.add_scalar(tag, value)
 
     def _close(self) -> None:
         if self._writer:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.distributed import matmul_ceiling
-from pipeline.distributed.matmul_ceiling import measure_matmul_ceiling
+from pipeline.distributed.matmul_ceiling import describe_slow_precision, measure_matmul_ceiling
 
 CPU = torch.device("cpu")
 
@@ -45,11 +45,48 @@ def test_a_slow_cpu_measures_only_a_small_product(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(matmul_ceiling, "_Product", SlowProduct)
     assert measure_matmul_ceiling(CPU, torch.float16, [(2048, 384, 1536), (100, 384, 384)]) == 1e9
-    small = (matmul_ceiling._SMALL_SQUARE,) * 3
+    small = matmul_ceiling._SMALL
     assert measured == {small, (100, 384, 384)}
     measured.clear()
     assert measure_matmul_ceiling(CPU, torch.float16) == 1e9
     assert measured == {small}
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "flops", "warns"),
+    [
+        ("amp_bf16", "cpu", {torch.float32: 9e10, torch.bfloat16: 3e9}, True),
+        ("bf16", "cpu", {torch.float32: 9e10, torch.bfloat16: 3e9}, True),
+        ("amp_fp16", "cpu", {torch.float32: 9e10, torch.float16: 3e9}, True),
+        ("amp_bf16", "cpu", {torch.float32: 9e10, torch.bfloat16: 7e10}, False),
+        ("fp32", "cpu", {}, False),
+        ("amp_bf16", "cuda", {}, False),
+    ],
+)
+def test_a_precision_that_is_slower_than_fp32_on_a_cpu_gives_a_warning(
+    precision: str, device: str, flops: dict[torch.dtype, float], warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU without matrix units for 16-bit numbers multiplies them many times slower."""
+
+    class Product:
+        def __init__(self, _shape: object, dtype: torch.dtype, _device: object) -> None:
+            self.flops = flops[dtype]
+
+        def measure(self, _seconds: float) -> float:
+            return self.flops
+
+    monkeypatch.setattr(matmul_ceiling, "_Product", Product)
+    expected = (
+        f"run.precision={precision} is slow on this CPU: matrix products in fp32 are 30 times as fast; set "
+        "run.precision=fp32"
+    )
+    assert describe_slow_precision(precision, torch.device(device)) == (expected if warns else None)
+
+
+def test_the_products_of_both_precisions_are_measured() -> None:
+    threads = torch.get_num_threads()
+    assert matmul_ceiling._fp32_speedup(torch.bfloat16) > 0
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from data_tools.errors import DataError, install_command
 from launch import doctor
+from pipeline.distributed import matmul_ceiling
 from pipeline.doctor import communication, machine, packages
 from pipeline.doctor.findings import Finding, findings_as_json, format_findings, has_problem
 from tests.support.runs import REPOSITORY
@@ -165,6 +166,14 @@ class TestMachine:
         monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl" or exists(path))
         finding = found(machine.check_devices(), "device")
         assert finding.level == "problem" and "torch sees no GPU" in finding.says
+
+    @pytest.mark.parametrize(("speedup", "level"), [(30.0, "note"), (0.5, "ok")])
+    def test_the_default_precision_on_a_cpu(self, speedup: float, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setattr(matmul_ceiling, "_fp32_speedup", lambda _: speedup)
+        finding = found(machine.check_devices(), "precision")
+        assert (finding.level, finding.cure) == (level, "set run.precision=fp32" if level == "note" else "")
 
 
 class TestCompilers:

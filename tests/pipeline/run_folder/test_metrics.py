@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_tools.formatting import format_duration
-from pipeline.run_folder.metrics import describe_speed, format_row, read_metrics
+from pipeline.run_folder.metrics import describe_speed, format_row, read_metrics, speed_rows
 
 
 class TestConsole:
@@ -42,8 +43,26 @@ def test_the_speed_is_the_median_of_the_training_rows() -> None:
         for step, speed in ((1, 100.0), (2, 1250.0), (3, 1300.0))
     ]
     said = "median 1,250 tokens/s, 800 ms per step, 12.5% of the ceiling; peak memory 0.38 GiB"
-    assert describe_speed([*rows, {"step": 3, "val_loss": 2.0}, {**rows[0], "mfu": None}]) == said
+    assert describe_speed([*rows, {"step": 3, "val_loss": 2.0}]) == said
     assert describe_speed([{"step": 0, "val_loss": 2.0}]) == ""
+
+
+def test_a_run_without_mfu_has_a_speed() -> None:
+    rows = [{"step": 1, "tokens_per_s": 500.0, "step_ms": 20.0, "mfu": None, "peak_memory_gib": 1.0}]
+    assert describe_speed(rows) == "median 500 tokens/s, 20 ms per step; peak memory 1.00 GiB"
+
+
+def test_the_first_row_of_each_start_does_not_count_in_the_speed() -> None:
+    """It includes the time to compile."""
+
+    def trained(step: int, tokens_per_s: float) -> dict[str, Any]:
+        return {"step": step, "tokens_per_s": tokens_per_s}
+
+    begun, resumed = {"step": 0, "started": {}}, {"step": 20, "started": {}}
+    rows = [begun, {"step": 0, "val_loss": 9.0}, trained(1, 50.0), trained(10, 1000.0), trained(20, 1100.0)]
+    assert speed_rows(rows) == rows[-2:]
+    assert speed_rows([*rows, resumed, trained(30, 60.0), trained(40, 900.0)]) == [*rows[-2:], trained(40, 900.0)]
+    assert speed_rows(rows[:3]) == rows[2:3], "a run of one row has no other speed"
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_the_device_finishes_its_work_before_the_clock_stops_and_before_it_conti
     clock.queued_s += 2.0
     meter.count_step()
     assert meter.read()["step_ms"] == pytest.approx(2000.0)
-    assert meter.ceiling_flops == pytest.approx(500.0), "a step that seems too fast would raise the ceiling for good"
+    assert meter.ceiling_flops == 1.0, "only a measurement of products raises the ceiling"
 
 
 def test_a_restart_waits_for_earlier_work(clock: Clock) -> None:
@@ -205,12 +205,24 @@ def test_a_disturbed_measurement_of_the_ceiling_is_replaced_by_a_later_one(
     ]
 
 
-def test_mfu_never_exceeds_one(clock: Clock) -> None:
-    meter = make_meter(clock, flops_per_token=6_000, ceiling_flops=1e6)
-    train(meter, clock, steps=1, step_s=1.0)
-    assert meter.read()["mfu"] == 1.0
-    train(meter, clock, steps=1, step_s=2.0)
-    assert meter.read()["mfu"] == pytest.approx(0.5)
+def test_a_ceiling_below_the_speed_of_training_gives_no_mfu_until_a_higher_measurement(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other programs have disturbed the measurement, so a share of it would say nothing, also in slower steps."""
+    meter = make_meter(clock, flops_per_token=6_000, ceiling_flops=5e6)
+    with caplog.at_level("INFO"):
+        for step_s in (1.0, 2.0, 0.5):
+            train(meter, clock, steps=1, step_s=step_s)
+            assert meter.read()["mfu"] is None
+        meter.raise_ceiling(1.1e7)  # disturbed, too
+        train(meter, clock, steps=1, step_s=2.0)
+        assert meter.read()["mfu"] is None
+        meter.raise_ceiling(2e7)
+        train(meter, clock, steps=1, step_s=2.0)
+        assert meter.read()["mfu"] == pytest.approx(0.15)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("ceiling   too low: training reached 6e+06 FLOP/s, and 5e+06 were measured, ")
+    assert [line.split()[1] for line in lines] == ["too", "1.1e+07", "2e+07"], "one line until the next measurement"
 
 
 @pytest.mark.parametrize(("micro_batch_size", "rows"), [(1, 100), (10_000, MOST_ROWS)])

@@ -185,6 +185,24 @@ class TestLoop:
         assert summarize_run(trainer.run_folder).loss == rows_with(trainer, "mean_loss")[STEPS]
         assert rows_with(trainer, "mean_loss")[STEPS] != rows_with(trainer, "loss")[STEPS]
 
+    @pytest.mark.parametrize("compiles", [True, False])
+    def test_what_compiles_is_announced_once(
+        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, compiles: bool
+    ) -> None:
+        """Without these lines, a run is silent for minutes."""
+        trainer = make_trainer()
+        trainer.config = trainer.config.with_run(compile=compiles)  # the backend is not compiled, to save time
+        with caplog.at_level(logging.INFO):
+            trainer.fit()
+        lines = [line for line in caplog.messages if line.startswith(("compile", "step 0/", "step  0/", "step  1/"))]
+        of_loss = [line.partition(" |")[0] for line in lines]
+        if compiles:
+            assert of_loss[0].startswith("compile   the model for validation")
+            assert of_loss[2].startswith("compile   the model for training")
+            assert len(of_loss) == 4 and of_loss[1].startswith("step") and of_loss[3].startswith("step")
+        else:
+            assert len(of_loss) == 2
+
     def test_a_row_has_the_mean_loss_since_the_row_before(self, make_trainer: MakeTrainer) -> None:
         every, some = make_trainer("every", logging={"every_steps": 1}), make_trainer("some")
         for trainer in (every, some):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 from pipeline.errors import ConfigError
@@ -131,6 +132,20 @@ def test_hyperparameters_and_results(tmp_path: Path) -> None:
         assert text in settings
     assert b"logging" not in settings, "the section does not decide the result"
     assert [s.value for s in accumulator.Scalars("results/loss")] == [3.25]
+
+
+def test_a_resumed_run_shows_its_current_settings_beside_its_current_results(tmp_path: Path) -> None:
+    """TensorBoard shows the first settings in a folder, and the last results."""
+    for resumed_step, max_steps, loss in ((0, 60, 3.0), (60, 80, 2.0)):
+        tensorboard = start(tmp_path, resumed_step, {"schedule": {"max_steps": max_steps}})
+        tensorboard.write(row(max_steps))
+        tensorboard.end({"loss": loss})
+    accumulator = events(tmp_path)
+    content = accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["4 schedule.max_steps"].number_value == 80
+    assert [scalar.value for scalar in accumulator.Scalars("results/loss")] == [2.0]
+    assert [scalar.step for scalar in accumulator.Scalars("loss/training")] == [60, 80], "the curves stay"
 
 
 def test_what_matters_is_first_and_the_backends_are_those_of_all_starts() -> None:
