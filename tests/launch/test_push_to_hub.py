@@ -110,12 +110,12 @@ def test_a_refused_upload_keeps_the_export(
     hub.models["me/public"] = Model(private=False)
 
     def refuse(expected: str, name: str, *arguments: object, token: str = TOKEN) -> None:
-        out = tmp_path / name.replace("/", "_")
+        out = tmp_path / f"of {name.replace('/', '_')}"
         options = ["--checkpoint", run_folder, "--out", out, "--push-to-hub", name, *arguments]
         status, _, errors = run_export(*options, token=token)
         lines = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert status == 2 and len(lines) == 1, errors
-        assert expected in lines[0] and lines[0].endswith(f"upload it later with: hf upload {name} {out}"), errors
+        assert expected in lines[0] and lines[0].endswith(f"upload it later with: hf upload {name} '{out}'"), errors
         assert (out / "model.safetensors").is_file()
 
     refuse("the token may not write there", "me/mine", token=READ_TOKEN)
