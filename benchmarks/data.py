@@ -36,9 +36,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.limits import available_cores
 from data_tools.shards.manifest import TRAIN_SPLIT
 from data_tools.shards.reader import open_split
-from data_tools.threads import available_cores
 from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import END_OF_TEXT
 from tests.support.runs import REPOSITORY

@@ -3,20 +3,16 @@
 The threads run in parallel while they hash, read files, or call numpy or Arrow, because these calls release the GIL.
 """
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from data_tools.limits import available_cores
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]  # called from any thread with the bytes that were processed since the previous call
-
-
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def lock_bars_among_threads() -> None:

@@ -44,6 +44,7 @@ SAMPLING_OPTIONS = {
 def main() -> None:
     arguments = parse_arguments()
     with quick_imports():
+        from pipeline.distributed.cpu import share_cores
         from pipeline.distributed.world import join_world
         from pipeline.generation.chat import Chat
         from pipeline.generation.text_generator import load_text_generator, prompt_loop
@@ -54,6 +55,7 @@ def main() -> None:
     given = {key: getattr(arguments, key) for key in (*SAMPLING_OPTIONS, "stop")}
     run = RunConfig(device=arguments.device)
     with join_world(run, process_group=False, device_option="--device") as world:
+        share_cores(world)
         together = 1 if arguments.chat else len(arguments.prompt or [None])
         generator = load_text_generator(
             arguments.checkpoint, world.device, arguments.precision, arguments.weights, together

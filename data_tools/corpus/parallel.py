@@ -22,7 +22,7 @@ from multiprocessing.context import BaseContext
 from typing import Any, Generic, TypeVar
 
 from data_tools.errors import DataError
-from data_tools.memory import MemoryKills
+from data_tools.limits import MemoryKills
 from data_tools.threads import lock_bars_among_threads
 
 Item = TypeVar("Item")

@@ -7,8 +7,7 @@ import os
 
 from data_tools.corpus.parallel import start_server
 from data_tools.corpus.request import TokenizeRequest
-from data_tools.memory import available_memory
-from data_tools.threads import available_cores
+from data_tools.limits import available_cores, available_memory
 
 #: Memory of one process while it encodes. docs/benchmarks/data.md has the measurement.
 WORKER_BYTES = 350 << 20

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from data_tools.limits import core_limit
 from pipeline.distributed.environment import requested_threads, set_openmp_threads
 from pipeline.distributed.world import World
 
@@ -26,6 +27,8 @@ def configure_cpu(world: World) -> str:
 def share_cores(world: World) -> str:
     """Divide the cores of this host among its ranks, one thread per core. Return a line for the log.
 
+    If a control group limits the ranks to fewer cores (see ``core_limit``), they get fewer threads.
+
     A rank on a CPU is bound to its cores, because a thread loses its cache when it moves to another core. A rank on a
     GPU is not bound, because the threads of NCCL need other cores.
 
@@ -42,13 +45,17 @@ def share_cores(world: World) -> str:
     ranks = len(cores_of_ranks)
     are_shared = ranks > 1 and all(other == cores for other in cores_of_ranks)
     own = split_cores(cores, world.local_rank, ranks) if are_shared else cores
-    torch.set_num_threads(len(own))
+    limit = core_limit()
+    threads = min(len(own), max(1, limit // ranks)) if limit else len(own)
+    torch.set_num_threads(threads)
+    noun = "core" if limit == 1 else "cores"
+    reason = "" if threads == len(own) else f" (the container or job may use {limit} {noun})"
     if world.device.type == "cuda":
-        set_openmp_threads(len(own))
+        set_openmp_threads(threads)
     elif are_shared and len(cores) >= ranks and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, own)
-        return f"{len(own)} per process, bound to cores {', '.join(map(str, own))}"
-    return f"{len(own)} per process"
+        return f"{threads} per process{reason}, bound to cores {', '.join(map(str, own))}"
+    return f"{threads} per process{reason}"
 
 
 def split_cores(cores: Sequence[int], index: int, ranks: int) -> Sequence[int]:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-from data_tools.memory import MemoryKills
+from data_tools.limits import MemoryKills
 
 #: A rank may be idle for this long in a phase that waits for a compiler, a download or a disk.
 PATIENCE_S = 600.0

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data_tools.errors import DataError, install_command
-from data_tools.memory import available_memory
+from data_tools.limits import available_cores, available_memory
 from data_tools.tokenizer import load_tokenizer
 from pipeline.backends import cpu_adam_problem
 from pipeline.config.schema import RunConfig
@@ -98,7 +98,9 @@ def _check_without_gpu() -> Finding:
         reason = "its CUDA is newer than the driver" if torch.version.cuda else "it is a CPU-only build"
         cure = "install the torch for the CUDA version that nvidia-smi shows, see pytorch.org"
         return Finding("device", "problem", f"there is an NVIDIA driver, but torch sees no GPU: {reason}", cure)
-    says = f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}; no GPU"
+    cores = available_cores()
+    threads = min(torch.get_num_threads(), cores)
+    says = f"{device_name(torch.device('cpu'))}, cores: {cores}, threads of torch: {threads}; no GPU"
     return Finding("device", "ok", says)
 
 

@@ -1,12 +1,11 @@
 """Define the devices for a plan: GPUs with the speeds of their data sheets, and this machine with measured speeds."""
 
-import os
 import time
 from dataclasses import dataclass, replace
 
 import torch
 
-from data_tools.memory import available_memory
+from data_tools.limits import available_cores, available_memory
 from pipeline.distributed.device import GIB, matmul_dtype, synchronize
 from pipeline.distributed.matmul_ceiling import measure_matmul_ceiling
 from pipeline.errors import ConfigError
@@ -132,7 +131,7 @@ def _measure_this_machine(precision: str, world_size: int) -> Device:
     else:
         memory_bytes = available_memory() // world_size
         # The measurement uses the threads of one rank. All ranks together cannot use more than all cores.
-        share = min(1.0, (os.cpu_count() or 1) / (torch.get_num_threads() * world_size))
+        share = min(1.0, available_cores() / (torch.get_num_threads() * world_size))
         tflops, host_gb_per_s, node_gb_per_s = tflops * share, host_gb_per_s / world_size, node_gb_per_s / world_size
     return Device(
         name=f"this {device.type}" + (f", shared by {world_size} ranks" if world_size > 1 and not on_gpu else ""),

@@ -62,6 +62,20 @@ def test_the_ranks_of_a_host_split_its_cores(
 
 
 @pytest.mark.parametrize(
+    ("rank", "limit", "threads"), [(0, 3, 1), (1, 3, 1), (2, 6, 2), (1, 2, 1), (5, 2, 2), (5, 8, 3)]
+)
+def test_a_limit_of_the_container_means_fewer_threads(
+    monkeypatch: pytest.MonkeyPatch, bound: list[list[int]], rank: int, limit: int, threads: int
+) -> None:
+    local_rank, usable = OFFERED[rank]
+    monkeypatch.setattr(cpu, "_usable_cores", lambda: usable)
+    monkeypatch.setattr(cpu, "core_limit", lambda: limit)
+    line = share_cores(Hosts(rank, len(OFFERED), local_rank, torch.device("cpu")))
+    reason = f" (the container or job may use {limit} cores)"
+    assert line.startswith(f"{threads} per process{reason if limit < 8 else ''}")
+
+
+@pytest.mark.parametrize(
     ("requested", "line"), [("2", "2 per process"), ("100000", "3 per process (OMP_NUM_THREADS is 100,000)")]
 )
 def test_the_user_chooses_the_number_of_threads(

@@ -1,4 +1,4 @@
-"""Containers and Slurm limit the memory of their processes, and the kernel kills processes that need more."""
+"""Containers and Slurm limit the memory and the cores of their processes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import memory
-from data_tools.memory import MemoryKills, available_memory
+from data_tools import limits
+from data_tools.limits import MemoryKills, available_cores, available_memory, core_limit
 from tests.support.runs import REPOSITORY
 
 MACHINE_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -21,8 +21,8 @@ LIMIT_BYTES = 60 << 20
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the root of a file tree that replaces ``/proc`` and ``/sys/fs/cgroup``."""
-    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(limits, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(limits, "_CGROUPS", tmp_path / "cgroup")
     return tmp_path
 
 
@@ -32,7 +32,7 @@ def write(path: Path, text: str) -> None:
 
 
 def join_group(kernel: Path, line: str) -> None:
-    write(kernel / "proc" / "self" / "cgroup", f"9:name=systemd:/a\n3:cpu,cpuacct:/b\n{line}\n")
+    write(kernel / "proc" / "self" / "cgroup", f"9:name=systemd:/a\n{line}\n")
 
 
 class TestAvailableMemory:
@@ -60,6 +60,28 @@ class TestAvailableMemory:
         join_group(kernel, line)
         write(kernel / "cgroup" / file, "3145728\n")
         assert available_memory() == 3145728
+
+
+class TestCores:
+    @pytest.mark.parametrize(
+        ("line", "files", "cores"),
+        [
+            ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}, 3),
+            ("0::/docker/4711", {"cpu.max": "50000 100000"}, 1),
+            ("3:cpu,cpuacct:/b", {"cpu/b/cpu.cfs_quota_us": "400000", "cpu/b/cpu.cfs_period_us": "100000"}, 4),
+            ("3:cpu,cpuacct:/b", {"cpu/b/cpu.cfs_quota_us": "-1", "cpu/b/cpu.cfs_period_us": "100000"}, None),
+            ("0::/", {}, None),
+        ],
+    )
+    def test_the_smallest_limit(
+        self, line: str, files: dict[str, str], cores: int | None, kernel: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+        join_group(kernel, line)
+        for name, text in files.items():
+            write(kernel / "cgroup" / name, f"{text}\n")
+        assert core_limit() == cores
+        assert available_cores() == (cores or 64)
 
 
 class TestMemoryKills:
@@ -107,7 +129,7 @@ def test_a_child_that_the_kernel_kills(limited_group: Path) -> None:
     child = "x = []\nwhile True: x.append(bytearray(b'1') * (1 << 20))"
     parent = (
         f"import os, subprocess, sys\nopen({str(limited_group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
-        "from data_tools.memory import MemoryKills, available_memory\nkills = MemoryKills()\n"
+        "from data_tools.limits import MemoryKills, available_memory\nkills = MemoryKills()\n"
         f"print(available_memory(), subprocess.run([sys.executable, '-c', {child!r}]).returncode)\nprint(kills)"
     )
     result = subprocess.run([sys.executable, "-c", parent], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
