@@ -10,6 +10,7 @@ from data_tools.encoding.documents import encode_document, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
 from data_tools.errors import DataError
 from data_tools.formatting import format_size
+from data_tools.limits import available_memory
 from data_tools.sources import Source
 
 _SAMPLE_BYTES = 256 << 10
@@ -24,6 +25,7 @@ class Estimate:
         text_bytes: the bytes of text in the source, or None if unknown.
         free_bytes: the free disk space for the output folder, or None if unknown.
         chunks: the number of chunks, including finished chunks.
+        available_bytes: the memory that the processes may use.
     """
 
     text_bytes: int | None
@@ -31,6 +33,7 @@ class Estimate:
     free_bytes: int | None
     chunks: int
     workers: int
+    available_bytes: int
 
     @property
     def tokens(self) -> int | None:
@@ -52,7 +55,9 @@ class Estimate:
                 f"{format_size(self.shard_bytes)} on the disk{free}"
             )
         memory = format_size(self.workers * WORKER_BYTES)
-        return f"{size}; {self.chunks:,} chunks, {self.workers} processes, up to {memory} of memory"
+        available = format_size(self.available_bytes)
+        processes = f"{self.chunks:,} chunks, {self.workers} processes"
+        return f"{size}; {processes}, up to {memory} of memory ({available} available)"
 
 
 def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chunk], free_bytes: int | None) -> Estimate:
@@ -84,6 +89,7 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
         free_bytes=free_bytes,
         chunks=len(chunks),
         workers=min(workers_of(request), len(chunks)),
+        available_bytes=available_memory(),
     )
 
 

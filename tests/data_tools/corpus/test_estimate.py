@@ -96,12 +96,12 @@ def test_finished_chunks_need_no_more_space(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_unknown_sizes_always_fit() -> None:
-    check_free_space(Estimate(None, 4.0, 0, 1, 1), 0, "--out x")
-    check_free_space(Estimate(10**12, 4.0, None, 1, 1), 0, "--out x")
-    check_free_space(Estimate(400, 4.0, 200, 1, 1), 0, "--out x")
+    check_free_space(Estimate(None, 4.0, 0, 1, 1, 1), 0, "--out x")
+    check_free_space(Estimate(10**12, 4.0, None, 1, 1, 1), 0, "--out x")
+    check_free_space(Estimate(400, 4.0, 200, 1, 1, 1), 0, "--out x")
     with pytest.raises(DataError, match=r"--out x needs about 202 B for shards"):
-        check_free_space(Estimate(404, 4.0, 200, 1, 1), 0, "--out x")
-    check_free_space(Estimate(404, 4.0, 200, 1, 1), 2, "--out x")
+        check_free_space(Estimate(404, 4.0, 200, 1, 1, 1), 0, "--out x")
+    check_free_space(Estimate(404, 4.0, 200, 1, 1, 1), 2, "--out x")
 
 
 def test_a_corpus_without_text_is_refused_before_anything_is_made(tmp_path: Path) -> None:
