@@ -46,7 +46,7 @@ def measure_matmul_ceiling(
     return max(flops, fastest.measure(slice_s))  # other programs may have made the first measurement slower
 
 
-def describe_slow_precision(precision: str, device: torch.device) -> str | None:
+def describe_slow_precision(precision: str, device: torch.device, setting: str = "run.precision=") -> str | None:
     """Return a warning if a CPU is faster in fp32 than in a precision with 16-bit products, or None.
 
     A CPU without 16-bit matrix units converts each number. The measurement takes a few milliseconds, or a third of a
@@ -54,6 +54,7 @@ def describe_slow_precision(precision: str, device: torch.device) -> str | None:
 
     Args:
         precision: a value of ``run.precision``.
+        setting: the key or option that sets the precision, as it is written before the value.
     """
     dtype = matmul_dtype(precision)
     if device.type != "cpu" or dtype == torch.float32:
@@ -62,8 +63,8 @@ def describe_slow_precision(precision: str, device: torch.device) -> str | None:
     if speedup < WORTHWHILE_SPEEDUP:
         return None
     return (
-        f"run.precision={precision} is slow on this CPU: matrix products in fp32 are {speedup:.2g} times as fast; set "
-        "run.precision=fp32"
+        f"{setting}{precision} is slow on this CPU: matrix products in fp32 are {speedup:.2g} times as fast; "
+        f"set {setting}fp32"
     )
 
 
