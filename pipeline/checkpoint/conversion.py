@@ -27,7 +27,7 @@ from pipeline.model.parameter_state import WEIGHT, StateNames, state_names_of
 from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from pipeline.run_folder.lock import lock_run_folder, why_not_a_run_folder
 
-_SINGLE_RANK = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+_SINGLE_RANK = World.alone(torch.device("cpu"))
 
 
 def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:

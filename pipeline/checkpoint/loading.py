@@ -230,7 +230,7 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
         CheckpointError: there is no checkpoint with undamaged weights, or it lacks the requested moving average.
         ConfigError: the config in the checkpoint is not valid.
     """
-    return load_model_of_main(path, World(0, 1, 0, device), weights)
+    return load_model_of_main(path, World.alone(device), weights)
 
 
 def load_model_of_main(path: Path | str, world: World, weights: str = "training") -> LoadedModel:
@@ -284,7 +284,7 @@ def _is_same_model(path: Path | str, folder: Path, readings: list[_Reading]) -> 
     """
     for rank, reading in enumerate(readings):
         if reading.problem and was_deleted(folder):
-            log.info("%s was deleted while it was read; its run is still training", folder)
+            log.info("%s was deleted while it was read", folder)
             return False
         if reading.problem:
             raise CheckpointError(f"rank {rank}: {reading.problem}" if rank else reading.problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         CheckpointError: the manifest is missing, is damaged, or has an unknown format version.
     """
     path = folder / MANIFEST_FILE
-    if path.is_symlink():
+    if os.path.islink(path):  # not Path.is_symlink(), which raises an error if the folder cannot be read
         raise CheckpointError(f"{path}: is a link, which may point outside the folder; expected a file")
     return check_manifest(read_json_object(path), path)
 

@@ -108,13 +108,14 @@ def newest_good_checkpoint(
     Log each damaged checkpoint that is newer than the result. A run that is still training can delete a checkpoint
     while this function reads it. The function then looks for newer checkpoints.
     """
-    folders = list_checkpoints(run_folder)
+    folders, deleted = list_checkpoints(run_folder), set[Path]()
     while folders:
         folder = folders.pop()
         problem = find_damage(folder, hash_file, weights)
         if problem is None:
             return folder
-        if was_deleted(folder):
+        if folder not in deleted and was_deleted(folder):
+            deleted.add(folder)  # a network disk can list a deleted folder again
             folders = list_checkpoints(run_folder)
         else:
             log.warning("skipping a damaged checkpoint: %s", problem)
@@ -122,8 +123,17 @@ def newest_good_checkpoint(
 
 
 def was_deleted(folder: Path) -> bool:
-    """Return whether a checkpoint no longer exists. A link to a missing folder still exists."""
-    return not os.path.lexists(folder)
+    """Return whether a checkpoint no longer exists. A link to a missing folder still exists.
+
+    A folder that cannot be read still exists.
+    """
+    try:
+        os.lstat(folder)  # not os.path.lexists(), which is False after every failure of the disk
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def locate_checkpoint(path: Path, hash_file: HashFile = sha256_of_file, weights: str | None = None) -> Path:

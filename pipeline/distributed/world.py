@@ -58,6 +58,11 @@ class World:
     progress: Progress = field(default_factory=Progress)  # the position of the main thread
     ending: Ending = field(default_factory=Ending)
 
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """Return the world of a single rank, without a process group."""
+        return cls(0, 1, 0, device)
+
     @property
     def is_main(self) -> bool:
         """Return whether this is rank 0, which writes logs and metadata."""

@@ -171,7 +171,7 @@ def _join_alone(device: str) -> World:
     _check_choice("device", device, get_args(Device))
     if launched_world_size() > 1:
         raise ConfigError("the model of lm-evaluation-harness runs in one process; start it without torchrun")
-    world = World(rank=0, size=1, local_rank=0, device=choose_device(device, option="device"))
+    world = World.alone(choose_device(device, option="device"))
     if world.device.type == "cuda":
         set_allocator_default()
     configure_cpu(world)

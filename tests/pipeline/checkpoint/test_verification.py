@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.checkpoint import verification
 from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.retention import delete_checkpoint
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.verification import find_damage, locate_checkpoint, newest_good_checkpoint
 from pipeline.errors import CheckpointError
@@ -169,3 +175,35 @@ def test_a_link_to_a_missing_folder_is_skipped(save: Save, caplog: pytest.LogCap
     assert newest_good_checkpoint(older.parent.parent) == older
     (message,) = caplog.messages
     assert message.startswith(f"skipping a damaged checkpoint: {newer / MANIFEST}: cannot be read")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_read_is_skipped(
+    save: Save, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The folder ``checkpoints`` can still be listed."""
+    older, newer = save(step=3), save(step=4)
+
+    def failing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def call_or_fail(path: Any, *arguments: Any, **options: Any) -> Any:
+            if not isinstance(path, int) and newer in (Path(path), *Path(path).parents):
+                raise OSError(number, os.strerror(number), str(path))
+            return call(path, *arguments, **options)
+
+        return call_or_fail
+
+    for module, name in ((os, "lstat"), (os, "stat"), (os, "open"), (io, "open")):
+        monkeypatch.setattr(module, name, failing(getattr(module, name)))
+    assert newest_good_checkpoint(tmp_path) == older
+    (message,) = caplog.messages
+    assert message.startswith("skipping a damaged checkpoint") and str(newer) in message and "\n" not in message
+
+
+def test_a_deleted_checkpoint_that_the_disk_still_lists_is_skipped(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lists of a network disk can be older than its files."""
+    listed = [save(step=3), save(step=4)]
+    delete_checkpoint(listed[1])
+    monkeypatch.setattr(verification, "list_checkpoints", lambda _: list(listed))
+    assert newest_good_checkpoint(tmp_path) == listed[0]
