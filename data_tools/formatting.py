@@ -19,9 +19,9 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
-def count_of(number: int, noun: str) -> str:
-    """Return a number with a noun, such as ``1 rank`` or ``1,024 ranks``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def count_of(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with a noun, such as ``1 rank`` or ``1,024 ranks``. The default plural ends in s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def printable(text: str, *, line_breaks: bool = True) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from data_tools.formatting import format_size
+from data_tools.formatting import count_of, format_size
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -18,11 +18,10 @@ _LIMIT_FILES = ("memory.max", "memory.limit_in_bytes")
 _EVENT_FILES = ("memory.events", "memory.oom_control")
 
 
-def available_memory() -> int:
-    """Return how many bytes of memory this process and its children can use.
+def memory_limit() -> int:
+    """Return the memory of the machine in bytes, or the smaller limit of a control group.
 
-    This is the memory of the machine, or the smaller limit of a control group. If the processes need more, the kernel
-    kills one of them with SIGKILL.
+    If this process and its children need more, the kernel kills one of them with SIGKILL.
     """
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for folder in _groups("memory"):
@@ -62,15 +61,15 @@ class MemoryKills:
     def __init__(self) -> None:
         self._before = _count_kills()
 
-    def __str__(self) -> str:
-        """Return a text that says how many processes the kernel has killed, or "" if it has killed none."""
+    def describe(self) -> str | None:
+        """Return a text that says how many processes the kernel has killed, or None if it has killed none."""
         count = _count_kills() - self._before
         if count < 1:
-            return ""
-        processes = "1 process" if count == 1 else f"{count:,} processes"
+            return None
+        killed = count_of(count, "process", "processes")
         return (
-            f"the kernel of {socket.gethostname()} has killed {processes} since the start of this command, because "
-            f"memory was short (the limit is {format_size(available_memory())})"
+            f"the kernel of {socket.gethostname()} has killed {killed} since the start of this command, because "
+            f"memory was short (the limit is {format_size(memory_limit())})"
         )
 
 

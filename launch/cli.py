@@ -71,7 +71,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(*arguments, **options)
 
     def parse_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parse a command line. For an unknown option that is named as a config key, the error names ``--set``."""
+        """Parse a command line. For an unknown option that has the name of a config key, the error names ``--set``."""
         parsed, unknown = self.parse_known_args(*arguments, **options)
         if unknown:
             advice = _advise_setting(unknown) if "--set" in self._option_string_actions else ""
@@ -84,16 +84,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def _advise_setting(unknown: Sequence[str]) -> str:
     """Return advice for ``--learning_rate=1e-3`` or ``--learning_rate 1e-3``, or "" if no config key has this name."""
-    from pipeline.config.loading import suggest_key
+    from pipeline.config.loading import find_key
 
     option, equals, value = unknown[0].partition("=")
     section, _, name = option.lstrip("-").replace("-", "_").rpartition(".")
-    key = re.fullmatch(r"; did you mean (\w+\.[\w.]+)\?", suggest_key(section, name))
-    if not option.startswith("--") or not key:
+    key = find_key(section, name) or ""
+    if not option.startswith("--") or "." not in key:  # without a dot, it is a section
         return ""
     if not equals:
-        value = unknown[1] if len(unknown) > 1 else "VALUE"
-    return f"; config keys are given with --set, as in --set {shlex.quote(f'{key[1]}={value}')}"
+        value = unknown[1] if len(unknown) > 1 and not unknown[1].startswith("--") else "VALUE"
+    return f"; config keys are given with --set, as in --set {shlex.quote(f'{key}={value}')}"
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from data_tools.shards.manifest import load_manifest
 from launch.run import evaluate, run_stage, sample, tokenize, train
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
-from pipeline.distributed.environment import is_active
+from pipeline.distributed.environment import is_activated_environment
 from pipeline.run_folder.layout import CONFIG_FILE, REPORT_PAGE
 from pipeline.run_folder.metrics import read_metrics
 
@@ -224,7 +224,7 @@ def other_backend(config: Config) -> str:
 def activation_command() -> str | None:
     """Return the command that activates this Python's environment. Return None if the shell needs no such command."""
     script = Path(sys.prefix) / "bin" / "activate"
-    if not script.is_file() or is_active(sys.prefix):
+    if not script.is_file() or is_activated_environment(sys.prefix):
         return None
     is_near = script.is_relative_to(Path.cwd())
     return shlex.join(["source", str(script.relative_to(Path.cwd()) if is_near else script)])

@@ -80,7 +80,7 @@ def _add_head(commands: Any) -> None:
         )
         collection = open_collection(arguments.source, arguments.source_format, dict(arguments.split_of))
         for number, document in enumerate(first_documents(collection, split, **limits)):
-            print(f"--- {split}, document {number}: {document.tokens:,} tokens")
+            print(f"--- {split}, document {number}: {count_of(document.tokens, 'token')}")
             print(printable(document.text) + (" [...]" if document.is_cut else ""))
 
     description = "Show the first documents as text, with their numbers of tokens without <|endoftext|>."

@@ -90,7 +90,10 @@ def build_parser() -> ArgumentParser:
 def _add_process_options(parser: ArgumentParser) -> None:
     """Add the options that say which processes do the work."""
     add = partial(_add_with_default, parser)
-    workers = "processes on this machine (default: one per core, or fewer if memory is short)"
+    workers = (
+        "processes on this machine (default: one per core, or fewer if the machine or container has less than 350 MB "
+        "of memory per core)"
+    )
     add("--workers", workers, type=int, metavar="N")
     add("--engine", "encode in processes of this machine, or on a Ray cluster", choices=get_args(Engine))
     add("--ray-address", "address of the Ray cluster (default: start a cluster here)", metavar="ADDRESS")

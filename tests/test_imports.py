@@ -40,7 +40,7 @@ ROOMS: dict[str, str] = {
     "data_tools.tokenizer": "errors arrays vocabulary",
     "data_tools.shards": "errors arrays formatting threads storage vocabulary tokenizer",
     "data_tools.encoding": "errors arrays vocabulary tokenizer",
-    "data_tools.sources": "errors options prompt_format storage encoding",
+    "data_tools.sources": "errors formatting options prompt_format storage encoding",
     "data_tools.corpus": "errors arrays formatting limits options threads storage shards encoding sources",
     "data_tools.formats": "errors arrays options threads storage vocabulary tokenizer shards",
     "pipeline.errors": "",

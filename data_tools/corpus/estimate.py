@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from data_tools.corpus.chunks import Chunk, SkippedRows, documents_of
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.corpus.worker_server import WORKER_BYTES, workers_of
-from data_tools.encoding.documents import encode_document, utf8_of
+from data_tools.encoding.documents import encode_document, text_of, utf8_of
 from data_tools.encoding.encoders import REFERENCE_ENCODER, load_encoder
 from data_tools.errors import DataError
-from data_tools.formatting import format_size
-from data_tools.limits import available_memory
+from data_tools.formatting import count_of, format_size
+from data_tools.limits import memory_limit
 from data_tools.sources import Source
 
 _SAMPLE_BYTES = 256 << 10
@@ -25,7 +25,7 @@ class Estimate:
         text_bytes: the bytes of text in the source, or None if unknown.
         free_bytes: the free disk space for the output folder, or None if unknown.
         chunks: the number of chunks, including finished chunks.
-        available_bytes: the memory that the processes may use.
+        memory_limit_bytes: the memory that the processes may use.
     """
 
     text_bytes: int | None
@@ -33,7 +33,7 @@ class Estimate:
     free_bytes: int | None
     chunks: int
     workers: int
-    available_bytes: int
+    memory_limit_bytes: int
 
     @property
     def tokens(self) -> int | None:
@@ -55,9 +55,9 @@ class Estimate:
                 f"{format_size(self.shard_bytes)} on the disk{free}"
             )
         memory = format_size(self.workers * WORKER_BYTES)
-        available = format_size(self.available_bytes)
-        processes = f"{self.chunks:,} chunks, {self.workers} processes"
-        return f"{size}; {processes}, up to {memory} of memory ({available} available)"
+        limit = format_size(self.memory_limit_bytes)
+        work = f"{count_of(self.chunks, 'chunk')}, {count_of(self.workers, 'process', 'processes')}"
+        return f"{size}; {work}, up to {memory} of the {limit} of memory"
 
 
 def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chunk], free_bytes: int | None) -> Estimate:
@@ -72,7 +72,7 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
     documents = (document for chunk in chunks for document in documents_of(chunk, source, request, skipped))
     for document in documents:
         # A single document can have hundreds of megabytes, for which tiktoken needs minutes.
-        text = (document if isinstance(document, str) else document.text)[:_SAMPLE_BYTES]
+        text = text_of(document)[:_SAMPLE_BYTES]
         text_bytes += len(utf8_of(text))
         tokens += encode_document(encoder, text).tokens.size
         if text_bytes >= _SAMPLE_BYTES:
@@ -89,7 +89,7 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
         free_bytes=free_bytes,
         chunks=len(chunks),
         workers=min(workers_of(request), len(chunks)),
-        available_bytes=available_memory(),
+        memory_limit_bytes=memory_limit(),
     )
 
 

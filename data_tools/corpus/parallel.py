@@ -191,7 +191,7 @@ class _Pool(Generic[Item, Result]):
         else:
             self._deaths += worker.items
             if self._deaths.count(worker.items[0]) == _ATTEMPTS:
-                cause = str(self._memory_kills) or "it may have been killed, or memory may be short"
+                cause = self._memory_kills.describe() or "it may have been killed, or memory may be short"
                 raise DataError(
                     f"the worker process died {_ATTEMPTS} times at {worker.items[0]}: {cause}; repeat the command to "
                     "continue, with fewer --workers if memory is short"

@@ -3,6 +3,7 @@
 The bytes of the shards do not depend on the number of workers, on the machines, or on interruptions.
 """
 
+import glob
 import os
 from collections.abc import Sequence
 from contextlib import closing
@@ -121,20 +122,35 @@ def _require_outside_input(request: TokenizeRequest) -> None:
     """Raise DataError if the source would find the shards in ``request.out`` and read them as documents."""
     if is_remote(str(request.out)) or request.source == "parquet":  # no file in the output folder ends in .parquet
         return
-    out = os.path.realpath(request.out)
     for text in request.inputs:
-        if is_remote(text):
-            continue
-        if os.path.isdir(text):
-            is_inside = Path(out).is_relative_to(os.path.realpath(text))
-        else:
-            pattern = os.path.abspath(text)
-            is_inside = "**" in text and any(fnmatch(f"{out}/{name}", pattern) for name in (MANIFEST_NAME, "x.npy"))
-        if is_inside:
+        if not is_remote(text) and _finds_files_in(text, request.out):
             raise DataError(
                 f"--out {request.out} is inside --input {text}, so the shards would be read as documents; name a "
                 "folder outside of it"
             )
+
+
+def _finds_files_in(text: str, out: Path | str) -> bool:
+    """Return whether an input (a folder, a file or a glob pattern) contains files that stage 1 writes to ``out``."""
+    target = Path(os.path.realpath(out))
+    if os.path.isdir(text):
+        return target.is_relative_to(os.path.realpath(text))
+    parts = Path(text).parts
+    fixed = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    folder = os.path.realpath(Path(*parts[:fixed]))
+    if not target.is_relative_to(folder):
+        return False
+    found = [(*target.relative_to(folder).parts, name) for name in (MANIFEST_NAME, "x.npy")]
+    return any(_matches(path, parts[fixed:]) for path in found)
+
+
+def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return whether the parts of a path match the parts of a glob pattern, in which ``**`` stands for any folders."""
+    if not pattern or not path:
+        return not pattern and not path
+    if pattern[0] == "**":
+        return any(_matches(path[skipped:], pattern[1:]) for skipped in range(len(path) + 1))
+    return fnmatch(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
 
 
 def _find_repeated(job: Job, chunks: Sequence[Chunk], output: OutputFolder) -> bool:

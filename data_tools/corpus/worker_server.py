@@ -7,7 +7,7 @@ import os
 
 from data_tools.corpus.parallel import start_server
 from data_tools.corpus.request import TokenizeRequest
-from data_tools.limits import available_cores, available_memory
+from data_tools.limits import available_cores, memory_limit
 
 #: Memory of one process while it encodes. docs/benchmarks/data.md has the measurement.
 WORKER_BYTES = 350 << 20
@@ -39,4 +39,4 @@ def workers_of(request: TokenizeRequest) -> int:
 
     This is the number in the request. By default, it is one process per core, or fewer if they need too much memory.
     """
-    return request.workers or max(1, min(available_cores(), available_memory() // WORKER_BYTES))
+    return request.workers or max(1, min(available_cores(), memory_limit() // WORKER_BYTES))

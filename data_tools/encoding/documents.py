@@ -56,9 +56,14 @@ class EncodedDocument(NamedTuple):
     scored: MaskArray | None
 
 
+def text_of(document: Document) -> str:
+    """Return the text of a document."""
+    return document if isinstance(document, str) else document.text
+
+
 def utf8_of(document: Document) -> bytes:
     """Return the text of a document in UTF-8. Lone surrogates become U+FFFD, as in the encoders."""
-    return to_utf8(document if isinstance(document, str) else document.text)
+    return to_utf8(text_of(document))
 
 
 def fingerprint_of(document: Document, utf8: bytes) -> bytes:

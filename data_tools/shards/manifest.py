@@ -85,15 +85,16 @@ class TokenizerRecord:
 
     def differs_from(self, other: "TokenizerRecord") -> bool:
         """Return whether the two vocabularies differ. An unknown vocabulary differs only from GPT-2's."""
-        are_known = self.vocabulary_sha256 and other.vocabulary_sha256
-        return self.is_gpt2 != other.is_gpt2 or bool(are_known) and self.vocabulary_sha256 != other.vocabulary_sha256
+        if not self.vocabulary_sha256 or not other.vocabulary_sha256:
+            return self.is_gpt2 != other.is_gpt2
+        return self.vocabulary_sha256 != other.vocabulary_sha256
 
     def __str__(self) -> str:
         return f"{self.name!r} (vocabulary {self.vocabulary_sha256[:12] or 'unknown'})"
 
 
 def other_tokenizer(vocab_size: int, end_of_text: int = NO_TOKEN) -> TokenizerRecord:
-    """Return the record of a tokenizer of which only these numbers are known, and that it is not GPT-2's."""
+    """Return the record of a tokenizer that is not GPT-2's. Only these numbers of it are known."""
     return TokenizerRecord("other", vocab_size, end_of_text, "")
 
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from data_tools.errors import DataError, describe_broken_link, describe_error
+from data_tools.formatting import count_of
 from data_tools.sources.rows import BadRowError
 from data_tools.storage.content import (
     LARGEST_POINTER_BYTES,
@@ -183,8 +184,7 @@ def describe_skipped_files(paths: Sequence[str]) -> str:
     most_common = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:_MAX_ENDINGS]
     named = [f"{ending} ({count:,})" for ending, count in most_common]
     more = len(endings) - len(named)
-    files = "file" if len(paths) == 1 else "files"
-    return f"{len(paths):,} {files} with other endings skipped: {', '.join(named)}" + (
+    return f"{count_of(len(paths), 'file')} with other endings skipped: {', '.join(named)}" + (
         f", {more:,} more" if more else ""
     )
 

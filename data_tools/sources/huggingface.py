@@ -184,7 +184,7 @@ class HuggingFaceSource:
 
 
 def _with_newest_commit(dataset: str) -> str:
-    """Return ``name@commit`` for a dataset on the hub. Without a network, return the dataset unchanged.
+    """Return ``name@commit`` for a dataset on the hub. If the library ``datasets`` is offline, return the dataset.
 
     Args:
         dataset: its name, or ``name@revision``.
@@ -192,9 +192,11 @@ def _with_newest_commit(dataset: str) -> str:
     Raises:
         DataError: the dataset does not have the revision.
     """
-    from huggingface_hub import HfApi, constants, errors  # takes a second to import
+    # Import both here, because the imports take a second.
+    import datasets
+    from huggingface_hub import HfApi, errors
 
-    if constants.HF_HUB_OFFLINE:  # the library datasets reads its cache
+    if datasets.config.HF_HUB_OFFLINE:  # it reads its cache
         return dataset
     name, _, revision = dataset.partition("@")
     try:

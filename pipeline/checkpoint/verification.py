@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_tools.formatting import format_size
+from data_tools.limits import available_cores
 from data_tools.storage.content import describe_content
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.finite import describe_not_finite
@@ -62,7 +63,7 @@ def find_damage(folder: Path, hash_file: HashFile = sha256_of_file, weights: str
 
 def _find_first(find: Callable[[Item], str | None], items: Iterable[Item]) -> str | None:
     """Return the first problem that ``find`` returns for an item, or None. Checks items in parallel."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(8, available_cores())) as threads:
         return next(filter(None, list(threads.map(find, items))), None)
 
 

@@ -228,9 +228,10 @@ def _read_run_config(path: Path) -> dict[str, Any]:
 
 def _read_native(name: str | Path) -> dict[str, Any]:
     path = Path(name)
-    content = {} if is_shipped_config(name) else _read_json_object(path)
+    is_shipped = is_shipped_config(name)
+    content = {} if is_shipped else _read_json_object(path)
     sections = sections_of_run(content)
-    if is_shipped_config(name) or sections:
+    if is_shipped or sections:
         listed = f" ({', '.join(sections[:3])})" if sections else ""
         raise ConfigError(
             f"--deepspeed {name}: this is a run config{listed}, not DeepSpeed's own JSON; give it with --config "
@@ -315,14 +316,15 @@ def _advise(given: Any, location: Sequence[int | str]) -> str:
     """Return advice if the value is null or a Python word such as True. For other values, return ""."""
     if isinstance(given, str) and given in _JSON_WORDS:
         return f"; JSON writes {_JSON_WORDS[given]}, not {given}"
-    if given is not None:
-        return ""
-    field = _field_at(location)
+    return _describe_field(_field_at(location)) if given is None else ""
+
+
+def _describe_field(field: FieldInfo | None) -> str:
     return f"; {field.description.replace('`', '')}" if field and field.description else ""
 
 
 def _advise_list(given: Any, location: Sequence[int | str], *, is_override: bool) -> str:
-    """Return advice how to write a list. If the value shows which items the list should have, write this list."""
+    """Return advice on how to write a list. If the value shows which items the list should have, write this list."""
     field = _field_at(location)
     if field is None or field.annotation is None:
         return ""
@@ -330,7 +332,7 @@ def _advise_list(given: Any, location: Sequence[int | str], *, is_override: bool
     try:
         TypeAdapter[Any](field.annotation).validate_json(json.dumps(items), strict=True)
     except ValidationError:
-        return f"; {field.description.replace('`', '')}" if field.description else ""
+        return _describe_field(field)
     if not is_override:
         return f"; write {json.dumps(items)}"
     override = f"{'.'.join(map(str, location))}={json.dumps(items)}"
@@ -384,18 +386,31 @@ def suggest_key(section: str, name: str) -> str:
     """
     if "." in name:
         return '; in a file a section is an object, as in {"schedule": {"max_steps": 100}}'
+    if key := find_key(section, name):
+        return f"; did you mean {key}?"
+    siblings = _keys_of(section)
+    return f"{_HINT}{', '.join(siblings)}" if siblings else ""
+
+
+def find_key(section: str, name: str) -> str | None:
+    """Return the dotted key that an unknown ``name`` in a section probably means, or None.
+
+    Args:
+        section: the dotted name of the section, or "" for no section.
+    """
     for key, names in _NAMES_ELSEWHERE.items():
         if name.lower() in names:
-            return f"; did you mean {key}?"
-    siblings: dict[str, str] = {}  # name -> dotted key
-    elsewhere: dict[str, str] = {}
-    for key in valid_keys():
-        other_section, _, other_name = key.rpartition(".")
-        if other_section == re.sub(r"\.\d+", ".*", section):
-            siblings[other_name] = f"{section}.{other_name}" if section else other_name
-        elif "*" not in key:
-            elsewhere[other_name] = key
-    for keys, cutoff in ((siblings, 0.5), (elsewhere, 0.8)):
+            return key
+    siblings = _keys_of(section)
+    others = {key.rpartition(".")[2]: key for key in valid_keys() if "*" not in key}
+    for keys, cutoff in ((siblings, 0.5), (others, 0.8)):
         if nearest := nearest_name(name, keys, cutoff):
-            return f"; did you mean {keys[nearest]}?"
-    return f"{_HINT}{', '.join(siblings)}" if siblings else ""
+            return keys[nearest]
+    return None
+
+
+def _keys_of(section: str) -> dict[str, str]:
+    """Return the names of the keys in a section, with their dotted keys."""
+    generic = re.sub(r"\.\d+", ".*", section)  # a number stands for an element of a list
+    names = [name for other, _, name in (key.rpartition(".") for key in valid_keys()) if other == generic]
+    return {name: f"{section}.{name}" if section else name for name in names}

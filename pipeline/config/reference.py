@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from pipeline.config.loading import dump_config, suggest_key
+from pipeline.config.loading import dump_config, find_key
 from pipeline.config.schema import MODEL_PRESETS, Config
 from pipeline.errors import ConfigError
 
@@ -54,8 +54,8 @@ def format_keys(wanted: str = "") -> str:
     shown = [row for row in described if not wanted or f"{row[0]}.".startswith(f"{wanted}.")]
     if not shown:
         section, _, name = wanted.rpartition(".")
-        meant = suggest_key(section, name)
-        advice = meant if "?" in meant else f"; the sections are {', '.join(Config.model_fields)}"
+        key = find_key(section, name)
+        advice = f"; did you mean {key}?" if key else f"; the sections are {', '.join(Config.model_fields)}"
         raise ConfigError(f"{wanted}: no such section or key{advice}")
     return "\n".join(
         f"{key} = {default}\n{_fill(meaning.replace('`', ''), TERMINAL_COLUMNS, indent=4)}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from data_tools.formatting import count_of
 from data_tools.limits import core_limit
 from pipeline.distributed.environment import requested_threads, set_openmp_threads
 from pipeline.distributed.world import World
@@ -48,8 +49,7 @@ def share_cores(world: World) -> str:
     limit = core_limit()
     threads = min(len(own), max(1, limit // ranks)) if limit else len(own)
     torch.set_num_threads(threads)
-    noun = "core" if limit == 1 else "cores"
-    reason = "" if threads == len(own) else f" (the container or job may use {limit} {noun})"
+    reason = f" (the container or job may use {count_of(limit, 'core')})" if limit and threads < len(own) else ""
     if world.device.type == "cuda":
         set_openmp_threads(threads)
     elif are_shared and len(cores) >= ranks and hasattr(os, "sched_setaffinity"):

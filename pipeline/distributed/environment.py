@@ -61,7 +61,7 @@ def launcher_variables() -> dict[str, str]:
     return {name: os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ}
 
 
-def is_active(environment: str) -> bool:
+def is_activated_environment(environment: str) -> bool:
     """Return whether the shell has activated the virtual environment in this folder."""
     return os.environ.get("VIRTUAL_ENV") == environment
 

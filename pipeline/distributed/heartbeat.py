@@ -267,7 +267,7 @@ def failures_reported(world: World) -> Iterator[None]:
 
 def _lost_rank_error(reason: str, world: World) -> LostRankError:
     """Return the error that ends this rank. It also says whether the kernel has killed processes of this host."""
-    if kills := str(world.progress.memory_kills):
+    if kills := world.ending.memory_kills.describe():
         advice = LESS_MEMORY if world.device.type == "cpu" else _LESS_HOST_MEMORY
         reason = f"{reason}; {kills}. {advice} Then"
     else:

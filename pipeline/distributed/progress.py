@@ -20,8 +20,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-from data_tools.limits import MemoryKills
-
 #: A rank may be idle for this long in a phase that waits for a compiler, a download or a disk.
 PATIENCE_S = 600.0
 #: A rank loops if its CPU time since the last mark is more than this many times the longest so far. The factor is
@@ -50,7 +48,6 @@ class Progress:
         self.excused_s = 0.0  # the CPU time of compiling since the last mark; ``MainThread`` sets it
         self.marked_at_s = time.thread_time()  # the CPU time of the main thread at the last mark
         self.listener: Callable[[], None] = lambda: None  # is called at each mark and move
-        self.memory_kills = MemoryKills()
 
     def reach(self, phase: str, *, is_patient: bool = False, repeats: bool = True) -> None:
         """Record that a phase of the run begins. All ranks must make this call in the same order.

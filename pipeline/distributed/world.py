@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from data_tools.errors import UserError
+from data_tools.limits import MemoryKills
 from pipeline.config.schema import RunConfig
 from pipeline.distributed.environment import (
     check_launcher,
@@ -43,6 +44,7 @@ class Ending:
 
     has_failed: bool = False  # whether the main thread has raised an error
     verdict: str | None = None  # why another rank ends the run
+    memory_kills: MemoryKills = field(default_factory=MemoryKills)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data_tools.errors import DataError, install_command
-from data_tools.limits import available_cores, available_memory
+from data_tools.limits import available_cores, memory_limit
 from data_tools.tokenizer import load_tokenizer
 from pipeline.backends import cpu_adam_problem
 from pipeline.config.schema import RunConfig
@@ -120,7 +120,7 @@ def _rate(subject: str, says: str, cure: str, *, size: float, comfortable: float
 
 def check_memory() -> Finding:
     """Check that this process may use enough memory. In a container or a Slurm job, the limit can be small."""
-    size = available_memory()
+    size = memory_limit()
     cure = "torch and DeepSpeed alone take one GiB: use model.preset gpt2-tiny, a larger limit, or another machine"
     return _rate("memory", f"{size / GIB:.1f} GiB", cure, size=size, comfortable=2 * GIB)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data_tools.limits import available_cores, available_memory
+from data_tools.limits import available_cores, memory_limit
 from pipeline.distributed.device import GIB, matmul_dtype, synchronize
 from pipeline.distributed.matmul_ceiling import measure_matmul_ceiling
 from pipeline.errors import ConfigError
@@ -129,7 +129,7 @@ def _measure_this_machine(precision: str, world_size: int) -> Device:
             node_gb_per_s = _measure_copy(torch.device("cuda", 0), torch.device("cuda", 1)) / GB
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory_bytes = available_memory() // world_size
+        memory_bytes = memory_limit() // world_size
         # The measurement uses the threads of one rank. All ranks together cannot use more than all cores.
         share = min(1.0, available_cores() / (torch.get_num_threads() * world_size))
         tflops, host_gb_per_s, node_gb_per_s = tflops * share, host_gb_per_s / world_size, node_gb_per_s / world_size

@@ -55,13 +55,14 @@ def _create_run_folder(folder: Path) -> list[Path]:
 
 def why_not_a_run_folder(folder: Path) -> str | None:
     """Return why a run must not write into a folder, or None if it may. The folder need not exist."""
-    place = folder.expanduser().resolve()
-    home = Path.home().resolve()
-    if place in (home, *home.parents):
-        return f"{folder} is the home folder {home}, or contains it"
-    if (place / MANIFEST_NAME).exists():
-        return f"{folder} holds token shards or a checkpoint ({MANIFEST_NAME}), and not a run"
-    with suppress(OSError, ValueError):  # a run replaces a damaged config
+    place = folder.resolve()
+    with suppress(RuntimeError):  # this user has no home folder
+        home = Path.home().resolve()
+        if place in (home, *home.parents):
+            return f"{folder} is the home folder {home}, or contains it"
+    with suppress(OSError, ValueError):  # an unreadable folder is another error; a run replaces a damaged config
+        if (place / MANIFEST_NAME).exists():
+            return f"{folder} holds token shards or a checkpoint ({MANIFEST_NAME}), and not a run"
         content = json.loads((place / CONFIG_FILE).read_bytes())
         if isinstance(content, dict) and "run" not in content:
             return f"{folder} holds the {CONFIG_FILE} of another program, which a run would replace"

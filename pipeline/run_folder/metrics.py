@@ -86,6 +86,7 @@ def format_row(row: dict[str, Any], max_steps: int) -> str:
 
 
 def format_step(row: dict[str, Any], max_steps: int) -> str:
+    """Return the step of a row, such as ``step 100/200``."""
     return f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"
 
 

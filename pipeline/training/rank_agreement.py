@@ -30,7 +30,7 @@ _NAMED_CHANGES = 4
 
 
 @dataclass(frozen=True)
-class Start:
+class RankFacts:
     """How one rank was started."""
 
     rank: int
@@ -49,9 +49,9 @@ def check_agreement(config: Config, data_sha256: str, world: World) -> None:
     if world.size == 1:
         return
     folder = Path(config.run.out_dir)
-    own = describe_start(config, data_sha256, world)
+    own = describe_rank(config, data_sha256, world)
     token = world.call_on_main(lambda: _write_token(folder))
-    main: Start = world.broadcast(own)
+    main: RankFacts = world.broadcast(own)
     problem = find_difference(main, own)
     if problem is None and token and not _is_visible(folder / token):
         problem = (
@@ -66,7 +66,7 @@ def check_agreement(config: Config, data_sha256: str, world: World) -> None:
         raise ConfigError(problems[0])
 
 
-def describe_start(config: Config, data_sha256: str, world: World) -> Start:
+def describe_rank(config: Config, data_sha256: str, world: World) -> RankFacts:
     """Return how this rank was started. Paths in the config that may differ between hosts are left out."""
     compared = dump_config(config)
     for section, keys in _MAY_DIFFER.items():
@@ -76,10 +76,10 @@ def describe_start(config: Config, data_sha256: str, world: World) -> Start:
     if world.local_rank == 0:
         program["source code"] = hash_source_code(PROGRAM_ROOT)[:12]
     folder = str(Path(config.run.out_dir).absolute())
-    return Start(world.rank, socket.gethostname(), folder, data_sha256, compared, program)
+    return RankFacts(world.rank, socket.gethostname(), folder, data_sha256, compared, program)
 
 
-def find_difference(main: Start, own: Start) -> str | None:
+def find_difference(main: RankFacts, own: RankFacts) -> str | None:
     """Return a message about a difference from rank 0, or None. The run folders are not compared.
 
     Args:

@@ -61,7 +61,7 @@ def find_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_of
     """
     run_folder = Path(config.run.out_dir)
     with _errors_of_folder(run_folder):
-        start = _find_start(run_folder, config.checkpoint.resume, hash_file)
+        start = _locate_start(run_folder, config.checkpoint.resume, hash_file)
         if start is None:
             if list_checkpoints(run_folder):  # a start from scratch would delete the metrics of the run
                 raise CheckpointError(
@@ -80,8 +80,8 @@ def find_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_of
 def prepare_run_folder(start: Start | None, config: Config) -> None:
     """Prepare the folder of a run that continues from ``start``, or begins from scratch if ``start`` is None.
 
-    Call this function when nothing else can stop the run from training. The caller must hold the lock of the run
-    folder.
+    Call this function after all checks of the config, the data and the checkpoint. The caller must hold the lock of the
+    run folder.
 
     The function deletes the folders of interrupted saves. The next start must not use checkpoints that are later than
     ``start``. Therefore, the function renames later checkpoints in the run folder. For ``checkpoint.remote``, it
@@ -110,11 +110,11 @@ def _errors_of_folder(run_folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{run_folder}: cannot be prepared ({error})") from None
 
 
-def _find_start(run_folder: Path, resume: str, hash_file: HashFile) -> Start | None:
+def _locate_start(run_folder: Path, resume: str, hash_file: HashFile) -> Start | None:
     if resume == AUTO:
-        return _find_own(run_folder, hash_file)
+        return _newest_own(run_folder, hash_file)
     if resume == NONE:
-        own = _find_own(run_folder, hash_file) if launcher_restarts() else None
+        own = _newest_own(run_folder, hash_file) if launcher_restarts() else None
         if own and own.state.launch_id == launch_id():
             log.info("the launcher has restarted this run: it continues from its own checkpoints")
             return own
@@ -129,13 +129,13 @@ def _find_start(run_folder: Path, resume: str, hash_file: HashFile) -> Start | N
     return _find_named_start(run_folder, Path(resume), hash_file)
 
 
-def _find_own(run_folder: Path, hash_file: HashFile) -> Start | None:
+def _newest_own(run_folder: Path, hash_file: HashFile) -> Start | None:
     own = newest_good_checkpoint(run_folder, hash_file)
     return Start.read(own) if own else None
 
 
 def _find_downloaded_start(run_folder: Path, url: str, hash_file: HashFile) -> Start:
-    own = _find_own(run_folder, hash_file)
+    own = _newest_own(run_folder, hash_file)
     if own is None or not is_paired(run_folder, split_url(url)[0]):
         raise CheckpointError(
             f"{run_folder} already holds checkpoints of another run than {url}; use another run.out_dir, "
@@ -146,7 +146,7 @@ def _find_downloaded_start(run_folder: Path, url: str, hash_file: HashFile) -> S
 
 def _find_named_start(run_folder: Path, named: Path, hash_file: HashFile) -> Start:
     """Return the named checkpoint. If this run has started from it before, return this run's newest checkpoint."""
-    own = _find_own(run_folder, hash_file)
+    own = _newest_own(run_folder, hash_file)
     if own and _is_stored(str(named), "resume", own):
         log.info("this run has started from %s before: it continues from its own newest checkpoint", named)
         return own

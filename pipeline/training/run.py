@@ -79,8 +79,8 @@ def train(config: Config, hash_file: HashFile = sha256_of_file) -> Trainer | Non
 def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file: HashFile) -> Trainer | None:
     """Build the trainer and everything that it needs, or return None if the run is already complete.
 
-    Every step that can fail comes before ``prepare_run_folder``. A run that cannot train therefore leaves the
-    checkpoints as they are.
+    All checks of the config, the data and the checkpoint come before ``prepare_run_folder``. A mistake therefore leaves
+    the checkpoints as they are.
 
     Args:
         resources: the stack that holds the lock of the run folder and the choice of the attention kernel.

@@ -53,6 +53,7 @@ class ThroughputMeter:
         tokens_per_step: the number of tokens of all ranks together.
         flops_per_token: the FLOPs of a forward and backward pass.
         ceiling_flops: the measured FLOP/s of all ranks together in matrix products.
+        device: the device of this rank.
         clock: measures how long the device waits for data. If None, a clock for the device is created.
     """
 

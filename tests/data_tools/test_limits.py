@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import limits
-from data_tools.limits import MemoryKills, available_cores, available_memory, core_limit
+from data_tools.limits import MemoryKills, available_cores, core_limit, memory_limit
 from tests.support.runs import REPOSITORY
 
 MACHINE_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -37,21 +37,21 @@ def join_group(kernel: Path, line: str) -> None:
 
 class TestAvailableMemory:
     def test_without_control_groups(self, kernel: Path) -> None:
-        assert available_memory() == MACHINE_BYTES
+        assert memory_limit() == MACHINE_BYTES
         join_group(kernel, "0::/")
-        assert available_memory() == MACHINE_BYTES
+        assert memory_limit() == MACHINE_BYTES
 
     def test_the_smallest_limit_of_the_groups_around_a_slurm_step(self, kernel: Path) -> None:
         join_group(kernel, "0::/system.slice/job_7/step_0")
         for group, limit in (("", "max"), ("/job_7", "1048576"), ("/job_7/step_0", "max")):
             write(kernel / "cgroup" / f"system.slice{group}" / "memory.max", f"{limit}\n")
-        assert available_memory() == 1048576
+        assert memory_limit() == 1048576
 
     def test_version_1(self, kernel: Path) -> None:
         join_group(kernel, "4:memory:/slurm/job_7")
         write(kernel / "cgroup" / "memory" / "memory.limit_in_bytes", "9223372036854771712\n")
         write(kernel / "cgroup" / "memory" / "slurm" / "job_7" / "memory.limit_in_bytes", "2097152\n")
-        assert available_memory() == 2097152
+        assert memory_limit() == 2097152
 
     @pytest.mark.parametrize(
         ("line", "file"), [("0::/docker/4711", "memory.max"), ("4:memory:/docker/4711", "memory/memory.limit_in_bytes")]
@@ -59,7 +59,7 @@ class TestAvailableMemory:
     def test_a_container_that_sees_only_its_own_group(self, line: str, file: str, kernel: Path) -> None:
         join_group(kernel, line)
         write(kernel / "cgroup" / file, "3145728\n")
-        assert available_memory() == 3145728
+        assert memory_limit() == 3145728
 
 
 class TestCores:
@@ -98,12 +98,13 @@ class TestMemoryKills:
         write(kernel / "proc" / "vmstat", "oom_kill 5\n")  # of all processes of the machine
         write(kernel / file, "low 0\noom 4\noom_kill 3\noom_group_kill 0\n")
         kills = MemoryKills()
-        assert str(kills) == ""
+        assert kills.describe() is None
         write(kernel / file, "low 0\noom 7\noom_kill 5\noom_group_kill 0\n")
-        assert " has killed 2 processes since the start of this command, because memory was short" in str(kills)
+        text = str(kills.describe())
+        assert " has killed 2 processes since the start of this command, because memory was short" in text
 
     def test_without_counters(self, kernel: Path) -> None:
-        assert str(MemoryKills()) == ""
+        assert MemoryKills().describe() is None
 
 
 @pytest.fixture
@@ -118,6 +119,9 @@ def limited_group() -> Iterator[Path]:
         pytest.skip("this machine does not allow new control groups")
     try:
         (group / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(LIMIT_BYTES))
+        without_swap = group / ("memory.memsw.limit_in_bytes" if version_1 else "memory.swap.max")
+        if without_swap.exists():  # otherwise, the child would fill the swap first
+            without_swap.write_text(str(LIMIT_BYTES) if version_1 else "0")
         yield group
     except OSError:
         pytest.skip("this machine does not allow memory limits")
@@ -129,8 +133,8 @@ def test_a_child_that_the_kernel_kills(limited_group: Path) -> None:
     child = "x = []\nwhile True: x.append(bytearray(b'1') * (1 << 20))"
     parent = (
         f"import os, subprocess, sys\nopen({str(limited_group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
-        "from data_tools.limits import MemoryKills, available_memory\nkills = MemoryKills()\n"
-        f"print(available_memory(), subprocess.run([sys.executable, '-c', {child!r}]).returncode)\nprint(kills)"
+        "from data_tools.limits import MemoryKills, memory_limit\nkills = MemoryKills()\n"
+        f"print(memory_limit(), subprocess.run([sys.executable, '-c', {child!r}]).returncode)\nprint(kills.describe())"
     )
     result = subprocess.run([sys.executable, "-c", parent], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     numbers, text = result.stdout.splitlines()

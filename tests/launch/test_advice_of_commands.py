@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -511,7 +510,7 @@ def run(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     shutil.copytree(files, work, copy_function=os.link)  # no command writes into a file of another
     monkeypatch.chdir(work)
     monkeypatch.setattr(datasets, "load_dataset", _no_network(datasets.load_dataset))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for module in MODULES.values():
         if hasattr(module, "start_logging"):
             monkeypatch.setattr(module, "start_logging", lambda: None)  # would outlive the call

@@ -32,8 +32,9 @@ def parser() -> ArgumentParser:
 def test_a_crash_in_native_code_prints_where_it_happened() -> None:
     """SIGBUS is the signal for reading a mapped file that another process has cut."""
     code = """
-        import os, signal
+        import os, resource, signal
         from launch.cli import run_command
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writes no core file
         def read_a_cut_file():
             os.kill(os.getpid(), signal.SIGBUS)
         run_command(read_a_cut_file)
@@ -76,6 +77,7 @@ def test_a_single_value_given_twice_is_refused() -> None:
         (["--max-steps", "60"], "as in --set schedule.max_steps=60 "),
         (["--run.out_dir", "my run"], "as in --set 'run.out_dir=my run' "),
         (["--lr"], "as in --set optimizer.learning_rate=VALUE "),
+        (["--lr", "--nonsense"], "as in --set optimizer.learning_rate=VALUE "),
         (["--nonsense=1"], "unrecognized arguments: --nonsense=1 (see"),
     ],
 )

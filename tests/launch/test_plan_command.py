@@ -115,7 +115,7 @@ def test_ranks_share_the_cpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(devices, "_measure_copy", lambda *_: 1e10)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(devices, "available_cores", lambda: 8)
-    monkeypatch.setattr(devices, "available_memory", lambda: 6 << 30)  # the limit of a container
+    monkeypatch.setattr(devices, "memory_limit", lambda: 6 << 30)  # the limit of a container
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     alone, shared = (devices.find_device("this", "fp32", ranks) for ranks in (1, 4))
     assert shared.flops("fp32") * 4 == alone.flops("fp32") == 1e12

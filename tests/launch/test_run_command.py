@@ -12,13 +12,14 @@ from launch.run import run_stage
 
 ENDS_ON_SIGTERM = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(21))"
 SIGNALS_THE_PARENT = (
-    "import os, signal, sys, time; {handler}; os.kill(os.getppid(), {number}); time.sleep({seconds}); sys.exit(20)"
+    "import os, signal, sys, time; {handler}; os.kill(os.getppid(), {number}); time.sleep({seconds}); "
+    "sys.exit({status})"
 )
 
 
 @pytest.mark.parametrize(("number", "seconds", "status"), [(signal.SIGINT, 0.5, 20), (signal.SIGTERM, 60, 21)])
 def test_a_signal_waits_for_the_stage(number: signal.Signals, seconds: float, status: int) -> None:
-    script = SIGNALS_THE_PARENT.format(handler=ENDS_ON_SIGTERM, number=int(number), seconds=seconds)
+    script = SIGNALS_THE_PARENT.format(handler=ENDS_ON_SIGTERM, number=int(number), seconds=seconds, status=20)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended:
         run_stage("train", [sys.executable, "-c", script], "train.py", [])
@@ -32,7 +33,7 @@ def test_after_a_signal_no_stage_follows_even_if_the_stage_has_completed(
 ) -> None:
     """For example, a signal in the last step of training comes too late to interrupt the training."""
     completes = "signal.signal(signal.SIGTERM, lambda *_: os._exit(0))"
-    script = SIGNALS_THE_PARENT.format(handler=completes, number=int(number), seconds=seconds).replace("(20)", "(0)")
+    script = SIGNALS_THE_PARENT.format(handler=completes, number=int(number), seconds=seconds, status=0)
     with pytest.raises(SystemExit) as ended:
         run_stage("train", [sys.executable, "-c", script], "train.py", [])
     assert ended.value.code == 128 + number

@@ -41,7 +41,7 @@ def test_it_prints_the_estimate_and_what_it_wrote_and_where(tmp_path: Path, run_
         "--val-fraction 0.1"
     )
     assert planned.startswith("about 15 B of text, 8 tokens, 16 B on the disk (")
-    assert " free); 1 chunks, 1 processes, up to 367.0 MB of memory (" in planned
+    assert " free); 1 chunk, 1 process, up to 367.0 MB of the " in planned
     lines = ended.stdout.splitlines()
     assert lines[0].startswith("0.0 MB in ")
     assert lines[0].endswith(" MB/s")
@@ -151,7 +151,7 @@ class Clock:
 
 
 ESTIMATE = Estimate(
-    text_bytes=40_000_000, bytes_per_token=4.0, free_bytes=None, chunks=10, workers=2, available_bytes=500_000_000
+    text_bytes=40_000_000, bytes_per_token=4.0, free_bytes=None, chunks=10, workers=2, memory_limit_bytes=500_000_000
 )
 
 
@@ -163,7 +163,7 @@ def test_a_line_every_30_seconds_shows_the_progress(
     display.planned(ESTIMATE)
     assert capsys.readouterr().err == (
         "about 40.0 MB of text, 10,000,000 tokens, 20.0 MB on the disk; "
-        "10 chunks, 2 processes, up to 734.0 MB of memory (500.0 MB available)\n"
+        "10 chunks, 2 processes, up to 734.0 MB of the 500.0 MB of memory\n"
     )
     display.progressed(Contents(0, 0, 0))
     clock.now_s += 10

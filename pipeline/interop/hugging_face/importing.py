@@ -78,7 +78,16 @@ def import_folder(source: str, run_folder: Path) -> Conversion:
         *model.notes,
     ]
     config = Config(run=RunConfig(name=_name_of(source), out_dir=str(run_folder)), model=model.config)
-    state = TrainingState(0, 0, 0, 0, None, 0, config.run.seed, tokenizer=model.tokenizer)
+    state = TrainingState(
+        step=0,
+        samples=0,
+        tokens=0,
+        updates=0,
+        loss_scale=None,
+        loss_scale_good_steps=0,
+        seed=config.run.seed,
+        tokenizer=model.tokenizer,
+    )
     read = partial(read_padded, {WEIGHT: model.weights}, shapes := model_shapes(config.model))
     return Conversion(write_new_run(run_folder, config, state, shapes, read), notes)
 

@@ -122,12 +122,12 @@ class TensorBoardLog(Sink):
         self._run_folder = run_folder
         self._folder = str(run_folder / TENSORBOARD_FOLDER)
         self._writer: SummaryWriter | None = None
-        self._open = ExitStack()  # until the end of the run
+        self._resources = ExitStack()  # until the end of the run
         self._config: dict[str, Any] = {}
         self._purge_step: int | None = None  # the first step whose old events are hidden
 
     def start(self, config: dict[str, Any], resumed_step: int) -> None:
-        self._open.enter_context(_quiet_writer_threads())
+        self._resources.enter_context(_quiet_writer_threads())
         self._config = config
         self._purge_step = resumed_step + 1 if resumed_step else 0
 
@@ -163,7 +163,7 @@ class TensorBoardLog(Sink):
             with suppress(OSError):  # an earlier row has logged the error
                 self._write_hparams(settings, results)
         self._close()
-        self._open.close()
+        self._resources.close()
 
     def _write_hparams(self, settings: dict[str, Any], results: dict[str, Any]) -> None:
         """Write the settings and results to a file of their own, in place of the files of earlier starts of the run.

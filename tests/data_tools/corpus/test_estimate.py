@@ -49,7 +49,7 @@ def test_the_estimate_is_near_what_is_written(tmp_path: Path) -> None:
     assert estimated.free_bytes is not None
     assert (estimated.chunks, estimated.workers) == (1, 1)
     assert str(estimated).startswith("about 900.0 kB of text, 2")
-    assert " free); 1 chunks, 1 processes, up to " in str(estimated)
+    assert " free); 1 chunk, 1 process, up to " in str(estimated)
 
 
 @pytest.mark.parametrize("options", [{"limit_documents": 1}, {"limit_bytes": 5}])

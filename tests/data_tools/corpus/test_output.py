@@ -299,20 +299,24 @@ def test_foreign_files_are_left_alone(tmp_path: Path, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "pattern"), [("text", ""), ("jsonl", ""), ("text", "/**/*"), ("jsonl", "/**/*.json*")]
+    ("source", "pattern"),
+    [("text", ""), ("jsonl", ""), ("text", "/**/*"), ("text", "/**"), ("text", "/*/*"), ("jsonl", "/**/*.json*")],
 )
 def test_an_output_folder_in_the_input_is_refused(tmp_path: Path, source: str, pattern: str) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
-    (folder / "a.jsonl").write_bytes(json_lines(DOCUMENTS))
+    for name in ("a.jsonl", "b/a.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(json_lines(DOCUMENTS))
     request = request_for(tmp_path, "texts/tokens", source=source, inputs=(f"{folder}{pattern}",))
     message = rf"--out .*/tokens is inside --input {re.escape(request.inputs[0])}, so the shards would be read"
     with pytest.raises(DataError, match=message):
         tokenize_corpus(request)
-    assert [path.name for path in folder.iterdir()] == ["a.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["a.jsonl", "b"]
     (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(DataError, match="is inside --input"):
-        find_complete(replace(request, inputs=(str(folder),), out=tmp_path / "link" / "tokens"))
+    for given, out in ((folder, tmp_path / "link" / "tokens"), (tmp_path / "link", request.out)):
+        with pytest.raises(DataError, match="is inside --input"):
+            find_complete(replace(request, inputs=(f"{given}{pattern}",), out=out))
 
 
 def test_an_output_folder_that_the_input_leaves_out_is_accepted(tmp_path: Path) -> None:

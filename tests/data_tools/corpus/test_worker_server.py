@@ -43,7 +43,7 @@ def test_workers_need_not_more_memory_than_available(
     memory_bytes: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_server, "available_cores", lambda: 8)
-    monkeypatch.setattr(worker_server, "available_memory", lambda: memory_bytes)
+    monkeypatch.setattr(worker_server, "memory_limit", lambda: memory_bytes)
     assert workers_of(make_request(tmp_path)) == workers
     assert workers_of(make_request(tmp_path, workers=5)) == 5
 

@@ -425,9 +425,13 @@ def test_invalid_utf8_in_parquet_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def hub_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    requests = mock.Mock(side_effect=AssertionError)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", requests)
+    yield
+    requests.assert_not_called()
 
 
 @pytest.mark.usefixtures("hub_offline")
@@ -526,7 +530,7 @@ class _Hub:
         self.calls: list[tuple[object, ...]] = []
         monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", self.dataset_info)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
     def dataset_info(self, name: str, *, revision: str | None) -> mock.Mock:
         if revision not in (None, *self.documents):

@@ -92,7 +92,7 @@ def test_a_rank_that_the_kernel_killed_to_free_memory(
 ) -> None:
     kills = "the kernel of node1 has killed 1 process since the start of this command, because memory was short"
     world = replace(worlds[0], device=torch.device(device))
-    world.progress.memory_kills = kills  # type: ignore[assignment]
+    world.ending.memory_kills = Mock(describe=lambda: kills)
     with pytest.raises(LostRankError) as caught, heartbeat.failures_reported(world):
         raise RuntimeError("Connection closed by peer")
     assert str(caught.value).startswith("lost rank 1 (")
@@ -219,8 +219,10 @@ def test_ranks_end_although_they_cannot_print(
     stream = BrokenStream(error)
     monkeypatch.setattr(heartbeat, "_EXPLAIN_S", 0.5)
     monkeypatch.setattr(sys, "stderr", stream)
-    assert end_with_silent_rank(ranks, monkeypatch) == [LostRankError.exit_status] * 2
-    stream.is_read.set()
+    try:
+        assert end_with_silent_rank(ranks, monkeypatch) == [LostRankError.exit_status] * 2
+    finally:
+        stream.is_read.set()
 
 
 @pytest.mark.parametrize(("rank", "other"), [(2, 0), (0, 1)])

@@ -145,7 +145,7 @@ class TestMachine:
         assert machine.check_disk(tmp_path).level == "problem"
 
     def test_the_memory_limit_of_a_container(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(machine, "available_memory", lambda: 1 << 30)
+        monkeypatch.setattr(machine, "memory_limit", lambda: 1 << 30)
         finding = machine.check_memory()
         assert (finding.level, finding.says) == ("note", "1.0 GiB")
 

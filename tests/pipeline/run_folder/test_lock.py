@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -21,7 +22,7 @@ from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.run_folder.layout import LOCK_FILE
-from pipeline.run_folder.lock import lock_run_folder, open_run_folder
+from pipeline.run_folder.lock import lock_run_folder, open_run_folder, why_not_a_run_folder
 from tests.support.runs import child_environment
 
 HOLD = """
@@ -216,6 +217,17 @@ def test_a_folder_of_other_things_is_refused_and_kept(
     assert place == "/" or [path.name for path in folder.glob("*")] == list(content)
     with pytest.raises(CheckpointError, match=f"--out: .*{reason}.*; name a folder"):
         require_new_run_folder(folder)
+
+
+def test_a_user_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example, a container runs with any user id."""
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    assert why_not_a_run_folder(tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_read_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert why_not_a_run_folder(tmp_path / "below") is None, "the error about the folder comes later"
 
 
 def test_a_folder_with_the_config_of_a_run_is_a_run_folder(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ class TestAnswer:
         ended, is_read = threading.Event(), threading.Event()
         monkeypatch.setattr(interruption, "print_error", lambda _: is_read.wait())
         monkeypatch.setattr("os._exit", lambda status: ended.set())
-        monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.0)
+        monkeypatch.setattr(interruption, "_ONE_REQUEST_S", 0.0)  # also the time to wait for the blocked threads
         caplog.handler.acquire()
         try:
             with StopRequest(world).listening():

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 from pipeline.distributed.world import World
-from pipeline.training.rank_agreement import Start, describe_start, find_difference
+from pipeline.training.rank_agreement import RankFacts, describe_rank, find_difference
 from tests.pipeline.conftest import tiny_config
 from tests.support.runs import TINY_BYTE_RUN, merged, run_ranks, train_arguments
 
-MAIN = Start(
+MAIN = RankFacts(
     0, "node0", "/shared/run", "a" * 64, {"batch": {"tokens_per_step": 8}}, {"torch": "2.13.0", "source code": "0f"}
 )
 
 
 def test_paths_may_differ_between_hosts(world: World) -> None:
     starts = [
-        describe_start(tiny_config(data={"path": path}, run={"out_dir": path}), "a" * 64, world) for path in ("a", "b")
+        describe_rank(tiny_config(data={"path": path}, run={"out_dir": path}), "a" * 64, world) for path in ("a", "b")
     ]
     assert starts[0].config and find_difference(*starts) is None
 

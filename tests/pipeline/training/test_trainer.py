@@ -194,7 +194,7 @@ class TestLoop:
         trainer.config = trainer.config.with_run(compile=compiles)  # the backend is not compiled, to save time
         with caplog.at_level(logging.INFO):
             trainer.fit()
-        lines = [line for line in caplog.messages if line.startswith(("compile", "step 0/", "step  0/", "step  1/"))]
+        lines = [line for line in caplog.messages if line.startswith(("compile", "step  0/", "step  1/"))]
         of_loss = [line.partition(" |")[0] for line in lines]
         if compiles:
             assert of_loss[0].startswith("compile   the model for validation")
