@@ -29,7 +29,14 @@ class SaveOutcome:
     step: int
     pause_s: float  # how long training on this rank waited for the previous save and for the copy
     saved: SavedCheckpoint | None
-    problem: str | None  # the reason in one line if the save failed
+    problem: str | None  # the reason in one line if nothing was saved
+
+    @property
+    def failure(self) -> str | None:
+        """Return in one line why no run can resume from this save, or None if a run can."""
+        if self.saved and self.saved.not_finite:
+            return f"{self.saved}, and good older checkpoints are kept"
+        return self.problem
 
 
 class BackgroundSaver:

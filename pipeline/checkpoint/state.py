@@ -91,13 +91,17 @@ def read_state_file(folder: Path) -> StateFile:
 def check_state_file(content: dict[str, Any], path: Path | str) -> StateFile:
     """Check the content of a ``state.json``.
 
+    Earlier versions counted the validation loss at step 0, which ``ValidationHistory.after`` does not count. If this
+    was the best loss, the result has an empty history.
+
     Raises CheckpointError if the content is malformed. The message begins with ``path``.
     """
     try:
         # Strict validation accepts a list in place of a tuple only in JSON text.
-        return _STATE_FILE_SCHEMA.validate_json(json.dumps(content), strict=True)
+        state = _STATE_FILE_SCHEMA.validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise malformed_error(path, error) from None
+    return replace(state, validation=ValidationHistory()) if state.validation.best_step == 0 else state
 
 
 def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:

@@ -82,19 +82,16 @@ class RunRecord:
         """
         for outcome in outcomes:
             row: dict[str, Any] = {}
-            problem = outcome.problem
             if saved := outcome.saved:
                 row = {"save_s": saved.seconds, "save_pause_s": outcome.pause_s, "save_bytes": saved.total_bytes}
-                if saved.not_finite:
-                    problem = f"{saved}, and good older checkpoints are kept"
-                else:
+                if not outcome.failure:
                     log.info("%s, training paused %.3f s", saved, outcome.pause_s)
-            if problem:
+            if outcome.failure:
                 self.failed_saves += 1
-                log.warning("%s; failed saves in this run: %d", problem, self.failed_saves)
+                log.warning("%s; failed saves in this run: %d", outcome.failure, self.failed_saves)
                 row["failed_saves"] = self.failed_saves
             self.write({"step": outcome.step, **row})
-            if not problem:
+            if not outcome.failure:
                 for sink in self._sinks:
                     sink.settle(outcome.step)
 

@@ -108,7 +108,8 @@ class Trainer:
 
         Raises:
             TrainingError: too many steps were skipped or were spikes.
-            CheckpointError: the last checkpoint could not be written. The errors of earlier saves are only logged.
+            CheckpointError: the last checkpoint could not be written, or contains NaN or infinite numbers. The errors
+                of earlier saves are only logged.
             Interrupted: a signal asked the run to stop before its end. A checkpoint was saved, unless no step was
                 trained.
         """
@@ -119,7 +120,7 @@ class Trainer:
                 self._finish_save()
                 if not received:
                     self._finish_uploads()
-            is_finished = not received or self._is_complete() and not self.state.evaluation_is_due
+            is_finished = not received or (self._is_complete() and not self.state.evaluation_is_due)
             ended = "finished" if is_finished else "interrupted"
         finally:
             self._close(ended)
@@ -202,8 +203,8 @@ class Trainer:
         self.heartbeat_file.enter("saving", self.state.step)
         for outcome in self.saver.wait():
             self.record.write_saves([outcome])
-            if outcome.problem:
-                raise CheckpointError(outcome.problem)
+            if outcome.failure:
+                raise CheckpointError(outcome.failure)
 
     def _close(self, ended: str) -> None:
         self._reach_rare("the end of the run")
@@ -363,7 +364,9 @@ class Trainer:
         if folder is None:
             log.warning("no checkpoint yet to roll back to: training continues")
             return False
-        self.state = load_checkpoint(folder, self.backend, self.world)
+        before, loaded = self.state, load_checkpoint(folder, self.backend, self.world)
+        # As in load_start, these are the values of this start. The checkpoint can be of other data or lack the values.
+        self.state = replace(loaded, seed=before.seed, data_sha256=before.data_sha256, tokenizer=before.tokenizer)
         self.guard.after_rollback(self.state.guard, spike)
         log.warning("rolled back to %s; %s are left out", folder, spike.describe_samples())
         self.record.rewind(self.state.step)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.checkpoint.loading import load_training_state
+from pipeline.checkpoint.state import ValidationHistory, read_state
 from pipeline.checkpoint.verification import find_damage
 from pipeline.distributed.world import World
 from tests.pipeline.checkpoint.conftest import STATE, assert_rejected, edit_state, make_backend, seal
@@ -80,3 +81,11 @@ def test_a_state_of_an_earlier_version_is_accepted(folder: Path, world: World) -
     assert find_damage(folder) is None
     state = load_training_state(folder, make_backend(world, seed=2))
     assert (state.data_sha256, state.tokenizer) == (None, None)
+
+
+@pytest.mark.parametrize(("best_step", "expected"), [(0, ValidationHistory()), (2, ValidationHistory(2.0, 2, 1))])
+def test_a_best_loss_at_step_0_does_not_count(folder: Path, best_step: int, expected: ValidationHistory) -> None:
+    """Earlier versions compared the later losses with it, for early stopping and ``checkpoint.keep_best``."""
+    history = {"best_loss": 2.0, "best_step": best_step, "evaluations_since_best": 1}
+    edit_state(folder, lambda state: state.update(validation=history))
+    assert read_state(folder)[0].validation == expected

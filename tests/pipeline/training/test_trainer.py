@@ -23,7 +23,7 @@ from pipeline.backends import create_backend
 from pipeline.checkpoint import background
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.mirror import Mirror
-from pipeline.checkpoint.state import ValidationHistory, read_state
+from pipeline.checkpoint.state import TrainingState, ValidationHistory, read_state
 from pipeline.checkpoint.verification import find_damage, newest_good_checkpoint
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
@@ -38,6 +38,7 @@ from pipeline.model.gpt2 import build_model
 from pipeline.report.overview import summarize_run
 from pipeline.run_folder.metrics import SAMPLE_KEY, read_metrics
 from pipeline.training import evaluation, throughput
+from pipeline.training import trainer as trainer_module
 from pipeline.training.group_norms import GroupNorms
 from pipeline.training.resuming import load_start, why_complete
 from pipeline.training.schedule import lr_at
@@ -639,10 +640,11 @@ class TestFailedSaves:
         assert rows_with(trainer, "failed_saves") == {4: 1, 8: 2}
         assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [STEPS]
 
-    def test_an_infinite_number_in_a_checkpoint_is_counted_and_training_continues(
+    def test_an_infinite_number_in_a_checkpoint_is_counted_and_is_an_error_in_the_last_one(
         self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """One number of AdamW's second moment overflows after step 4. Its weight then stays as it is."""
+        infinite = "contains NaN or infinite numbers: no run can resume from it, and good older checkpoints are kept"
         trainer = make_trainer(checkpoint={"keep_last": 1})
         plain = trainer._advance
 
@@ -653,14 +655,14 @@ class TestFailedSaves:
 
         monkeypatch.setattr(trainer, "_advance", advance)
         with caplog.at_level(logging.INFO):
-            trainer.fit()
+            with pytest.raises(CheckpointError, match=rf"^saved \S+{STEPS} .*{infinite}$"):
+                trainer.fit()
             log_results(trainer)
         assert rows_with(trainer, "failed_saves") == {8: 1, STEPS: 2}
-        assert rows_with(trainer, "ended") == {STEPS: "finished"}
+        assert rows_with(trainer, "ended") == {STEPS: "failed"}
         good, newest = list_checkpoints(trainer.run_folder)
         assert (step_of(good), step_of(newest)) == (4, STEPS)
         assert newest_good_checkpoint(trainer.run_folder) == good
-        infinite = "contains NaN or infinite numbers: no run can resume from it, and good older checkpoints are kept"
         assert [infinite in line for line in caplog.messages if line.startswith("saved /")] == [False, True, True]
         assert "failed    2 saves of a checkpoint" in caplog.messages and f"saved     {good}" in caplog.messages
 
@@ -722,6 +724,26 @@ class TestSpikes:
         state, _ = read_state(list_checkpoints(trainer.run_folder)[-1])
         assert (state.step, state.updates, state.samples) == (16, 16, 17 * SAMPLES_PER_STEP)
         assert (state.guard.rollbacks, state.guard.skipped_samples) == (1, ((52, 56),))
+
+    def test_a_checkpoint_that_does_not_name_the_data_changes_nothing(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An earlier version wrote it, or it belongs to the data before ``data.path`` was changed."""
+        trainer = make_trainer(guard=self.GUARD, schedule=self.LONGER, logging={"every_steps": 1})
+        before = trainer.state
+        plain = trainer_module.load_checkpoint
+
+        def load(*arguments: Any) -> TrainingState:
+            return replace(plain(*arguments), seed=before.seed + 1, data_sha256=None, tokenizer=None)
+
+        monkeypatch.setattr(trainer_module, "load_checkpoint", load)
+        multiply_loss(trainer, 1000.0, samples_of_step(14))
+        trainer.fit()
+        state, _ = read_state(list_checkpoints(trainer.run_folder)[-1])
+        assert state.guard.rollbacks == 1 and before.tokenizer is not None
+        assert [(each.seed, each.data_sha256, each.tokenizer) for each in (state, before)] == [
+            (before.seed, before.data_sha256, before.tokenizer)
+        ] * 2
 
     def test_the_average_is_rolled_back_too(self, make_trainer: MakeTrainer) -> None:
         """A run without the spike that leaves out the same batch has the same average."""
