@@ -35,17 +35,16 @@ _VISIBLE_S = 10.0  # a network file system may show a new file late on other hos
 
 @dataclass(frozen=True)
 class UploadOutcome:
-    """The result of uploading one checkpoint.
+    """The result of uploading one checkpoint, or a failure of another action, such as the deletion of old files.
 
-    The upload thread can also fail outside an upload, for example while it lists or deletes files at the URL. Such an
-    error counts as a failed upload of the newest checkpoint.
+    Such a failure has the step of the newest checkpoint.
     """
 
     step: int
     seconds: float
-    bytes: int  # of all ranks; 0 if the upload failed
-    problem: str | None  # the reason in one line if the upload failed
-    is_uploaded: bool = True  # whether the URL has the checkpoint
+    bytes: int  # of all ranks; 0 after a failure
+    problem: str | None  # the reason in one line if the action failed
+    action: str  # for a message: a verb, its object and a preposition, before the URL
 
 
 class Mirror:
@@ -72,6 +71,7 @@ class Mirror:
         self._uploading: set[int] = set()
         self._lock = threading.Lock()  # held while checkpoints on the disk are deleted or chosen for an upload
         self._outcomes: deque[UploadOutcome] = deque()
+        self._action = "upload to"  # what rank 0 does at present, see UploadOutcome.action
         self._last_problem = "the upload did not begin"
         self._newest = 0  # the newest step on the disk when rank 0 last looked
         self._due, self._ending = threading.Event(), threading.Event()
@@ -121,7 +121,8 @@ class Mirror:
                 log.info("waiting for the upload to %s, at most %.0f s", self.url, self.timeout_s)
                 is_announced = True
         if self._rank == 0 and self._thread.is_alive():
-            self._fail(self._newest, self.timeout_s, "the upload took too long")
+            problem = f"it took longer than checkpoint.remote_timeout_s {self.timeout_s:g}"
+            self._fail(self._newest, self.timeout_s, problem)
             self._rounds.end()
         return self.poll()
 
@@ -131,11 +132,15 @@ class Mirror:
         Call this method on rank 0, after ``finish``.
         """
         newest = self._newest_step()
-        return None if newest in self._known or newest == 0 else self._last_problem
+        is_there = newest == 0 or self._known.get(newest) == self._own_manifest(newest)
+        return None if is_there else self._last_problem
+
+    def _own_manifest(self, step: int) -> bytes:
+        return (checkpoint_folder(self.run_folder, step) / MANIFEST_FILE).read_bytes()
 
     def _fail(self, step: int, seconds: float, problem: str) -> None:
         self._last_problem = problem
-        self._outcomes.append(UploadOutcome(step, seconds, 0, problem, step in self._known))
+        self._outcomes.append(UploadOutcome(step, seconds, 0, problem, self._action))
 
     def _newest_step(self) -> int:
         return max(map(step_of, list_checkpoints(self.run_folder)), default=0)
@@ -155,10 +160,13 @@ class Mirror:
         """Upload the missing checkpoints and delete old ones at the URL. An error becomes a failed outcome."""
         started, failed = time.monotonic(), False
         try:
+            self._action = "compare the run folder with"
             self._newest = self._newest_step()
             found = self._open().list()
             self._pair(found)
+            self._action = "set later checkpoints aside at"
             self._set_later_aside(found, self._newest)
+            self._action = "compare the run folder with"
             for step in self._choose(found):
                 uploaded = self._try_upload(step, found)
                 found, failed = uploaded or found, failed or uploaded is None
@@ -166,7 +174,9 @@ class Mirror:
                     self._uploading.discard(step)
                 if self._due.is_set():  # there may be a newer checkpoint
                     break
+            self._action = f"upload {METRICS_FILE} to"
             self._upload_metrics()
+            self._action = "delete old files at"
             self._delete_older(found)
         except Exception as error:  # noqa: BLE001 - reported; the thread must live until the end of the run
             if not failed:  # otherwise, the reason is probably the same
@@ -178,12 +188,13 @@ class Mirror:
     def _try_upload(self, step: int, found: dict[int, dict[str, int]]) -> dict[int, dict[str, int]] | None:
         """Upload a checkpoint and record the outcome. Returns the files at the URL, or None after a failure."""
         started = time.monotonic()
+        self._action = f"upload step {step} to"
         try:
             size, listed = self._upload(step, found)
         except Exception as error:  # noqa: BLE001 - reported; the other checkpoints must not wait for this one
             self._fail(step, time.monotonic() - started, _reason(error))
             return None
-        self._outcomes.append(UploadOutcome(step, time.monotonic() - started, size, None))
+        self._outcomes.append(UploadOutcome(step, time.monotonic() - started, size, None, self._action))
         return listed
 
     def _pair(self, found: Mapping[int, Mapping[str, int]]) -> None:
@@ -222,7 +233,7 @@ class Mirror:
         if MANIFEST_FILE not in sizes:
             return False
         with suppress(CheckpointError, OSError):
-            own = (checkpoint_folder(self.run_folder, step) / MANIFEST_FILE).read_bytes()
+            own = self._own_manifest(step)
             if self._known.get(step) == own:
                 return True
             self._known.pop(step, None)  # the run went back, and has saved this step again
@@ -234,7 +245,7 @@ class Mirror:
     def _upload(self, step: int, found: dict[int, dict[str, int]]) -> tuple[int, dict[int, dict[str, int]]]:
         """Run one round. Returns the number of bytes that all ranks uploaded, and the files at the URL."""
         folder = checkpoint_folder(self.run_folder, step)
-        manifest_bytes = (folder / MANIFEST_FILE).read_bytes()
+        manifest_bytes = self._own_manifest(step)
         files = read_manifest(folder).files
         if MANIFEST_FILE in found.get(step, {}):  # a checkpoint of the same step before the run went back
             self._open().set_aside(step)

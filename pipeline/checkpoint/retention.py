@@ -112,14 +112,20 @@ def surplus_steps(
     Args:
         newest: the step of the newest verified checkpoint. It is kept.
         keep_last: the number of checkpoints to keep. Checkpoints with NaN or infinite numbers do not count, because no
-            run can resume from them.
+            run can resume from them. Among the newest checkpoints, those without a readable manifest do not count
+            either, but they are kept, because another version of this program may be able to read them.
         best: the step with the lowest validation loss, or None if its checkpoint need not be kept.
         find_manifest: returns the manifest of the checkpoint of a step. Called only for the newest steps.
     """
     surplus: list[int] = []
     kept = 0
     for step in sorted((step for step in steps if step <= newest), reverse=True):
-        counts = kept < keep_last and find_not_finite(find_manifest(step).files) is None
+        counts = False
+        if kept < keep_last:
+            try:
+                counts = find_not_finite(find_manifest(step).files) is None
+            except CheckpointError:
+                continue
         kept += counts
         if not counts and step not in (newest, best):
             surplus.append(step)
@@ -132,13 +138,14 @@ def delete_older(run_folder: Path, verified: Path, keep_last: int, pinned: Set[i
     These checkpoints are kept:
 
     - ``verified``, and all later checkpoints;
-    - the ``keep_last`` newest checkpoints, including ``verified``. Checkpoints with NaN or infinite numbers do not
-      count;
+    - the ``keep_last`` newest checkpoints, including ``verified``. Checkpoints with NaN or infinite numbers, and those
+      without a readable manifest, do not count;
+    - the checkpoints without a readable manifest that are newer than the oldest of these;
     - the checkpoints whose step is a multiple of ``checkpoint.keep_every_steps``;
     - if ``checkpoint.keep_best`` is True, the checkpoint with the lowest validation loss;
     - the checkpoints of the steps in ``pinned``.
 
-    Raises CheckpointError if the state of ``verified`` or a manifest cannot be read.
+    Raises CheckpointError if the state of ``verified`` cannot be read.
     """
     folders = {step_of(folder): folder for folder in list_checkpoints(run_folder)}
     newest, best = step_of(verified), best_step(verified)

@@ -56,14 +56,13 @@ def require_uploaded(mirror: Mirror | None, world: World) -> None:
 
 
 def log_upload(url: str, outcome: UploadOutcome, then: str) -> None:
-    """Log the outcome of an upload.
+    """Log the outcome of an upload, or of another action at the URL.
 
     Args:
-        then: what happens after a failed upload.
+        then: what happens after a failure.
     """
     if outcome.problem is None:
         size = format_size(outcome.bytes)
         log.info("uploaded step %d to %s: %s in %.2f s", outcome.step, url, size, outcome.seconds)
         return
-    action = "delete old files at" if outcome.is_uploaded else f"upload step {outcome.step} to"
-    log.warning("cannot %s %s: %s; %s", action, url, outcome.problem, then)
+    log.warning("cannot %s %s: %s; %s", outcome.action, url, outcome.problem, then)

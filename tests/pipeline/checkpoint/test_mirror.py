@@ -171,7 +171,7 @@ def test_a_server_that_refuses_is_tried_again_after_the_next_save(
         mirror.request()
         (failed,) = wait_for_outcomes(mirror, 1)
     assert failed.problem == f"rank 0: cannot use {url}: PermissionError: Access Denied"
-    assert (failed.is_uploaded, mirror.why_missing()) == (False, failed.problem)
+    assert (failed.action, mirror.why_missing()) == ("upload step 1 to", failed.problem)
     save(2)
     mirror.request()
     assert [(outcome.step, outcome.problem) for outcome in wait_for_outcomes(mirror, 2)] == [(2, None), (1, None)]
@@ -182,7 +182,7 @@ def test_a_server_that_refuses_is_tried_again_after_the_next_save(
 def test_a_server_that_refuses_to_delete(
     tmp_path: Path, world: World, save: Save, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoint is uploaded, although this counts as a failed upload."""
+    """The message names the action that failed. The checkpoint is uploaded."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError("Access Denied")
@@ -199,9 +199,54 @@ def test_a_server_that_refuses_to_delete(
         (2, None),
         (2, "Access Denied"),
     ]
-    assert uploaded[1].is_uploaded
-    assert mirror.finish(lambda: None)[-1].is_uploaded
+    assert [outcome.action for outcome in uploaded] == ["upload step 2 to", "delete old files at"]
+    assert mirror.finish(lambda: None)[-1].action == "delete old files at"
     assert mirror.why_missing() is None
+
+
+def test_a_server_that_fails_after_the_last_upload(
+    tmp_path: Path, world: World, save: Save, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the action that failed, which is no deletion. The checkpoint is uploaded."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    mirror = Mirror(url, tmp_path, world, keep_last=1, timeout_s=30)
+    mirror.start()
+    save(1)
+    mirror.request()
+    wait_for_outcomes(mirror, 1)
+    with monkeypatch.context() as faulty:
+        faulty.setattr(RemoteRun, "list", refuse)
+        (failed,) = mirror.finish(lambda: None)
+    assert (failed.action, failed.problem) == ("compare the run folder with", "Access Denied")
+    assert mirror.why_missing() is None
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    monkeypatch.setattr(RemoteRun, "write_metrics", refuse)
+    mirror = Mirror(url, tmp_path, world, keep_last=1, timeout_s=30)
+    mirror.start()
+    assert [outcome.action for outcome in mirror.finish(lambda: None)] == ["upload metrics.jsonl to"]
+    assert mirror.why_missing() is None
+
+
+def test_a_step_that_is_saved_again_is_missing_until_it_is_uploaded_again(
+    tmp_path: Path, world: World, save: Save, backend: DdpBackend, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run went back, and the server is down when it reaches the step again: the URL has the old weights."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionRefusedError("Connection refused")
+
+    mirror = Mirror(url, tmp_path, world, keep_last=2, timeout_s=30)
+    mirror.start()
+    save(1)
+    mirror.request()
+    wait_for_outcomes(mirror, 1)
+    monkeypatch.setattr(RemoteRun, "list", refuse)
+    train_steps(backend, 1)
+    save(1)
+    assert mirror.finish(lambda: None)[-1].problem == mirror.why_missing() == "Connection refused"
 
 
 def test_a_run_folder_that_cannot_be_listed_once_is_a_failed_upload(
@@ -245,7 +290,9 @@ def test_a_server_that_does_not_answer_ends_the_wait_of_the_run(
     save(1)
     outcomes = upload(timeout_s=0.5)
     released.set()
-    assert [outcome.problem for outcome in outcomes] == ["the upload took too long"]
+    assert [(outcome.action, outcome.problem) for outcome in outcomes] == [
+        ("upload step 1 to", "it took longer than checkpoint.remote_timeout_s 0.5")
+    ]
 
 
 def test_a_checkpoint_that_is_being_uploaded_is_not_deleted(

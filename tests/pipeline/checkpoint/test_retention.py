@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import retention, tensor_stream
-from pipeline.checkpoint.layout import list_checkpoints, step_of
+from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, step_of
 from pipeline.checkpoint.retention import (
     delete_checkpoint,
     delete_older,
@@ -27,7 +27,7 @@ from pipeline.checkpoint.verification import find_damage, newest_good_checkpoint
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
-from tests.pipeline.checkpoint.conftest import STATE, WEIGHTS, Save, state_of
+from tests.pipeline.checkpoint.conftest import MANIFEST, STATE, WEIGHTS, Save, state_of
 from tests.pipeline.conftest import tiny_config
 from tests.support.checkpoints import save_checkpoint
 from tests.support.runs import run_ranks
@@ -89,6 +89,16 @@ class TestKeepLast:
         for _ in range(3):
             delete_older(tmp_path, newest, keep_last)
         assert newest_good_checkpoint(tmp_path) == newest
+
+    def test_one_whose_manifest_cannot_be_read_does_not_stop_the_deletion(self, save: Save, tmp_path: Path) -> None:
+        """It does not count. While it is among the newest ones, it is kept: a later version may have written it."""
+        for step in (1, 2, 3):
+            save(step)
+        (checkpoint_folder(tmp_path, 3) / MANIFEST).write_text('{"format_version": 99}')
+        save(4, keep_last=2)
+        assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [2, 3, 4]
+        save(5, keep_last=2)
+        assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [4, 5]
 
     def test_a_failed_deletion_does_not_fail_the_save(
         self, save: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
