@@ -13,6 +13,7 @@ from pipeline.checkpoint.loading import LoadedModel, load_model_of_main
 from pipeline.config.paths import find_path
 from pipeline.config.schema import Config
 from pipeline.distributed.cpu import configure_cpu
+from pipeline.distributed.matmul_ceiling import describe_slow_precision
 from pipeline.distributed.world import World
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.output import choose_output
@@ -75,6 +76,8 @@ def run_tasks(
     # Prepare all tasks first, so that errors in the data appear before hours of scoring.
     prepared = _prepare(loaded, tasks, settings, paths or {}, world)
     precision = precision or config.run.precision
+    if world.is_main and (warning := describe_slow_precision(precision, world.device, "--precision ")):
+        log.warning(warning)
     compute = compute_for_scoring(loaded.model, precision, world.device)
     scorer = Scorer(compute, config.model, world, (batch_size or config.batch.micro_batch_size) * config.seq_len)
     results: Results = {}

@@ -3,7 +3,6 @@
 The results do not depend on the batch size or the world size.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,6 @@ from tqdm import tqdm
 from pipeline.backends import Backend
 from pipeline.config.schema import ModelConfig
 from pipeline.distributed.device import copy_to, matmul_dtype, summing_dtype
-from pipeline.distributed.matmul_ceiling import describe_slow_precision
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Request, Tree, build_trees, make_batch, pack
@@ -22,8 +20,6 @@ from pipeline.model.attention import kernels_for_any_length
 from pipeline.model.gpt2 import GPT2, ScoringBatch
 from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.model.precision import ComputeModel, replicated_compute
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,10 +108,8 @@ class Scorer:
 def compute_for_scoring(model: GPT2, precision: str, device: torch.device) -> ComputeModel:
     """Wrap a loaded model, so that it computes scores in the given precision.
 
-    On a CPU, the linear layers of the model are replaced by faster ones. If fp32 is faster on this CPU, log a warning.
+    On a CPU, the linear layers of the model are replaced by faster ones.
     """
-    if warning := describe_slow_precision(precision, device, "--precision "):
-        log.warning(warning)
     pack_linear_layers(model, matmul_dtype(precision))
     return replicated_compute(model, precision, device).eval()
 

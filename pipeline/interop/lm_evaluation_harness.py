@@ -4,6 +4,7 @@ Importing this module registers the model. The module needs the extra ``harness`
 """
 
 import itertools
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.checkpoint.loading import load_text_model
 from pipeline.config.schema import Device, Precision, SampleConfig
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.environment import launched_world_size, set_allocator_default
+from pipeline.distributed.matmul_ceiling import describe_slow_precision
 from pipeline.distributed.world import World, choose_device
 from pipeline.errors import ConfigError
 from pipeline.evaluation.packing import Request
@@ -29,6 +31,8 @@ from pipeline.evaluation.scoring import Scorer, compute_for_scoring
 from pipeline.evaluation.texts import rolling_windows
 from pipeline.generation.text_generator import TextGenerator, load_text_generator
 from pipeline.model.parameter_state import KINDS_OF_WEIGHTS
+
+log = logging.getLogger(__name__)
 
 HARNESS_MODEL = PROJECT  # the name for ``lm_eval --model``
 
@@ -72,6 +76,8 @@ class CheckpointModel(LM):  # type: ignore[misc]
         self.precision = precision or loaded.config.run.precision
         self.rows = self.config.batch.micro_batch_size if batch_size == "auto" else _positive("batch_size", batch_size)
         self._tokenizer = load_tokenizer()
+        if warning := describe_slow_precision(self.precision, self.world.device, "precision="):
+            log.warning(warning)
         compute = compute_for_scoring(loaded.model, self.precision, self.world.device)
         self.scorer = Scorer(compute, self.config.model, self.world, self.rows * self.config.seq_len)
 

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config, SampleConfig
 from pipeline.data.datasets import open_datasets
+from pipeline.distributed import matmul_ceiling
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import output, scoring, validation_task
@@ -56,6 +58,15 @@ def run_folder(tmp_path: Path, data: Path, world: World) -> Path:
     state = TrainingState(7, 28, 336, 7, 1.0, 0, config.run.seed)
     save_checkpoint(tmp_path / "run", state, dump_config(config), backend, world, 1)
     return tmp_path / "run"
+
+
+class OtherRank(World):
+    """A rank that is not the main rank."""
+
+    is_main = property(lambda self: False)  # type: ignore[assignment]
+
+    def call_on_main(self, function: Callable[[], Any]) -> Any:
+        return function()
 
 
 class TestOnACheckpoint:
@@ -135,6 +146,25 @@ class TestOnACheckpoint:
         for precision in ("fp32", "amp_bf16", "bf16"):
             run_tasks(run_folder, ["validation"], Settings(), ALONE, precision=precision)
         assert packed == [torch.float32, torch.bfloat16, torch.bfloat16]
+
+    def test_a_precision_of_the_run_that_is_slow_on_this_cpu_gives_a_warning(
+        self, run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The run may have been trained on a GPU. Of several ranks, only the main rank measures the speed."""
+        measured: list[torch.dtype] = []
+
+        def speedup(dtype: torch.dtype) -> float:
+            measured.append(dtype)
+            return 30.0
+
+        monkeypatch.setattr(matmul_ceiling, "_fp32_speedup", speedup)
+        second = OtherRank.alone(ALONE.device)
+        for precision, world in (("fp32", ALONE), ("amp_bf16", ALONE), ("amp_bf16", second)):
+            run_tasks(run_folder, ["validation"], Settings(), world, precision=precision)
+        (warning,) = caplog.messages
+        assert warning.startswith("--precision amp_bf16 is slow on this CPU: ")
+        assert warning.endswith("set --precision fp32")
+        assert measured == [torch.bfloat16]
 
     @pytest.mark.parametrize("changed_until", [0, 6, 8])  # not at all, until an earlier start, after the checkpoint too
     def test_results_name_the_keys_that_changed_the_numbers(self, changed_until: int, run_folder: Path) -> None:

@@ -11,11 +11,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config.schema import ModelConfig
-from pipeline.distributed import matmul_ceiling
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Request
-from pipeline.evaluation.scoring import Score, Scorer, compute_for_scoring
+from pipeline.evaluation.scoring import Score, Scorer
 from pipeline.model.gpt2 import GPT2, ScoringBatch
 from tests.pipeline.conftest import random_tokens, randomised_model
 from tests.pipeline.evaluation.conftest import ALONE, CONTEXT, plain_score, scorer_of
@@ -151,14 +150,3 @@ def test_a_gpu_gives_the_scores_of_a_cpu(
     for score, (log_likelihood, is_greedy) in zip(sum(found, []), sum(plain, []), strict=True):
         assert score.log_likelihood == pytest.approx(log_likelihood, abs=1e-4)
         assert score.is_greedy == is_greedy
-
-
-def test_a_precision_of_the_run_that_is_slow_on_this_cpu_gives_a_warning(
-    text_model: GPT2, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The run may have been trained on a GPU."""
-    monkeypatch.setattr(matmul_ceiling, "_fp32_speedup", lambda _: 30.0)
-    for precision in ("fp32", "amp_bf16"):
-        compute_for_scoring(copy.deepcopy(text_model), precision, ALONE.device)
-    (warning,) = caplog.messages
-    assert warning.startswith("--precision amp_bf16 is slow on this CPU: ") and warning.endswith("set --precision fp32")

@@ -10,6 +10,7 @@ import pytest
 from data_tools.errors import DataError
 from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import END_OF_TEXT
+from pipeline.distributed import matmul_ceiling
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.protocols import encode_pair
 from pipeline.interop.hugging_face.exporting import export_checkpoint
@@ -66,6 +67,15 @@ def theirs(run_folder: Path) -> Any:
 
 def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
     return [Instance(kind, {}, given, number) for number, given in enumerate(arguments)]
+
+
+def test_a_precision_that_is_slow_on_this_cpu_gives_a_warning_with_the_setting_of_the_harness(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(matmul_ceiling, "_fp32_speedup", lambda _: 30.0)
+    CheckpointModel(run_folder, precision="amp_bf16", device="cpu")
+    (warning,) = caplog.messages
+    assert warning.startswith("precision=amp_bf16 is slow on this CPU: ") and warning.endswith("set precision=fp32")
 
 
 def test_loglikelihoods_are_those_of_a_plain_loop(ours: CheckpointModel, model: GPT2) -> None:
