@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_tools.errors import DataError
 from data_tools.shards.manifest import TokenizerRecord
 from data_tools.storage.files import is_remote
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
@@ -16,8 +17,10 @@ from pipeline.backends import Backend, Fragment
 from pipeline.checkpoint.layout import GROUPS, STATE_FILE, checkpoint_url, split_url, step_of, tensor_file
 from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
 from pipeline.checkpoint.pieces import Piece, PieceIndex, index_pieces, manifest_of_weights, open_tensors
+from pipeline.checkpoint.remote_run import parse_url
+from pipeline.checkpoint.remote_search import complete_steps
 from pipeline.checkpoint.state import TrainingState, read_state
-from pipeline.checkpoint.verification import was_deleted
+from pipeline.checkpoint.verification import find_damage, was_deleted
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, ModelConfig
@@ -229,20 +232,26 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
     Raises:
         CheckpointError: there is no checkpoint with undamaged weights, or it lacks the requested moving average.
         ConfigError: the config in the checkpoint is not valid.
+        DataError: the server refuses or does not answer.
     """
     return load_model_of_main(path, World.alone(device), weights)
 
 
 def load_model_of_main(path: Path | str, world: World, weights: str = "training") -> LoadedModel:
-    """Load the same model on all ranks: the main rank chooses the checkpoint as ``load_model`` does, and verifies it.
+    """Load the same model on all ranks: the main rank chooses the checkpoint as ``load_model`` does.
+
+    One rank per host verifies the files, because each host can have its own disk.
 
     A run that is still training saves new checkpoints and deletes old ones. If each rank chose for itself, the ranks
     could load different checkpoints. If the run deletes the checkpoint before all ranks have read it, the main rank
     chooses again. Every rank must call this.
 
     Raises:
-        CheckpointError: as for ``load_model``, or the hosts have different checkpoints at this path.
+        CheckpointError: as for ``load_model``, or a rank cannot read the checkpoint, or the hosts have different
+            checkpoints at this path.
         ConfigError: the config in the checkpoint is not valid.
+        DataError: the server refuses the main rank or does not answer it.
+        MainRankError: the main rank has raised one of these errors.
     """
     loaded = None
     while loaded is None:
@@ -252,17 +261,35 @@ def load_model_of_main(path: Path | str, world: World, weights: str = "training"
 
 def _load_chosen(path: Path | str, world: World, weights: str) -> LoadedModel | None:
     """Load the checkpoint that the main rank chooses. Return None if it is deleted before all ranks have read it."""
-    folder = chosen = world.call_on_main(lambda: locate_weights_of(path, weights))
-    if is_remote(str(path)) and not world.is_main:  # each host has its own copy of the weights at a URL
-        folder = locate_weights_of(checkpoint_url(split_url(str(path))[0], step_of(chosen)), weights)
+    chosen = world.call_on_main(lambda: locate_weights_of(path, weights))
     loaded = None
     try:
-        loaded = _read_model(folder, world.device, weights)
+        loaded = _read_model(_locate_chosen(path, chosen, world, weights), world.device, weights)
         own = _Reading(loaded.weights_sha256)
-    except CheckpointError as error:
+    except (CheckpointError, DataError) as error:  # the other ranks must learn of it
         own = _Reading(problem=str(error))
     readings = world.gather(own)
     return loaded if world.call_on_main(lambda: _is_same_model(path, chosen, readings)) else None
+
+
+def _locate_chosen(path: Path | str, chosen: Path, world: World, weights: str) -> Path:
+    """Return the folder of the chosen checkpoint on this host. One rank per host verifies the files on its disk.
+
+    Args:
+        path: what the user named.
+        chosen: the folder on the host of the main rank, which has verified it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged on this host, or is no longer at the URL.
+        DataError: the server refuses or does not answer.
+    """
+    if world.is_main:
+        return chosen
+    if is_remote(str(path)):  # each host has its own copy of the weights at a URL
+        return locate_weights_of(checkpoint_url(split_url(str(path))[0], step_of(chosen)), weights)
+    if world.local_rank == 0 and (problem := find_damage(chosen, weights=weights)):
+        raise CheckpointError(f"{problem}; copy the checkpoint to this host again, or name the URL of the run")
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -281,9 +308,10 @@ def _is_same_model(path: Path | str, folder: Path, readings: list[_Reading]) -> 
 
     Raises:
         CheckpointError: a rank could not read the checkpoint, or has read other weights than rank 0.
+        DataError: the server refuses or does not answer.
     """
     for rank, reading in enumerate(readings):
-        if reading.problem and was_deleted(folder):
+        if reading.problem and _was_deleted(path, folder):
             log.info("%s was deleted while it was read", folder)
             return False
         if reading.problem:
@@ -294,6 +322,14 @@ def _is_same_model(path: Path | str, folder: Path, readings: list[_Reading]) -> 
                 "share, or the URL of the run"
             )
     return True
+
+
+def _was_deleted(path: Path | str, folder: Path) -> bool:
+    """Return whether a checkpoint no longer exists. For a URL, the copy in ``folder`` may still exist."""
+    if was_deleted(folder) or not is_remote(str(path)):
+        return was_deleted(folder)
+    run, _ = parse_url(str(path))
+    return step_of(folder) not in complete_steps(run.list())
 
 
 def _read_model(folder: Path, device: torch.device, weights: str = "training") -> LoadedModel:

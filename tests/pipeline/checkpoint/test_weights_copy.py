@@ -13,6 +13,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from data_tools.errors import DataError
 from pipeline.checkpoint import loading, verification, weights_copy
 from pipeline.checkpoint.inspection import CheckpointReport, RunReport, inspect
 from pipeline.checkpoint.layout import list_checkpoints
@@ -22,7 +23,7 @@ from pipeline.checkpoint.retention import delete_checkpoint
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, MainRankError
 from pipeline.interop.weights import locate_weights
 from tests.pipeline.checkpoint.conftest import MANIFEST, MOMENTS, STATE, WEIGHTS, make_backend, state_of, train_steps
 from tests.pipeline.conftest import tiny_config
@@ -79,11 +80,16 @@ class RankOfTwo(World):
 
     answers: list[Any] = field(default_factory=list)  # of ``call_on_main`` on the main rank
     hash_of_other: str = "0" * 64
+    sent: list[Any] = field(default_factory=list)  # to the other rank
 
     def call_on_main(self, function: Any) -> Any:
-        return function() if self.is_main else self.answers.pop(0)
+        answer = function() if self.is_main else self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def gather(self, item: Any) -> list[Any]:
+        self.sent.append(item)
         other = replace(item, weights_sha256=self.hash_of_other)
         return [item, other] if self.is_main else [other, item]
 
@@ -129,11 +135,75 @@ def test_a_checkpoint_that_the_run_deletes_while_it_is_read_is_replaced_by_a_new
         load_model(older, CPU)
 
 
-def test_only_the_main_rank_verifies_a_checkpoint_on_a_shared_disk(
+def delete_at_url(step: int) -> None:
+    fsspec.filesystem("memory").rm(f"/bucket/run/checkpoints/step_{step:08d}", recursive=True)
+
+
+def test_a_checkpoint_that_is_gone_from_the_url_is_chosen_again(run_folder: Path) -> None:
+    """The run has deleted step 1 at the URL after the main rank has copied it."""
+    older, newest = (load_model(folder, CPU) for folder in list_checkpoints(run_folder))
+    delete_at_url(1)
+    answers = [older.checkpoint, False, newest.checkpoint, True]
+    second = RankOfTwo(1, 2, 1, CPU, answers=answers, hash_of_other=newest.weights_sha256)
+    assert load_model_of_main(URL, second).step == 2
+    assert [reading.weights_sha256 for reading in second.sent] == [None, newest.weights_sha256]
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_if_another_rank_cannot_read_a_url_the_main_rank_chooses_again_only_if_the_checkpoint_is_gone(
+    is_deleted: bool, run_folder: Path
+) -> None:
+    class MainRank(RankOfTwo):
+        def gather(self, item: Any) -> list[Any]:
+            self.sent.append(item)
+            if len(self.sent) > 1:
+                return [item, item]
+            if is_deleted:
+                delete_at_url(2)
+            return [item, replace(item, weights_sha256=None, problem="no answer")]
+
+    main = MainRank(0, 2, 0, CPU)
+    if is_deleted:
+        assert load_model_of_main(URL, main).step == 1
+    else:
+        with pytest.raises(CheckpointError, match="rank 1: no answer"):
+            load_model_of_main(URL, main)
+
+
+def test_a_server_that_one_rank_cannot_reach_is_an_error_on_all_ranks(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = load_model(run_folder, CPU)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise DataError("connection refused")
+
+    monkeypatch.setattr(loading, "locate_weights_of", refuse)
+    second = RankOfTwo(1, 2, 1, CPU, answers=[newest.checkpoint, MainRankError("rank 1: connection refused", 2)])
+    with pytest.raises(MainRankError):
+        load_model_of_main(URL, second)
+    assert [reading.problem for reading in second.sent] == ["connection refused"]
+
+
+def test_the_first_rank_of_another_host_verifies_the_files_on_its_disk(run_folder: Path) -> None:
+    newest = load_model(run_folder, CPU)
+    path = newest.checkpoint / WEIGHTS
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    second = RankOfTwo(1, 2, 0, CPU, answers=[newest.checkpoint, MainRankError("", 2)])
+    with pytest.raises(MainRankError):
+        load_model_of_main(run_folder, second)
+    [reading] = second.sent
+    assert reading.problem.startswith(f"{path}: contents changed")
+    assert "copy the checkpoint to this host again" in reading.problem
+
+
+def test_the_other_ranks_of_a_host_do_not_verify_a_checkpoint_again(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newest = load_model(run_folder, CPU)
     monkeypatch.setattr(weights_copy, "locate_checkpoint", None)
+    monkeypatch.setattr(loading, "find_damage", None)
     second = RankOfTwo(1, 2, 1, CPU, answers=[newest.checkpoint, True], hash_of_other=newest.weights_sha256)
     assert load_model_of_main(run_folder, second).step == 2
 
