@@ -273,7 +273,8 @@ class Mirror:
             newest, best = step_of(both[-1]), best_step(both[-1])
 
         def find_manifest(step: int) -> CheckpointManifest:
-            return remote.open(step, found[step]).manifest
+            known = self._known.get(step)
+            return remote.parse_manifest(step, known) if known else remote.open(step, found[step]).manifest
 
         for step in surplus_steps(complete, newest, self.keep_last, best, find_manifest):
             if step not in self._milestones:

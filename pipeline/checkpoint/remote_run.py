@@ -84,8 +84,12 @@ class RemoteRun:
     def open(self, step: int, sizes: Mapping[str, int]) -> RemoteCheckpoint:
         """Read and check the manifest of a checkpoint. ``sizes`` are the file sizes that ``list`` returned."""
         content = self._read(step, MANIFEST_FILE)
+        return RemoteCheckpoint(self, step, content, self.parse_manifest(step, content), sizes)
+
+    def parse_manifest(self, step: int, content: bytes) -> CheckpointManifest:
+        """Check the bytes of the manifest of a checkpoint, and return the manifest. This needs no request."""
         place = f"{self.checkpoint_url(step)}/{MANIFEST_FILE}"
-        return RemoteCheckpoint(self, step, content, check_manifest(parse_json_object(content, place), place), sizes)
+        return check_manifest(parse_json_object(content, place), place)
 
     def read_state(self, step: int) -> StateFile:
         place = f"{self.checkpoint_url(step)}/{STATE_FILE}"
