@@ -22,7 +22,7 @@ from pipeline.data.loader import Prefetcher
 from pipeline.distributed import heartbeat
 from pipeline.distributed.environment import launched_rank
 from pipeline.model.gpt2 import GPT2
-from pipeline.training import trainer as trainer_module
+from pipeline.training import throughput
 from pipeline.training.trainer import Trainer
 from tests.support.faults import FAULTS, sleep_for_ever
 
@@ -33,7 +33,7 @@ WHERE: dict[str, tuple[Any, str]] = {
     "step": (Trainer, "train_step"),
     "data": (Prefetcher, "micro_batches"),
     "forward": (GPT2, "loss"),
-    "gpu": (trainer_module, "synchronize"),
+    "gpu": (throughput, "synchronize"),
 }
 
 trainers: list[Trainer] = []
