@@ -11,7 +11,7 @@ zero2) and ``zero/stage3.py`` (zero3). ``make plan-check`` compares the results 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
@@ -98,7 +98,7 @@ class _Case:
         """Return a function for bytes that grow from 0 to ``total`` as gradients are finished."""
         return lambda finished: total * finished // self.sizes.total
 
-    @property
+    @cached_property
     def state_widths(self) -> dict[str, int]:
         """Return the bytes of optimizer state per element, by parameter name."""
         names = state_names_of(self.sizes.shapes, self.config)
