@@ -32,8 +32,8 @@ def find_results(checkpoint: Path, config: Config) -> Results | None:
     """Return the stored results of ``evaluation.tasks`` for a checkpoint of a run.
 
     Return None if a result is missing or damaged, or belongs to other weights, to another precision than
-    ``run.precision`` or to other data. For a dataset on the Hugging Face hub, the function only
-    checks that the result is of the hub, and not of a file.
+    ``run.precision`` or to other data. For a dataset on the Hugging Face hub, the function only checks that the result
+    is of the hub, and not of a file.
     """
     results = {}
     try:

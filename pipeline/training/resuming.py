@@ -77,25 +77,35 @@ def find_start(config: Config, data_sha256: str, hash_file: HashFile = sha256_of
         return start
 
 
+def tidy_run_folder(config: Config) -> None:
+    """Delete the folders that interrupted saves and deletions have left. The caller must hold the lock of the folder.
+
+    Raises:
+        CheckpointError: a folder cannot be deleted.
+    """
+    run_folder = Path(config.run.out_dir)
+    with _errors_of_folder(run_folder):
+        remove_leftovers(run_folder)
+
+
 def prepare_run_folder(start: Start | None, config: Config) -> None:
     """Prepare the folder of a run that continues from ``start``, or begins from scratch if ``start`` is None.
 
     Call this function after all checks of the config, the data and the checkpoint. The caller must hold the lock of the
     run folder.
 
-    The function deletes the folders of interrupted saves. The next start must not use checkpoints that are later than
-    ``start``. Therefore, the function renames later checkpoints in the run folder. For ``checkpoint.remote``, it
-    records in the run folder that later checkpoints are abandoned.
+    The function calls ``tidy_run_folder``. The next start must not use checkpoints that are later than ``start``.
+    Therefore, the function renames later checkpoints in the run folder. For ``checkpoint.remote``, it records in the
+    run folder that later checkpoints are abandoned.
 
     Raises:
         CheckpointError: a folder cannot be deleted or renamed.
     """
-    run_folder = Path(config.run.out_dir)
+    tidy_run_folder(config)
+    if start is None:
+        return
+    run_folder, step = Path(config.run.out_dir), start.state.step
     with _errors_of_folder(run_folder):
-        remove_leftovers(run_folder)
-        if start is None:
-            return
-        step = start.state.step
         set_aside_after(run_folder, step, start.folder)
         if config.checkpoint.resume not in (AUTO, NONE):
             is_own = start.folder.resolve() == checkpoint_folder(run_folder, step).resolve()

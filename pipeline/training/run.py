@@ -34,7 +34,7 @@ from pipeline.training.initial_weights import find_initial_weights, write_initia
 from pipeline.training.loss_in_blocks import choose_loss_in_blocks
 from pipeline.training.rank_agreement import check_agreement
 from pipeline.training.remote_start import fetch_remote_start
-from pipeline.training.resuming import find_start, load_start, prepare_run_folder, why_complete
+from pipeline.training.resuming import find_start, load_start, prepare_run_folder, tidy_run_folder, why_complete
 from pipeline.training.run_record import send_missing_rows
 from pipeline.training.start import Start
 from pipeline.training.summary import log_results, log_settings
@@ -94,6 +94,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
     start = _lock_and_find_start(config, sha256, world, resources, hash_file)
     if start and (reason := world.call_on_main(lambda: why_complete(start, config))):
         log.info("%s: %s", start, reason)
+        world.call_on_main(lambda: tidy_run_folder(config))
         world.call_on_main(lambda: send_missing_rows(config))
         upload_missing(config, world)
         return None

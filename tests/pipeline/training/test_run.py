@@ -11,6 +11,7 @@ import torch
 
 from data_tools.errors import DataError
 from pipeline.checkpoint.layout import checkpoint_folder
+from pipeline.checkpoint.retention import list_leftovers
 from pipeline.config.loading import config_from_json
 from pipeline.model.initialisation import draw_elements
 from pipeline.run_folder.metrics import read_metrics
@@ -124,6 +125,14 @@ class TestAStartThatTrainsNothing:
             losses_of_a_run(trained, trained.parent / "data", changes)
         assert "at step 4, nothing to train: validation loss" in caplog.text
         self.assert_unchanged(trained, metrics)
+
+    def test_a_complete_run_is_tidied(self, trained: Path) -> None:
+        """The last save of the run was complete, and the deletion of an older checkpoint was interrupted."""
+        metrics = read_metrics(trained)
+        (trained / "checkpoints" / ".step_00000002.deleted.partial").mkdir()
+        losses_of_a_run(trained, trained.parent / "data", {})
+        self.assert_unchanged(trained, metrics)
+        assert list_leftovers(trained) == []
 
     def test_the_data_is_damaged(self, trained: Path) -> None:
         metrics = read_metrics(trained)
