@@ -60,8 +60,6 @@ def describe_slow_precision(precision: str, device: torch.device, setting: str =
     if device.type != "cpu" or dtype == torch.float32:
         return None
     speedup = _fp32_speedup(dtype)
-    if speedup >= WORTHWHILE_SPEEDUP:  # again, because other programs may have disturbed the measurement
-        speedup = min(speedup, _fp32_speedup(dtype))
     if speedup < WORTHWHILE_SPEEDUP:
         return None
     return (
@@ -75,7 +73,11 @@ def _fp32_speedup(dtype: torch.dtype) -> float:
 
     The number of threads stays as it is: a change to one thread and back made the later training 6% slower.
     """
-    return _measure_small(torch.float32) / _measure_small(dtype)
+    speedup = _measure_small(torch.float32) / _measure_small(dtype)
+    if speedup < WORTHWHILE_SPEEDUP:
+        return speedup
+    # Other programs may have disturbed the measurement.
+    return min(speedup, _measure_small(torch.float32) / _measure_small(dtype))
 
 
 def _measure_small(dtype: torch.dtype) -> float:
