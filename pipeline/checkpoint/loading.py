@@ -326,8 +326,10 @@ def _is_same_model(path: Path | str, folder: Path, readings: list[_Reading]) -> 
 
 def _was_deleted(path: Path | str, folder: Path) -> bool:
     """Return whether a checkpoint no longer exists. For a URL, the copy in ``folder`` may still exist."""
-    if was_deleted(folder) or not is_remote(str(path)):
-        return was_deleted(folder)
+    if was_deleted(folder):
+        return True
+    if not is_remote(str(path)):
+        return False
     run, _ = parse_url(str(path))
     return step_of(folder) not in complete_steps(run.list())
 

@@ -43,7 +43,8 @@ def describe_program(root: Path) -> dict[str, Any]:
     """
     own_file = str(Path(__file__).resolve().relative_to(PROGRAM_ROOT))
     is_tracked = _run_git(root, "ls-files", "--error-unmatch", own_file) is not None
-    return {"source_sha256": hash_source_code(root), **((is_tracked and describe_commit(root)) or {})}
+    commit = describe_commit(root) if is_tracked else None
+    return {"source_sha256": hash_source_code(root), **(commit or {})}
 
 
 def hash_source_code(root: Path) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -208,10 +209,7 @@ def test_a_server_that_fails_after_the_last_upload(
     tmp_path: Path, world: World, save: Save, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message names the action that failed, which is no deletion. The checkpoint is uploaded."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError("Access Denied")
-
+    refuse = Mock(side_effect=PermissionError("Access Denied"))
     mirror = Mirror(url, tmp_path, world, keep_last=1, timeout_s=30)
     mirror.start()
     save(1)
@@ -234,16 +232,12 @@ def test_a_step_that_is_saved_again_is_missing_until_it_is_uploaded_again(
     tmp_path: Path, world: World, save: Save, backend: DdpBackend, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run went back, and the server is down when it reaches the step again: the URL has the old weights."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise ConnectionRefusedError("Connection refused")
-
     mirror = Mirror(url, tmp_path, world, keep_last=2, timeout_s=30)
     mirror.start()
     save(1)
     mirror.request()
     wait_for_outcomes(mirror, 1)
-    monkeypatch.setattr(RemoteRun, "list", refuse)
+    monkeypatch.setattr(RemoteRun, "list", Mock(side_effect=ConnectionRefusedError("Connection refused")))
     train_steps(backend, 1)
     save(1)
     assert mirror.finish(lambda: None)[-1].problem == mirror.why_missing() == "Connection refused"

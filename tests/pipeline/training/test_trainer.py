@@ -390,27 +390,23 @@ class TestKeptCheckpoints:
         trainer.fit()
         assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [3, 6, 9, 10]
 
-    def test_the_best_one_is_saved_and_kept(self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-        losses = iter([5.0, 4.0, 3.0, 3.5, 3.4, 3.3])  # after steps 0, 2, 4, 6, 8, 10
-        monkeypatch.setattr(evaluation, "validate", lambda *_: {"val_loss": next(losses)})
-        trainer = make_trainer(
-            checkpoint={"every_steps": 5, "keep_last": 1, "keep_best": True}, evaluation={"every_steps": 2}
-        )
-        trainer.fit()
-        assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [4, 10]
-        state, _ = read_state(list_checkpoints(trainer.run_folder)[-1])
-        assert state.validation == ValidationHistory(best_loss=3.0, best_step=4, evaluations_since_best=3)
-
-    def test_the_best_trained_one_is_kept_if_the_initial_weights_were_better(
-        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("losses", "best_step"),  # after steps 0, 2, 4, 6, 8, 10; the initial weights have no checkpoint
+        [([5.0, 4.0, 3.0, 3.5, 3.4, 3.3], 4), ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2)],
+    )
+    def test_the_best_one_is_saved_and_kept(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, losses: list[float], best_step: int
     ) -> None:
-        losses = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])  # after steps 0, 2, 4, 6, 8, 10
-        monkeypatch.setattr(evaluation, "validate", lambda *_: {"val_loss": next(losses)})
+        found = iter(losses)
+        monkeypatch.setattr(evaluation, "validate", lambda *_: {"val_loss": next(found)})
         trainer = make_trainer(
             checkpoint={"every_steps": 5, "keep_last": 1, "keep_best": True}, evaluation={"every_steps": 2}
         )
         trainer.fit()
-        assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [2, 10]
+        assert [step_of(folder) for folder in list_checkpoints(trainer.run_folder)] == [best_step, 10]
+        state, _ = read_state(list_checkpoints(trainer.run_folder)[-1])
+        since_best = (10 - best_step) // 2
+        assert state.validation == ValidationHistory(losses[best_step // 2], best_step, since_best)
 
 
 class TestEarlyStop:
