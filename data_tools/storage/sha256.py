@@ -29,13 +29,16 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
     return digest.hexdigest()
 
 
-def start_hashing(paths: Sequence[Path]) -> subprocess.Popen[str]:
+def start_hashing(paths: Sequence[Path], threads: int) -> subprocess.Popen[str]:
     """Start a process that prints the SHA-256 of each file, one per line. Raises OSError if it cannot be started.
 
     The process prints no error. It ends at the first file that it cannot read.
+
+    Args:
+        threads: how many files to hash at the same time.
     """
     return subprocess.Popen(
-        [sys.executable, "-I", __file__, *map(str, paths)],
+        [sys.executable, "-I", __file__, str(threads), *map(str, paths)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -43,10 +46,10 @@ def start_hashing(paths: Sequence[Path]) -> subprocess.Popen[str]:
     )
 
 
-def _print_hashes(paths: Sequence[Path]) -> None:
+def _print_hashes(threads: int, paths: Sequence[Path]) -> None:
     """Print the SHA-256 of each file. End if the process that needs the hashes dies.
 
-    All cores are used, but the lower priority leaves a whole core to the other process as long as it does not wait.
+    The lower priority leaves a whole core to the other process as long as it does not wait.
     """
     parent = os.getppid()
     os.nice(3)
@@ -55,10 +58,10 @@ def _print_hashes(paths: Sequence[Path]) -> None:
         if os.getppid() != parent:
             sys.exit("the process that needs the hashes has ended")
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for sha256 in threads.map(sha256_of_file, paths, repeat(end_without_parent)):
+    with ThreadPoolExecutor(threads) as pool:
+        for sha256 in pool.map(sha256_of_file, paths, repeat(end_without_parent)):
             print(sha256, flush=True)
 
 
 if __name__ == "__main__":
-    _print_hashes([Path(path) for path in sys.argv[1:]])
+    _print_hashes(int(sys.argv[1]), [Path(path) for path in sys.argv[2:]])

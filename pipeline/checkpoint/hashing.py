@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data_tools.limits import available_cores
 from data_tools.storage.sha256 import sha256_of_file, start_hashing
 from pipeline.checkpoint.layout import is_checkpoint, list_checkpoints, parse_tensor_file
 from pipeline.distributed.environment import launched_rank
 
 #: A function that returns the SHA-256 of a file.
 HashFile = Callable[[Path], str]
+_MOST_THREADS = 8
 
 
 def find_likely_start(run_folder: Path, resume: str) -> list[Path]:
@@ -62,7 +64,7 @@ class _BackgroundHashes:
         self._found: dict[Path, str] = {}
         with suppress(OSError):  # hash_file will hash the files itself
             self._identities = {path: _identify(path) for path in paths}
-            self._process = start_hashing(paths) if paths else None
+            self._process = start_hashing(paths, min(_MOST_THREADS, available_cores())) if paths else None
 
     def hash_file(self, path: Path) -> str:
         """Return the SHA-256 of a file. Several threads may call this method."""

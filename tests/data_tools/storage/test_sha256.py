@@ -28,7 +28,7 @@ def test_a_second_process_prints_hashes_up_to_the_first_file_that_it_cannot_read
     for name in ("-a", "b c", "d"):
         (tmp_path / name).write_text(name)
     paths = [tmp_path / name for name in ("b c", "-a", "missing", "d")]
-    output, _ = start_hashing(paths).communicate()
+    output, _ = start_hashing(paths, 2).communicate()
     assert output.split() == [sha256_of_file(path) for path in paths[:2]]
 
 
@@ -38,4 +38,4 @@ def test_the_second_process_ends_when_the_first_one_has_died(tmp_path: Path, mon
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     monkeypatch.setattr(os, "nice", lambda increment: increment)
     with pytest.raises(SystemExit, match="has ended"):
-        sha256._print_hashes([tmp_path / "file"])
+        sha256._print_hashes(1, [tmp_path / "file"])

@@ -40,6 +40,23 @@ def test_the_hashes_of_the_second_process_are_used(save: Save, tmp_path: Path, m
         assert [hash_file(path) for path in paths] == expected
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(3, 3), (64, 8)])
+def test_the_second_process_uses_no_more_cores_than_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    (tmp_path / "file").touch()
+    started: list[int] = []
+
+    def start_and_record(paths: Sequence[Path], threads: int) -> subprocess.Popen[str]:
+        started.append(threads)
+        return start_hashing(paths, threads)
+
+    monkeypatch.setattr(hashing, "available_cores", lambda: cores)
+    monkeypatch.setattr(hashing, "start_hashing", start_and_record)
+    with hashing_in_background([tmp_path / "file"]):
+        assert started == [threads]
+
+
 def test_a_change_after_the_hashes_were_started_is_found(save: Save, tmp_path: Path) -> None:
     older, newer = save(2), save(3)
     with hashing_in_background(find_likely_start(tmp_path, "auto")) as hash_file:
@@ -67,8 +84,8 @@ def test_a_file_that_the_second_process_cannot_read(place: str, save: Save, tmp_
 def test_the_second_process_does_not_outlive_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processes: list[subprocess.Popen[str]] = []
 
-    def start_and_record(paths: Sequence[Path]) -> subprocess.Popen[str]:
-        processes.append(start_hashing(paths))
+    def start_and_record(paths: Sequence[Path], threads: int) -> subprocess.Popen[str]:
+        processes.append(start_hashing(paths, threads))
         return processes[-1]
 
     monkeypatch.setattr(hashing, "start_hashing", start_and_record)
