@@ -71,12 +71,16 @@ class Line(NamedTuple):
                 raise DataError(f"{self.path} {found}") from None
             # The standard library also reads lone surrogates and NaN. Its error messages are better.
             text = decode_utf8(self.content, self.path, self.offset)
+        text = text.rstrip()  # in an error message, a position after the line break would be on another line
         try:
-            return json.loads(text)
+            return _parse_json(text)
         except (ValueError, RecursionError) as error:
             if found := describe_content(self.path, compression_of(self.path)):
                 raise DataError(f"{self.path} {found}") from error
-            raise BadRowError(self, f"not valid JSON ({error}); each line must be one JSON object") from error
+            cause = _describe_json_error(error)
+            if isinstance(error, json.JSONDecodeError) and error.pos >= len(text):
+                cause = "the line ends inside a record; jq -c . writes each record of a file as one line"
+            raise BadRowError(self, f"not valid JSON ({cause}); each line must be one JSON object") from error
 
 
 class ArrayRecord(NamedTuple):
@@ -171,11 +175,34 @@ def _first_element(head: bytes) -> Any:
 
 def _load_array(path: str) -> list[Any]:
     with open_decompressed(path) as file:
-        content = file.read().removeprefix(codecs.BOM_UTF8)
-    text = decode_utf8(content, path, 0)
+        content = file.read()
+    text = decode_utf8(content, path, 0).removeprefix("\ufeff")
     try:
-        records = json.loads(text)
+        records = _parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); it must be an array of objects, or JSON Lines") from error
+        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
+        cause = _describe_json_error(error)
+        raise DataError(
+            f"{place}: not valid JSON ({cause}); the file must be an array of objects, or JSON Lines"
+        ) from error
     assert isinstance(records, list)
     return records
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, parse_int=_parse_integer)
+
+
+def _parse_integer(digits: str) -> int | float:
+    """Return a float if an integer has more digits than Python converts to an ``int``."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
+
+
+def _describe_json_error(error: ValueError | RecursionError) -> str:
+    """Return the reason and the column of an error. The caller must name the line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"column {error.colno}: {error.msg}"
+    return "too many nested lists or objects" if isinstance(error, RecursionError) else str(error)

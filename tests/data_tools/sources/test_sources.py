@@ -294,7 +294,20 @@ def test_faults_of_an_array_are_named(tmp_path: Path) -> None:
     path.write_text('[{"text": "a"}, {"body": "b"}]')
     assert refusal("jsonl", path).startswith(f"{path}: record 1: no field 'text'; the fields are body; choose one")
     path.write_text('[{"text": "a"}, {"text": "b"}')
-    assert refusal("jsonl", path).startswith(f"{path}: not valid JSON (")
+    assert refusal("jsonl", path).startswith(f"{path}:1: not valid JSON (column 30: ")
+    path.write_text('[\n  {"text": "a"},\n  {"text": "b"}\n  {"text": "c"}\n]\n')
+    assert refusal("jsonl", path).startswith(f"{path}:4: not valid JSON (column 3: Expecting ',' delimiter); the file")
+    path.write_bytes(b'\xef\xbb\xbf[{"text": "\xff"}]')
+    assert refusal("jsonl", path).startswith(f"{path}: byte 14 (0xff) is not valid UTF-8")
+    path.write_text("[" * 100_000)
+    assert refusal("jsonl", path).startswith(f"{path}: not valid JSON (too many nested lists or objects)")
+
+
+@pytest.mark.parametrize("content", ["{}\n", "[{}]"])
+def test_a_number_of_any_length_is_read(tmp_path: Path, content: str) -> None:
+    """Python converts no integers of more than 4300 digits."""
+    (tmp_path / "a.json").write_text(content.replace("{}", json.dumps({"text": "a"})[:-1] + f', "n": {"9" * 5000}}}'))
+    assert documents("jsonl", tmp_path) == ["a"]
 
 
 def test_chats_are_pointed_to_their_own_source(tmp_path: Path) -> None:
@@ -304,7 +317,9 @@ def test_chats_are_pointed_to_their_own_source(tmp_path: Path) -> None:
 
 
 BAD_LINES = {
-    b'{"text": "b"': "a.jsonl:2: not valid JSON",
+    b'{"text": "b" "c"}': "a.jsonl:2: not valid JSON (column 14: Expecting ',' delimiter); each line must be one",
+    b'{"text": "b"': "a.jsonl:2: not valid JSON (the line ends inside a record; jq -c . writes each record of a file",
+    b'{ \r\n "text": "b"\r\n}': "a.jsonl:2: not valid JSON (the line ends inside a record; jq -c . writes each",
     b'["b"]': "a.jsonl:2: holds a list; each record must be one JSON object",
     b'"b"': "a.jsonl:2: holds a string",
     b'{"body": "b", "id": 1}': "a.jsonl:2: no field 'text'; the fields are body, id; choose one with --text-field",
@@ -312,8 +327,8 @@ BAD_LINES = {
     b'{"text": null}': "a.jsonl:2: field 'text' is null, it must be a string; the fields are text",
     b'{"text": ["b"], "id": 1}': "a.jsonl:2: field 'text' is a list, it must be a string; the fields are text, id",
     b'{"text": "\xff"}': "a.jsonl: byte 24 (0xff) is not valid UTF-8",
-    b"[" * 100_000: "a.jsonl:2: not valid JSON",
-    b"1" * 5000: "a.jsonl:2: ",
+    b"[" * 100_000: "a.jsonl:2: not valid JSON (too many nested lists or objects)",
+    b"1" * 5000: "a.jsonl:2: holds a number; each record must be one JSON object",
 }
 
 
