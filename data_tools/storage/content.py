@@ -14,7 +14,9 @@ _FEWEST_BYTES = 200
 # The specification of git-lfs says that a pointer is smaller than this.
 LARGEST_POINTER_BYTES = 1024
 _LONGEST_ARROW_SCHEMA = 1 << 24  # bytes; other files that begin like Arrow usually have a larger number here
+_COMPRESSIONS = ("gzip", "zstd", "xz", "bzip2")
 _TAR_MAGIC, _TAR_MAGIC_OFFSET = b"ustar", 257
+_COMPRESSED_TAR_SUFFIXES = (".tgz", ".taz", ".tbz", ".tbz2", ".tz2", ".txz", ".tzst")
 _DECODED_KINDS = ("tar", "zeros", "utf-16")
 _POINTER_BEGINNING = b"version https://git-lfs.github.com/"
 _POINTER = "is a git-lfs pointer, not the file itself; fetch the file with: git lfs pull"
@@ -56,6 +58,8 @@ def describe_content(path: Path | str, *expected: str | None) -> str | None:
     """
     head = _read_head(path)
     kind = None if head is None else _recognize(head)
+    if kind in _COMPRESSIONS and _is_named_as_tar(path):
+        kind = "tar"
     return None if kind is None or kind in expected else _KINDS[kind][1]
 
 
@@ -108,6 +112,12 @@ def _is_utf16_without_mark(head: bytes) -> bool:
         if all(c.isprintable() or c in "\ufeff\t\n\r\f" for c in text):
             return True
     return False
+
+
+def _is_named_as_tar(path: Path | str) -> bool:
+    """Return whether the name is that of a compressed tar archive, such as ``x.tgz`` or ``x.tar.xz``."""
+    name = Path(path)
+    return name.suffix in _COMPRESSED_TAR_SUFFIXES or Path(name.stem).suffix == ".tar"
 
 
 def begins_as(path: Path | str, kind: str) -> bool:

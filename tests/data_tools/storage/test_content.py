@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +179,10 @@ def test_a_shard_that_is_a_pointer(tmp_path: Path) -> None:
             gzip.compress(b'[{"instruction": "a", "output": "b"}]', mtime=0),
             "is compressed by gzip",
         ),
+        ("text", "a.tgz", gzip.compress(tar_bytes(), mtime=0), "a.tgz is a tar archive; extract the files in it"),
+        ("text", "a.tar.xz", lzma.compress(tar_bytes()), "a.tar.xz is a tar archive; extract the files in it"),
+        ("text", "a.tar.gz", gzip.compress(tar_bytes(), mtime=0), "a.tar.gz is a tar archive; extract the files in it"),
+        ("jsonl", "a.tbz2", bz2.compress(tar_bytes()), "a.tbz2 is a tar archive; extract the files in it"),
         ("jsonl", "a.jsonl.gz", TEXT, "it is not compressed by gzip, though its name says so; rename it"),
         ("jsonl", "a.jsonl.zst", TEXT, "it is not compressed by zstd, though its name says so; rename it"),
         ("jsonl", "a.jsonl.gz", b"", "a.jsonl.gz is empty (0 bytes)"),
