@@ -84,7 +84,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def _advise_setting(unknown: Sequence[str]) -> str:
     """Return advice for ``--learning_rate=1e-3`` or ``--learning_rate 1e-3``, or "" if no config key has this name."""
-    from pipeline.config.loading import find_key
+    from pipeline.config.keys import find_key
 
     option, equals, value = unknown[0].partition("=")
     section, _, name = option.lstrip("-").replace("-", "_").rpartition(".")

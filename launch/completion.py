@@ -9,7 +9,7 @@ import shtab
 from launch.cli import ArgumentParser, run_command
 from data_tools.errors import PROJECT
 from launch.__main__ import COMMANDS
-from pipeline.config.loading import valid_keys
+from pipeline.config.keys import valid_keys
 from pipeline.config.shipped import shipped_configs
 
 SHELLS = ("bash", "fish", "zsh")

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 import launch.train
-from pipeline.config.loading import load_config, valid_keys
+from pipeline.config.keys import valid_keys
+from pipeline.config.loading import load_config
 from tests.support.runs import REPOSITORY, Sections, make_corpus, overrides, run_ranks
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from pipeline.config.loading import dump_config, find_key
+from pipeline.config.keys import find_key
+from pipeline.config.loading import dump_config
 from pipeline.config.schema import MODEL_PRESETS, Config
 from pipeline.errors import ConfigError
 

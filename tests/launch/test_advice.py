@@ -12,7 +12,8 @@ import pytest
 
 from data_tools.errors import UserError
 from pipeline.config.deepspeed_keys import MONITORS, OWNED_BY_RUN
-from pipeline.config.loading import load_config, valid_keys
+from pipeline.config.keys import valid_keys
+from pipeline.config.loading import load_config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import open_datasets
 from pipeline.data.loader import TrainLoader

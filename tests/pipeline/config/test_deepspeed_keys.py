@@ -11,6 +11,7 @@ import pytest
 from pipeline.config.deepspeed_keys import OTHER_NUMBERS, SAME_NUMBERS, changes_of_numbers, keys_of_deepspeed
 from pipeline.config.loading import dump_config, load_config
 from pipeline.errors import ConfigError
+from tests.pipeline.config.conftest import mistake
 from tests.support.runs import CONFIGS
 
 #: A value that changes something, for each key that changes the numbers.
@@ -105,3 +106,38 @@ class TestOwnFile:
         for path in CONFIGS.glob("*.json"):
             assert not keys_of_deepspeed(json.loads(path.read_text()))
             assert not keys_of_deepspeed(dump_config(load_config([path])))
+
+
+@pytest.mark.parametrize(
+    ("native", "message"),
+    [
+        (
+            {"train_batch_size": 8},
+            "train_batch_size: the run config owns this; remove it and set batch.tokens",
+        ),
+        ({"bf16": {}}, "backend.deepspeed.bf16: the run config owns this; remove it and set run.precision"),
+        ({"zero_optimisation": {}}, "did you mean zero_optimization?"),
+        ({"zero_optimization": []}, "zero_optimization: must be an object, found []"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: must be 0, 1, 2 or 3, found 4"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage: must be 0, 1, 2 or 3, found true"),
+        ({"zero_optimization": {"stage": "2"}}, 'zero_optimization.stage: must be 0, 1, 2 or 3, found "2"'),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": None}}, "offload_optimizer: must be an object"),
+        (
+            {"zero_optimization": {"offload_optimizer": {}}},
+            "offload_optimizer: needs zero_optimization.stage 1 or 2",
+        ),
+        ({"steps_per_print": 1.5}, "steps_per_print: must be a whole number, found 1.5"),
+        ({"gradient_predivide_factor": float("inf")}, "every number must be finite"),
+    ],
+)
+def test_native_deepspeed_json_that_cannot_work(write: Any, native: dict[str, Any], message: str) -> None:
+    file = write("ds.json", {"backend": {"name": "deepspeed", "deepspeed": native}})
+    line = mistake([file])
+    assert message in line
+    assert f"(set in {file})" in line
+
+
+def test_native_deepspeed_json_under_another_backend() -> None:
+    line = mistake([CONFIGS / "zero1.json"], "backend.name=fsdp")
+    assert line.startswith("backend.deepspeed: set, but backend.name is fsdp; ")
+    assert 'set backend.name to "deepspeed" or drop backend.deepspeed (--set backend.deepspeed={})' in line
