@@ -1,7 +1,7 @@
 """Create backends. A backend trains a model on several ranks."""
 
 from pipeline.backends.base import Backend
-from pipeline.backends.optimizer_state import Fragment
+from pipeline.backends.local_state import Fragment
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.distributed.world import World

@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from pipeline.backends.optimizer import LossScaler, set_learning_rate
-from pipeline.backends.optimizer_state import Fragment, OptimizerState
+from pipeline.backends.local_state import Fragment, LocalState
+from pipeline.backends.loss_scaler import LossScaler
+from pipeline.backends.optimizer import set_learning_rate
 from pipeline.config.schema import Config
 from pipeline.distributed.step_clock import StepClock
 from pipeline.distributed.world import World
@@ -38,7 +39,7 @@ class Backend(ABC):
 
     compute: nn.Module  # the wrapped model, with the same ``forward``
     optimizer: torch.optim.Optimizer
-    state: OptimizerState
+    state: LocalState  # this rank's weights and optimizer state
 
     def __init__(self, model: GPT2, config: Config, world: World) -> None:
         self.model = model

@@ -26,15 +26,10 @@ from pipeline.backends.base import Backend
 from pipeline.backends.compilation import compile_blocks, compiles_blocks
 from pipeline.backends.eager_optimizers import AdamW
 from pipeline.backends.extension_lock import wait_for_build_elsewhere
+from pipeline.backends.gradient_clipping import clip_and_step
+from pipeline.backends.local_state import LocalState, ParameterState
 from pipeline.backends.muon import Muon
-from pipeline.backends.optimizer import (
-    build_adamw,
-    build_optimizer,
-    clip_and_step,
-    describe_optimizer,
-    parameter_groups,
-)
-from pipeline.backends.optimizer_state import ParameterState
+from pipeline.backends.optimizer import build_adamw, build_optimizer, describe_optimizer, parameter_groups
 from pipeline.backends.zero_allocation import AllocatedOnRead, use_placeholders
 from pipeline.backends.zero_state import FullyPartitionedState, PartitionedState
 from pipeline.config.deepspeed_keys import changes_of_numbers
@@ -80,6 +75,8 @@ class DeepSpeedBackend(Backend):
         self.engine = self._start_engine(model, config, world, plan)
         self.compute: Any = self.engine
         self.optimizer: Any = self.engine.optimizer
+        self.state = self._create_state()
+        self.state.connect_optimizer(self.ranks_per_copy)
 
     def _start_engine(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> Any:
         self._allocate(model, world.device)
@@ -115,6 +112,10 @@ class DeepSpeedBackend(Backend):
     def _allocate(self, model: GPT2, device: torch.device) -> None:
         """Allocate the weights of a model on the device ``meta``, without initial values."""
         place_model(model, device)
+
+    @abstractmethod
+    def _create_state(self) -> LocalState:
+        """Return the training state on this rank. The engine has the optimizer and the weights."""
 
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last)
@@ -156,10 +157,8 @@ class Zero0Backend(DeepSpeedBackend):
 
     in_precision = staticmethod(replicated_compute)
 
-    def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
-        super().__init__(model, config, world, plan)
-        self.state = ParameterState(self.optimizer, dict(model.named_parameters()), self.state_names)
-        self.state.connect_optimizer(self.ranks_per_copy)
+    def _create_state(self) -> LocalState:
+        return ParameterState(self.optimizer, dict(self.model.named_parameters()), self.state_names)
 
     def _loss_scale_outside_engine(self) -> float:
         return self.loss_scaler.factor
@@ -179,15 +178,6 @@ class ZeroBackend(DeepSpeedBackend):
 
     in_precision = AutocastModel
 
-    def __init__(self, model: GPT2, config: Config, world: World, plan: BatchPlan) -> None:
-        super().__init__(model, config, world, plan)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        if self.stage == 3:
-            self.state = FullyPartitionedState(self.engine, names, self.state_names)
-        else:
-            self.state = PartitionedState(self.engine, names, self.state_names)
-        self.state.connect_optimizer(self.ranks_per_copy)
-
     def _allocate(self, model: GPT2, device: torch.device) -> None:
         """Allocate the weights in the compute dtype. Under ZeRO-3, create placeholders instead of the weights."""
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
@@ -195,6 +185,11 @@ class ZeroBackend(DeepSpeedBackend):
             use_placeholders(model, dtype)
         else:
             place_model(model.to(dtype), device)
+
+    def _create_state(self) -> LocalState:
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        state = FullyPartitionedState if self.stage == 3 else PartitionedState
+        return state(self.engine, names, self.state_names)
 
     def accumulate(self, tokens: Tensor, targets: Tensor, loss_weight: Tensor | float, *, is_last: bool) -> Tensor:
         if self.loss_scaler.dynamic:
@@ -214,6 +209,7 @@ class ZeroBackend(DeepSpeedBackend):
 
 
 def create_deepspeed_backend(model: GPT2, config: Config, world: World, plan: BatchPlan) -> DeepSpeedBackend:
+    """Return the backend for the ZeRO stage that the config selects."""
     backend = ZeroBackend if config.backend.zero_stage > 0 else Zero0Backend
     return backend(model, config, world, plan)
 

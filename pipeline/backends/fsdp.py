@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from pipeline.backends.compilation import compile_blocks
 from pipeline.backends.fsdp_collectives import AllGather, Bf16ReduceScatter, ReduceScatter
-from pipeline.backends.optimizer_state import OptimizerState, ParameterState
+from pipeline.backends.local_state import LocalState, ParameterState
 from pipeline.backends.torch_native import TorchBackend
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
@@ -31,9 +31,13 @@ class ShardedState(ParameterState):
     """The training state under FSDP2. The masters (tensors that the optimizer updates) are shards of the parameters."""
 
     def __init__(
-        self, compute: nn.Module, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames
+        self,
+        compute: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, Tensor],
+        state_names: StateNames,
     ) -> None:
-        super().__init__(optimizer, parameters, names)
+        super().__init__(optimizer, parameters, state_names)
         self.compute = compute
 
     def publish_masters(self) -> None:
@@ -54,7 +58,7 @@ class FsdpBackend(TorchBackend):
         self._reshards_blocks = config.backend.fsdp.reshard_after_forward
         self._copies = world.size // self.ranks_per_copy
 
-    def _create_state(self) -> OptimizerState:
+    def _create_state(self) -> LocalState:
         return ShardedState(self.compute, self.optimizer, self.parameters, self.state_names)
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:

@@ -7,8 +7,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from pipeline.backends.base import Backend
-from pipeline.backends.optimizer import build_optimizer, clip_and_step, describe_optimizer
-from pipeline.backends.optimizer_state import OptimizerState, ParameterState
+from pipeline.backends.gradient_clipping import clip_and_step
+from pipeline.backends.local_state import LocalState, ParameterState
+from pipeline.backends.optimizer import build_optimizer, describe_optimizer
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
 from pipeline.model.gpt2 import GPT2
@@ -36,7 +37,7 @@ class TorchBackend(Backend):
     def _run_backward_pass(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def _create_state(self) -> OptimizerState:
+    def _create_state(self) -> LocalState:
         return ParameterState(self.optimizer, self.parameters, self.state_names)
 
     @abstractmethod

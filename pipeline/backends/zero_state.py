@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from pipeline.backends.optimizer_state import OptimizerState
+from pipeline.backends.local_state import LocalState
 from pipeline.backends.ranges import Range
 from pipeline.model.parameter_state import StateNames
 
 
-class PartitionedState(OptimizerState):
+class PartitionedState(LocalState):
     """The masters (tensors that the optimizer updates) and the optimizer state under ZeRO-1 and ZeRO-2.
 
     DeepSpeed concatenates the parameters of each parameter group. Each rank has one range of the result.
@@ -52,7 +52,7 @@ class PartitionedState(OptimizerState):
         self.zero._lazy_init_hp_params_optimizer_state()
 
 
-class FullyPartitionedState(OptimizerState):
+class FullyPartitionedState(LocalState):
     """The masters (tensors that the optimizer updates) and the optimizer state under ZeRO-3.
 
     DeepSpeed divides each parameter into equal ranges, one per rank. The last range is padded.

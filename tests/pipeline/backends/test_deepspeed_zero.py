@@ -42,7 +42,7 @@ pytest.importorskip("deepspeed")
 
 from pipeline.backends import deepspeed_zero
 from pipeline.backends.deepspeed_zero import Zero0Backend, ZeroBackend, engine_config
-from pipeline.backends.optimizer_state import ParameterState
+from pipeline.backends.local_state import ParameterState
 from pipeline.backends.zero_state import FullyPartitionedState, PartitionedState
 
 

@@ -68,7 +68,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.backends.fsdp import FsdpBackend
-from pipeline.backends.optimizer import global_grad_norm
+from pipeline.backends.gradient_clipping import global_grad_norm
 from pipeline.distributed.world import join_world
 from pipeline.model.gpt2 import allocate_model, build_model
 from tests.pipeline.backends.conftest import backend_config

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backends import Backend, create_backend
-from pipeline.backends.optimizer import CLIP_EPS
+from pipeline.backends.gradient_clipping import CLIP_EPS
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World

@@ -37,23 +37,23 @@ class Fragment:
         return {WEIGHT: self.weight, **self.state}
 
 
-class OptimizerState(ABC):
-    """The master weights and the optimizer state of a backend on this rank.
+class LocalState(ABC):
+    """The training state of a backend on this rank.
 
     Args:
         optimizer: torch's AdamW, DeepSpeed's CPUAdam, or a Muon that contains one of them.
         masters: the fp32 tensors that the optimizer updates on this rank.
-        names: maps the name of each parameter to the names of its optimizer tensors, such as ``exp_avg``. If the run
-            keeps averages, ``ema`` is one of them.
+        state_names: maps the name of each parameter to the names of its optimizer tensors, such as ``exp_avg``. If the
+            run keeps averages, ``ema`` is one of them.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], names: StateNames) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor], state_names: StateNames) -> None:
         self.optimizer = optimizer
         self.adamw = optimizer.adamw if isinstance(optimizer, Muon) else optimizer
         self.masters = list(masters)
-        self.optimizer_names = {name: [kind for kind in kinds if kind != EMA] for name, kinds in names.items()}
+        self.optimizer_names = {name: [kind for kind in kinds if kind != EMA] for name, kinds in state_names.items()}
         #: The averages of the weights. None if the run keeps no average.
-        self.average = WeightAverage(self.masters) if any(EMA in kinds for kinds in names.values()) else None
+        self.average = WeightAverage(self.masters) if any(EMA in kinds for kinds in state_names.values()) else None
 
     @abstractmethod
     def ranges(self) -> list[Range]:
@@ -98,7 +98,6 @@ class OptimizerState(ABC):
 
     def set_step_count(self, count: int) -> None:
         """Set the step count of AdamW, which determines its bias correction."""
-        self.create_states()
         for state in self.adam_states():
             if isinstance(state["step"], Tensor):
                 state["step"].fill_(float(count))
@@ -126,14 +125,16 @@ class OptimizerState(ABC):
         return state
 
 
-class ParameterState(OptimizerState):
+class ParameterState(LocalState):
     """The state of a backend whose master weights are the parameters of the model.
 
     If a parameter is a DTensor, each rank has whole rows of it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], names: StateNames) -> None:
-        super().__init__(optimizer, parameters.values(), names)
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], state_names: StateNames
+    ) -> None:
+        super().__init__(optimizer, parameters.values(), state_names)
         self.parameters = parameters
 
     def ranges(self) -> list[Range]:
