@@ -182,7 +182,8 @@ def test_the_time_of_a_gpu_is_divided_by_class(tmp_path: Path) -> None:
             ("kernel", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 30, 20),
             ("kernel", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_f16_knob_3_64x64x64", 60, 10),
             ("kernel", "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", 70, 10),
-            ("kernel", "triton_red_fused_native_layer_norm_5", 80, 15),
+            ("kernel", "triton_red_fused_native_layer_norm_5", 80, 10),
+            ("kernel", "triton_poi_fused__to_copy_add_addmm_mul_sigmoid_3", 90, 5),
             ("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 95, 5),
         )
     )

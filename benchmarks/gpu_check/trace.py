@@ -14,20 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COMMUNICATION, OTHER = "communication", "other"
+COMMUNICATION, ELEMENTWISE, OTHER = "communication", "norm, elementwise, loss", "other"
+
+#: Kernels that Inductor generated, without its templates for matrix products. Their names list the operators that they
+#: fuse, among them copies and parts of products.
+FUSED = ("triton_poi_", "triton_per_", "triton_red_")
 
 #: Class -> pattern of names, in order: the first match counts. Names are those of cuBLAS (nvjet, gemm, xmma), CUTLASS,
-#: cuDNN, flash attention, torch and Inductor (triton_), and of torch's operators for a CPU.
+#: cuDNN, flash attention, torch and Inductor's templates (triton_tem_), and of torch's operators for a CPU.
 CLASSES: dict[str, re.Pattern[str]] = {
     name: re.compile(pattern, re.IGNORECASE)
     for name, pattern in {
         COMMUNICATION: r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|broadcast_\b",
         "attention": r"flash|fmha|sdpa|sdp_|attention|attn",
         "optimizer": r"adam|multi_tensor_apply|foreach",
-        "matrix products": r"gemm|nvjet|xmma|cutlass|cublas|matmul|splitk|dot_kernel|\bmm\b|addmm|bmm|linear",
+        "matrix products": (
+            r"triton_tem_|gemm|nvjet|xmma|cutlass|cublas|matmul|splitk|dot_kernel|\b(add|b|badd)?mm\b|linear"
+        ),
         "copies": r"memcpy|memset|\bcopy_|::copy|_to_copy|aten::(to|clone|contiguous|fill_|zero_)\b",
-        "norm, elementwise, loss": (
-            r"triton_|elementwise|layer_?norm|softmax|gelu|reduce|vectorized|dropout|embedding|nll|cross_entropy|index|"
+        ELEMENTWISE: (
+            r"elementwise|layer_?norm|softmax|gelu|reduce|vectorized|dropout|embedding|nll|cross_entropy|index|"
             r"graph_|aten::(add|mul|div|sub|sum|neg|exp|log|where|cat|stack|gather|cumsum|square|sqrt|norm|linalg)"
         ),
         OTHER: r"",
@@ -49,6 +55,8 @@ class Event:
 
     @property
     def kind(self) -> str:
+        if self.name.startswith(FUSED):
+            return ELEMENTWISE
         return next(kind for kind, pattern in CLASSES.items() if pattern.search(self.name))
 
 
