@@ -1,28 +1,24 @@
-"""Run benchmark tasks on a checkpoint or during training."""
+"""Score a checkpoint on evaluation tasks."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.formatting import count_of
-from data_tools.shards.manifest import TokenizerRecord
-from pipeline.backends import Backend
 from pipeline.checkpoint.inspection import find_different_numbers
 from pipeline.checkpoint.loading import LoadedModel, load_model_of_main
 from pipeline.config.paths import find_path
-from pipeline.config.schema import Config
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.matmul_ceiling import describe_slow_precision
 from pipeline.distributed.world import World
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.output import choose_output
 from pipeline.evaluation.protocols import Figures
-from pipeline.evaluation.results import INTERVAL, VALIDATION, Results
+from pipeline.evaluation.results import VALIDATION, Results
 from pipeline.evaluation.scoring import Scorer, compute_for_scoring
 from pipeline.evaluation.tasks import Prepared, check_tasks, prepare_task
 from pipeline.evaluation.validation_task import PreparedMixture, PreparedSplit, prepare_validation
-from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, TASK_PREFIX
+from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY
 
 log = logging.getLogger(__name__)
 
@@ -67,26 +63,25 @@ def run_tasks(
         CheckpointError: the checkpoint cannot be used.
         DataError: the data of a task cannot be used.
     """
+    paths = paths or {}
     if world.device.type == "cpu":
         configure_cpu(world)
     loaded = load_model_of_main(checkpoint, world, weights)
     config = loaded.config
     output = choose_output(checkpoint, loaded.run_folder, tasks, out, examples_file)
-    check_tasks(tasks, settings, paths or {}, config.evaluation.data)
+    check_tasks(tasks, settings, paths, config.evaluation.data)
     # Prepare all tasks first, so that errors in the data appear before hours of scoring.
-    prepared = _prepare(loaded, tasks, settings, paths or {}, world)
+    prepared = _prepare(loaded, tasks, settings, paths, world)
     precision = precision or config.run.precision
-    if world.is_main and (warning := describe_slow_precision(precision, world.device, "--precision ")):
-        log.warning(warning)
-    compute = compute_for_scoring(loaded.model, precision, world.device)
-    scorer = Scorer(compute, config.model, world, (batch_size or config.batch.micro_batch_size) * config.seq_len)
+    scorer = _create_scorer(loaded, precision, batch_size or config.batch.micro_batch_size, world)
+    facts = _facts_of(loaded, precision, weights)
     results: Results = {}
     examples: list[Figures] = []
     for name, task in prepared.items():
         world.progress.reach(f"task {name}")
         figures, scores = task.measure(scorer)
         key = task.name if weights == "training" else f"{task.name}_{weights}"
-        results[key] = {**_facts_of(name, loaded, precision, weights), **figures}
+        results[key] = {"task": name, **facts, **figures}
         examples += scores
     world.progress.reach("writing the results", is_patient=True, repeats=False)
     if not world.is_main:
@@ -95,18 +90,6 @@ def run_tasks(
         results = {name: {**result, DIFFERENT_NUMBERS_KEY: keys} for name, result in results.items()}
     show(results)
     return results, output.write(results, examples, loaded.step)
-
-
-def _facts_of(task: str, loaded: LoadedModel, precision: str, weights: str) -> dict[str, Any]:
-    """Return the part of a task's result that says what was measured, and how."""
-    return {
-        "task": task,
-        "checkpoint": str(loaded.checkpoint),
-        "step": loaded.step,
-        "weights_sha256": loaded.weights_sha256,
-        **({} if weights == "training" else {"weights": weights}),
-        "precision": precision,
-    }
 
 
 def _prepare(
@@ -125,51 +108,20 @@ def _prepare(
     }
 
 
-def prepare_tasks(config: Config, world: World, tokenizer: TokenizerRecord) -> dict[str, Prepared]:
-    """Read and encode the examples of the tasks that a run scores during training (``evaluation.tasks``).
+def _create_scorer(loaded: LoadedModel, precision: str, batch_size: int, world: World) -> Scorer:
+    """Return a scorer for the model. If fp32 is faster on this CPU, the main rank logs a warning."""
+    if world.is_main and (warning := describe_slow_precision(precision, world.device, "--precision ")):
+        log.warning(warning)
+    compute = compute_for_scoring(loaded.model, precision, world.device)
+    return Scorer(compute, loaded.config.model, world, batch_size * loaded.config.seq_len)
 
-    The task ``validation`` is left out. Every rank must call this function.
 
-    Args:
-        tokenizer: the tokenizer of the training data.
-
-    Raises:
-        ConfigError: the model's vocabulary is not GPT-2's, or a task does not support ``evaluation.max_examples``.
-        DataError: the data of a task cannot be used.
-    """
-    options = config.evaluation
-    settings = Settings(limit=options.max_examples)
-    paths = {task: find_path(path, config.run) for task, path in options.data.items()}
+def _facts_of(loaded: LoadedModel, precision: str, weights: str) -> dict[str, Any]:
+    """Return the facts in the result of each task: which weights were measured, and how."""
     return {
-        name: prepare_task(name, paths.get(name), settings, config.model, world, tokenizer)
-        for name in options.tasks
-        if name != VALIDATION
+        "checkpoint": str(loaded.checkpoint),
+        "step": loaded.step,
+        "weights_sha256": loaded.weights_sha256,
+        **({} if weights == "training" else {"weights": weights}),
+        "precision": precision,
     }
-
-
-def measure_tasks(
-    tasks: Mapping[str, Prepared],
-    backend: Backend,
-    config: Config,
-    world: World,
-    before_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Measure all tasks during training. Return the results by their keys in ``metrics.jsonl``.
-
-    Every rank must call this function, within ``backend.evaluation_mode()``.
-
-    Args:
-        before_batch: is called on every rank before each batch.
-    """
-    scorer = Scorer(backend, config.model, world, config.batch.micro_batch_size * config.seq_len, before_batch)
-    row: dict[str, float] = {}
-    for name, task in tasks.items():
-        result, _ = task.measure(scorer)
-        words = [task.name]
-        for key, value in result.items():
-            if isinstance(value, float):
-                row[f"{TASK_PREFIX}{name}_{key}"] = value
-                interval = result.get(key + INTERVAL)
-                words.append(f"{key} {value:.4f}" + (" [{:.4f}, {:.4f}]".format(*interval) if interval else ""))
-        log.info("%s | %s", " | ".join(words), count_of(result["examples"], "example"))
-    return row

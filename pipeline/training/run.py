@@ -21,7 +21,6 @@ from pipeline.distributed.environment import launched_rank, set_mlflow_defaults
 from pipeline.distributed.heartbeat import heartbeat
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import ConfigError
-from pipeline.evaluation.run import prepare_tasks
 from pipeline.model.attention import fastest_kernel
 from pipeline.model.gpt2 import allocate_model, flops_per_token
 from pipeline.run_folder.heartbeat_file import HeartbeatFile
@@ -30,6 +29,7 @@ from pipeline.run_folder.lock import open_run_folder
 from pipeline.run_folder.log_file import run_log
 from pipeline.run_folder.sinks import check_sinks
 from pipeline.training.compilation import choose_compilation
+from pipeline.training.evaluation import prepare_tasks
 from pipeline.training.initial_weights import find_initial_weights, write_initial_weights
 from pipeline.training.loss_in_blocks import choose_loss_in_blocks
 from pipeline.training.rank_agreement import check_agreement
