@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.memory import watch_peak_bytes
-from pipeline.distributed.device import GIB
+from pipeline.hardware.device import GIB
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.live_run import LiveRun
 from tests.support.runs import Sections, make_corpus, merged

@@ -26,12 +26,12 @@ from data_tools.tokenizer import load_tokenizer
 from pipeline.checkpoint.loading import load_model
 from pipeline.config.schema import ModelConfig, Precision
 from pipeline.distributed.cpu import keep_freed_memory
-from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.world import World
 from pipeline.evaluation.examples import Example, Settings, piqa
 from pipeline.evaluation.protocols import ChoiceTask, PreparedTask, encode_apart
 from pipeline.evaluation.scoring import Scorer
 from pipeline.evaluation.tasks import NAMED_TASKS, prepare_task
+from pipeline.hardware.device import matmul_dtype
 from pipeline.model.gpt2 import GPT2, build_model
 from pipeline.model.packed_linear import pack_linear_layers
 from pipeline.model.precision import replicated_compute

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.train_setting import Setting
 from pipeline.distributed.cpu import share_cores
-from pipeline.distributed.device import synchronize
-from pipeline.distributed.matmul_ceiling import CEILING_SECONDS
 from pipeline.distributed.world import join_world
+from pipeline.hardware.device import synchronize
+from pipeline.hardware.matmul_ceiling import CEILING_SECONDS
 from pipeline.training.throughput import measure_ceiling
 
 _COPIED_BYTES = 1 << 28

@@ -24,8 +24,8 @@ from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.cpu import configure_cpu
-from pipeline.distributed.device import synchronize
 from pipeline.distributed.world import World, join_world
+from pipeline.hardware.device import synchronize
 from pipeline.model.gpt2 import allocate_model
 from pipeline.run_folder.heartbeat_file import HeartbeatFile
 from pipeline.training.rank_comparison import RankComparison

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from launch.plan import BACKENDS, with_backend
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
-from pipeline.distributed.device import GIB
+from pipeline.hardware.device import GIB
 from pipeline.planning.devices import DEVICES, Device
 from pipeline.planning.planner import Plan, plan_run
 from pipeline.planning.presentation import fastest_plan, format_days

@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.train_command import PeerCommand, add_peer_option
 from benchmarks.train_setting import Measured, Setting
-from pipeline.distributed.device import GIB
+from pipeline.hardware.device import GIB
 from pipeline.model.gpt2 import flops_per_token, parameter_count
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.runs import (

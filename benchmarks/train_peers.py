@@ -27,8 +27,8 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import open_datasets
 from pipeline.data.loader import TrainLoader
 from pipeline.distributed.cpu import share_cores
-from pipeline.distributed.device import GIB, peak_memory_bytes
 from pipeline.distributed.world import World, join_world
+from pipeline.hardware.device import GIB, peak_memory_bytes
 from pipeline.model.gpt2 import build_model
 from pipeline.training.schedule import lr_at
 

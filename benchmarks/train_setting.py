@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.distributed.device import GIB
+from pipeline.hardware.device import GIB
 from tests.support.runs import Sections
 
 

@@ -123,7 +123,7 @@ def choose_precision(device: str) -> str:
     """Return the fastest precision on this machine that needs no loss scaling."""
     import torch
 
-    from pipeline.distributed.matmul_ceiling import WORTHWHILE_SPEEDUP, measure_matmul_ceiling
+    from pipeline.hardware.matmul_ceiling import WORTHWHILE_SPEEDUP, measure_matmul_ceiling
 
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

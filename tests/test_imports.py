@@ -45,22 +45,24 @@ ROOMS: dict[str, str] = {
     "data_tools.formats": "errors arrays options threads storage vocabulary tokenizer shards",
     "pipeline.errors": "",
     "pipeline.seeds": "",
+    "pipeline.hardware": "",
     "pipeline.config": "errors",
     "pipeline.run_folder": "errors",
-    "pipeline.distributed": "errors config",
+    "pipeline.distributed": "errors hardware config",
     "pipeline.model": "seeds config",
-    "pipeline.data": "errors seeds config distributed model",
-    "pipeline.backends": "errors config distributed model data",
-    "pipeline.checkpoint": "errors config run_folder distributed model backends",
-    "pipeline.evaluation": "errors config run_folder distributed model data backends checkpoint",
+    "pipeline.data": "errors seeds hardware config distributed model",
+    "pipeline.backends": "errors hardware config distributed model data",
+    "pipeline.checkpoint": "errors hardware config run_folder distributed model backends",
+    "pipeline.evaluation": "errors hardware config run_folder distributed model data backends checkpoint",
     "pipeline.generation": "seeds errors config distributed model backends checkpoint",
     "pipeline.report": "errors config run_folder checkpoint evaluation",
-    "pipeline.interop": "errors config run_folder distributed model checkpoint evaluation generation report",
+    "pipeline.interop": "errors hardware config run_folder distributed model checkpoint evaluation generation report",
     "pipeline.training": (
-        "errors seeds config run_folder distributed model data backends checkpoint evaluation generation report interop"
+        "errors seeds hardware config run_folder distributed model data backends checkpoint evaluation generation "
+        "report interop"
     ),
-    "pipeline.planning": "errors config distributed model data",
-    "pipeline.doctor": "config distributed model backends",
+    "pipeline.planning": "errors hardware config model data",
+    "pipeline.doctor": "hardware config distributed model backends",
 }
 
 

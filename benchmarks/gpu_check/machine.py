@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.cuda import nccl
 
-from pipeline.distributed.device import GIB
+from pipeline.hardware.device import GIB
 
 OPTIONAL_PACKAGES = ("deepspeed", "transformers", "accelerate", "pytest", "triton")
 

@@ -9,7 +9,7 @@ from benchmarks.gpu_check.bounds import LOSS_BOUNDS
 from benchmarks.gpu_check.plan import OFFLOAD, PEERS, PRECISIONS, PROFILED, STAGE_TITLES, VARIANTS, Check
 from benchmarks.gpu_check.steps import FAILED, PASSED, SKIPPED, Record, Stage
 from benchmarks.gpu_check.trace import CLASSES
-from pipeline.distributed.device import GIB
+from pipeline.hardware.device import GIB
 from tests.support.runs import BACKENDS
 from tests.support.tables import format_table
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.backends.dtensors import is_dtensor, local_shard
-from pipeline.distributed.device import summing_dtype
+from pipeline.hardware.device import summing_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

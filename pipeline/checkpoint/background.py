@@ -16,10 +16,10 @@ from pipeline.checkpoint.pieces import piece_key
 from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState
 from pipeline.checkpoint.tensor_stream import TensorGroups, in_memory
-from pipeline.distributed.device import synchronize
-from pipeline.distributed.pinned_buffers import allocate_host_buffers
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
+from pipeline.hardware.device import synchronize
+from pipeline.hardware.pinned_buffers import allocate_host_buffers
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from data_tools.shards.reader import TokenStream
 from pipeline.data.batch_plan import BatchPlan
 from pipeline.data.datasets import TokenDataset
 from pipeline.data.sample_order import IndexArray, Mixture, SampleOrder
-from pipeline.distributed.device import copy_to
 from pipeline.errors import TrainingError
+from pipeline.hardware.device import copy_to
 from pipeline.model.output_layer import IGNORE_INDEX
 from pipeline.seeds import derive_seed
 

@@ -1,1 +1,1 @@
-"""Manage the processes of a run, and the hardware that each process uses."""
+"""Manage the processes of a run: their ranks, their collectives, and the cores that each process uses."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed.device import copy_to, synchronize
 from pipeline.distributed.world import World
+from pipeline.hardware.device import copy_to, synchronize
 
 MESSAGE_BYTES = 4 << 20
 #: The link of a host is slow if all other links are this many times as fast.

@@ -15,10 +15,10 @@ from data_tools.limits import available_cores, memory_limit
 from data_tools.tokenizer import load_tokenizer
 from pipeline.backends import cpu_adam_problem
 from pipeline.config.schema import RunConfig
-from pipeline.distributed.device import GIB, compiler_works, device_name
-from pipeline.distributed.matmul_ceiling import describe_slow_precision
 from pipeline.doctor.communication import check_collectives, check_host_name, check_port, check_ranks, check_variables
 from pipeline.doctor.findings import Finding, Level
+from pipeline.hardware.device import GIB, compiler_works, device_name
+from pipeline.hardware.matmul_ceiling import describe_slow_precision
 from pipeline.model.attention import fastest_kernel
 
 COMFORTABLE_OPEN_FILES = 4096

@@ -9,7 +9,6 @@ from pipeline.checkpoint.inspection import find_different_numbers
 from pipeline.checkpoint.loading import LoadedModel, load_model_of_main
 from pipeline.config.paths import find_path
 from pipeline.distributed.cpu import configure_cpu
-from pipeline.distributed.matmul_ceiling import describe_slow_precision
 from pipeline.distributed.world import World
 from pipeline.evaluation.examples import Settings
 from pipeline.evaluation.output import choose_output
@@ -18,6 +17,7 @@ from pipeline.evaluation.results import VALIDATION, Results
 from pipeline.evaluation.scoring import Scorer, compute_for_scoring
 from pipeline.evaluation.tasks import Prepared, check_tasks, prepare_task
 from pipeline.evaluation.validation_task import PreparedMixture, PreparedSplit, prepare_validation
+from pipeline.hardware.matmul_ceiling import describe_slow_precision
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY
 
 log = logging.getLogger(__name__)

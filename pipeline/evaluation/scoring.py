@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from pipeline.backends import Backend
 from pipeline.config.schema import ModelConfig
-from pipeline.distributed.device import copy_to, matmul_dtype, summing_dtype
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.packing import Request, Tree, build_trees, make_batch, pack
+from pipeline.hardware.device import copy_to, matmul_dtype, summing_dtype
 from pipeline.model.attention import kernels_for_any_length
 from pipeline.model.gpt2 import GPT2, ScoringBatch
 from pipeline.model.packed_linear import pack_linear_layers

@@ -20,11 +20,11 @@ from pipeline.backends import Backend
 from pipeline.config.schema import Config
 from pipeline.data.datasets import TokenDataset
 from pipeline.data.loader import validation_batches
-from pipeline.distributed.device import summing_dtype
 from pipeline.distributed.world import World
 from pipeline.errors import TrainingError
 from pipeline.evaluation.intervals import FEWEST_VALUES, TOO_FEW, WINDOWS, Z_95
 from pipeline.evaluation.results import VALIDATION
+from pipeline.hardware.device import summing_dtype
 from pipeline.model.gpt2 import ScoringBatch
 from pipeline.model.output_layer import IGNORE_INDEX
 from pipeline.model.precision import ComputeModel

@@ -22,7 +22,6 @@ from pipeline.checkpoint.loading import load_text_model
 from pipeline.config.schema import Device, Precision, SampleConfig
 from pipeline.distributed.cpu import configure_cpu
 from pipeline.distributed.environment import launched_world_size, set_allocator_default
-from pipeline.distributed.matmul_ceiling import describe_slow_precision
 from pipeline.distributed.world import World, choose_device
 from pipeline.errors import ConfigError
 from pipeline.evaluation.packing import Request
@@ -30,6 +29,7 @@ from pipeline.evaluation.protocols import encode_pair
 from pipeline.evaluation.scoring import Scorer, compute_for_scoring
 from pipeline.evaluation.texts import rolling_windows
 from pipeline.generation.text_generator import TextGenerator, load_text_generator
+from pipeline.hardware.matmul_ceiling import describe_slow_precision
 from pipeline.model.parameter_state import KINDS_OF_WEIGHTS
 
 log = logging.getLogger(__name__)

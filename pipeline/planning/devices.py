@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from data_tools.limits import available_cores, memory_limit
-from pipeline.distributed.device import GIB, matmul_dtype, synchronize
-from pipeline.distributed.matmul_ceiling import measure_matmul_ceiling
 from pipeline.errors import ConfigError
+from pipeline.hardware.device import GIB, matmul_dtype, synchronize
+from pipeline.hardware.matmul_ceiling import measure_matmul_ceiling
 
 GB, TERA = 10**9, 10**12
 THIS = "this"

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.config.schema import BackendConfig, Config, ModelConfig
 from pipeline.data.batch_plan import BatchPlan
-from pipeline.distributed.pinned_buffers import pinned_size
+from pipeline.hardware.pinned_buffers import pinned_size
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.muon_matrices import divide_into_batches, exchange_elements, muon_matrices
 from pipeline.model.parameter_state import state_names_of

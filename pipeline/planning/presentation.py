@@ -6,8 +6,8 @@ from pathlib import Path
 
 from data_tools.errors import install_command
 from pipeline.config.schema import Config
-from pipeline.distributed.device import GIB
 from pipeline.errors import ConfigError
+from pipeline.hardware.device import GIB
 from pipeline.model.gpt2 import parameter_count
 from pipeline.planning.devices import Device
 from pipeline.planning.planner import Plan, plan_run

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.config.schema import Config
-from pipeline.distributed.device import GIB
+from pipeline.hardware.device import GIB
 from pipeline.planning.devices import Device
 from pipeline.planning.planner import Plan, plan_run
 from pipeline.planning.presentation import WORLD_SIZES, fastest_plan, format_days

@@ -8,8 +8,8 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
-from pipeline.distributed.device import compiler_works
 from pipeline.distributed.world import World
+from pipeline.hardware.device import compiler_works
 from pipeline.model.gpt2 import GPT2, allocate_model
 from pipeline.model.initialisation import INIT_STD
 from pipeline.model.precision import replicated_compute

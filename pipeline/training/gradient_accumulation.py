@@ -8,8 +8,8 @@ from torch import Tensor
 from pipeline.backends import Backend
 from pipeline.config.schema import Config
 from pipeline.data.loader import MicroBatch, TrainLoader
-from pipeline.distributed.device import LateValue
 from pipeline.distributed.world import World
+from pipeline.hardware.device import LateValue
 from pipeline.seeds import derive_seed
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pipeline.backends.base import Backend
 from pipeline.config.schema import OptimizerConfig
-from pipeline.distributed.device import summing_dtype
 from pipeline.distributed.world import World
+from pipeline.hardware.device import summing_dtype
 from pipeline.model.parameter_state import EXP_AVG, MOMENTUM
 
 _PIECE_ELEMENTS = 1 << 20  # 8 MiB in fp64

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import BatchPlan
-from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.world import World
+from pipeline.hardware.device import matmul_dtype
 from pipeline.model.blocked_loss import measure_kept_blocks
 from pipeline.model.output_layer import padded_vocab_size
 from pipeline.training.start import Start

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.distributed.device import copy_to
 from pipeline.distributed.links import describe_links, measure_links
 from pipeline.distributed.step_clock import StepClock, StepTimes
 from pipeline.distributed.world import World
+from pipeline.hardware.device import copy_to
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from pipeline.data.batch_plan import BatchPlan, plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, tokenizer_of, verify_datasets
 from pipeline.data.loader import TrainLoader
 from pipeline.distributed.cpu import configure_cpu
-from pipeline.distributed.device import matmul_dtype
 from pipeline.distributed.environment import launched_rank, set_mlflow_defaults
 from pipeline.distributed.heartbeat import heartbeat
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import ConfigError
+from pipeline.hardware.device import matmul_dtype
 from pipeline.model.attention import fastest_kernel
 from pipeline.model.gpt2 import allocate_model, flops_per_token
 from pipeline.run_folder.heartbeat_file import HeartbeatFile

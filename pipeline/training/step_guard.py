@@ -10,8 +10,8 @@ from enum import Enum
 
 from pipeline.checkpoint.state import GuardState
 from pipeline.config.schema import GuardConfig
-from pipeline.distributed.device import LateValue
 from pipeline.errors import TrainingError
+from pipeline.hardware.device import LateValue
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from pipeline.checkpoint.manifest import find_not_finite, read_manifest
 from pipeline.checkpoint.state import backend_name
 from pipeline.config.loading import dump_config
 from pipeline.data.loader import scored_targets
-from pipeline.distributed.device import describe_fp32_products
-from pipeline.distributed.matmul_ceiling import describe_slow_precision
 from pipeline.errors import CheckpointError
+from pipeline.hardware.device import describe_fp32_products
+from pipeline.hardware.matmul_ceiling import describe_slow_precision
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.layout import LOG_FILE
 from pipeline.run_folder.metrics import MEAN_LOSS_KEY, describe_speed, read_metrics

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 
 from pipeline.config.schema import Config
-from pipeline.distributed.device import matmul_dtype, synchronize
-from pipeline.distributed.matmul_ceiling import ProductShape, measure_matmul_ceiling
 from pipeline.distributed.step_clock import HostClock, StreamClock, Wait, create_clock
 from pipeline.distributed.world import World
+from pipeline.hardware.device import matmul_dtype, synchronize
+from pipeline.hardware.matmul_ceiling import ProductShape, measure_matmul_ceiling
 
 log = logging.getLogger(__name__)
 

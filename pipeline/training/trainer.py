@@ -17,11 +17,11 @@ from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.loader import Prefetcher, TrainLoader
-from pipeline.distributed.device import GIB, LateValue, PeakMemory, device_name
 from pipeline.distributed.heartbeat import failures_reported
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, EvaluationStopped, Interrupted
 from pipeline.evaluation.tasks import Prepared
+from pipeline.hardware.device import GIB, LateValue, PeakMemory, device_name
 from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.heartbeat_file import HeartbeatFile
 from pipeline.run_folder.metrics import MEAN_LOSS_KEY

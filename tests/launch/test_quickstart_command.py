@@ -17,7 +17,7 @@ from launch import quickstart
 from launch.quickstart import CONFIGS, boxed, choose_precision, choose_settings, fit_steps
 from pipeline.config.loading import dump_config, load_config
 from pipeline.config.schema import Config
-from pipeline.distributed import matmul_ceiling
+from pipeline.hardware import matmul_ceiling
 from pipeline.run_folder.layout import CONFIG_FILE
 
 

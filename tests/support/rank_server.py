@@ -163,7 +163,7 @@ def shorten_ceilings() -> None:
 
     Otherwise they measure for 0.2 seconds, which is longer than a tiny model trains.
     """
-    from pipeline.distributed.matmul_ceiling import measure_matmul_ceiling
+    from pipeline.hardware.matmul_ceiling import measure_matmul_ceiling
 
     mock.patch(
         "pipeline.training.throughput.measure_matmul_ceiling",

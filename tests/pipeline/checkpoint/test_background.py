@@ -18,8 +18,8 @@ from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
 from pipeline.checkpoint.loading import load_training_state
 from pipeline.checkpoint.pieces import piece_key
 from pipeline.checkpoint.verification import find_damage
-from pipeline.distributed.pinned_buffers import allocate_host_buffers
 from pipeline.distributed.world import World
+from pipeline.hardware.pinned_buffers import allocate_host_buffers
 from tests.pipeline.checkpoint.conftest import (
     WEIGHTS,
     contents,

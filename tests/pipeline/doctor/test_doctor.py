@@ -20,9 +20,9 @@ from packaging.requirements import Requirement
 
 from data_tools.errors import DataError, install_command
 from launch import doctor
-from pipeline.distributed import matmul_ceiling
 from pipeline.doctor import communication, machine, packages
 from pipeline.doctor.findings import Finding, findings_as_json, format_findings, has_problem
+from pipeline.hardware import matmul_ceiling
 from tests.support.runs import REPOSITORY
 
 DOCTOR = REPOSITORY / "launch" / "doctor.py"

@@ -27,7 +27,6 @@ from pipeline.checkpoint.state import TrainingState
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.datasets import open_datasets
-from pipeline.distributed import matmul_ceiling
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation import output, scoring, validation_task
@@ -36,6 +35,7 @@ from pipeline.evaluation.protocols import PreparedTask
 from pipeline.evaluation.results import find_results, format_table
 from pipeline.evaluation.run import run_tasks
 from pipeline.evaluation.validation import validate
+from pipeline.hardware import matmul_ceiling
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.report.runs import read_runs
 from pipeline.report.tables import evaluation_table

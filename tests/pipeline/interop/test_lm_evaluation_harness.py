@@ -10,9 +10,9 @@ import pytest
 from data_tools.errors import DataError
 from data_tools.tokenizer import load_tokenizer
 from data_tools.vocabulary import END_OF_TEXT
-from pipeline.distributed import matmul_ceiling
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluation.protocols import encode_pair
+from pipeline.hardware import matmul_ceiling
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.model.gpt2 import GPT2
 from tests.pipeline.evaluation.conftest import plain_score

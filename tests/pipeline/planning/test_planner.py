@@ -14,7 +14,7 @@ from benchmarks.wrapped_shards import Shards, compare_fsdp, compare_small
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
-from pipeline.distributed.device import GIB
+from pipeline.hardware.device import GIB
 from pipeline.model.gpt2 import parameter_count
 from pipeline.planning.collectives import step_collectives
 from pipeline.planning.devices import DEVICES, Device, find_device

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter
 
 from pipeline.checkpoint.state import GuardState
 from pipeline.config.schema import GuardConfig
-from pipeline.distributed.device import LateValue
 from pipeline.errors import TrainingError
+from pipeline.hardware.device import LateValue
 from pipeline.training.step_guard import StepGuard, StepVerdict, TrainedStep, z_score
 
 WINDOW = 10

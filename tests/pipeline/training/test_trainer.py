@@ -30,10 +30,10 @@ from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, tokenizer_of
 from pipeline.data.loader import TrainLoader
 from pipeline.distributed import step_clock
-from pipeline.distributed.device import LateValue
 from pipeline.distributed.step_clock import StepClock, StepTimes
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, Interrupted, TrainingError
+from pipeline.hardware.device import LateValue
 from pipeline.model.gpt2 import build_model
 from pipeline.report.overview import summarize_run
 from pipeline.run_folder.metrics import SAMPLE_KEY, read_metrics

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import ModelConfig
-from pipeline.distributed.pinned_buffers import allocate_host_buffers, pinned_size, plan_slabs
+from pipeline.hardware.pinned_buffers import allocate_host_buffers, pinned_size, plan_slabs
 from pipeline.model.gpt2 import GPT2
 
 

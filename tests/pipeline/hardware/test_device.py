@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pipeline.distributed import environment
-from pipeline.distributed.device import (
+from pipeline.distributed.environment import set_allocator_default
+from pipeline.hardware.device import (
     LateValue,
     PeakMemory,
     compiler_works,
@@ -23,7 +24,6 @@ from pipeline.distributed.device import (
     peak_memory_bytes,
     synchronize,
 )
-from pipeline.distributed.environment import set_allocator_default
 from tests.support.runs import run_ranks
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from pipeline.distributed import matmul_ceiling
-from pipeline.distributed.matmul_ceiling import describe_slow_precision, measure_matmul_ceiling
+from pipeline.hardware import matmul_ceiling
+from pipeline.hardware.matmul_ceiling import describe_slow_precision, measure_matmul_ceiling
 
 CPU = torch.device("cpu")
 

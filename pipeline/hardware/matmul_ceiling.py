@@ -8,7 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from pipeline.distributed.device import matmul_dtype, synchronize
+from pipeline.hardware.device import matmul_dtype, synchronize
 
 #: (m, k, n): the sizes of a product of an (m, k) matrix and a (k, n) matrix.
 ProductShape = tuple[int, int, int]
