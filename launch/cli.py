@@ -21,7 +21,7 @@ from data_tools.errors import UserError
 from data_tools.storage.files import is_remote
 from data_tools.threads import lock_bars_among_threads
 from pipeline.distributed.environment import launched_rank, launched_world_size, wants_colours
-from pipeline.distributed.failure import report
+from pipeline.distributed.error_messages import report
 from pipeline.run_folder.log_file import LOGGED_PACKAGES
 
 _T = TypeVar("_T")

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
-from pipeline.distributed.failure import print_error, prints_for_node
+from pipeline.distributed.error_messages import print_error, prints_for_node
 
 _DUMP_TIMEOUT_S = 10.0  # the recorder asks the driver of a GPU, which may hang
 

@@ -1,6 +1,5 @@
 """Exchange heartbeats between ranks. If a rank dies or hangs, the other ranks print which rank it is, and exit."""
 
-import errno
 import json
 import os
 import signal
@@ -11,12 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torch.distributed import DistError
-
-from data_tools.errors import UserError, describe_error
-from pipeline.distributed.failure import LESS_MEMORY, print_error, report
+from pipeline.distributed.error_messages import print_error, report
+from pipeline.distributed.failure import failures_reported, lost_rank_error, timeouts_recorded
 from pipeline.distributed.flight_recorder import report_collectives
-from pipeline.distributed.lost_ranks import INTERVAL_S, LOST_STORE, find_lost, publish_failure
+from pipeline.distributed.lost_ranks import INTERVAL_S, LOST_STORE, find_lost
 from pipeline.distributed.progress import NAMED_RANKS, MainThread, Place, describe_places, find_stuck
 from pipeline.distributed.rank_records import RankRecords, Verdict
 from pipeline.distributed.rendezvous import connecting
@@ -25,18 +22,8 @@ from pipeline.distributed.world import World
 from pipeline.errors import Interrupted, LostRankError
 
 _OVERDUE = "overdue"
-#: What gloo's errors contain if a connection has broken.
-_BROKEN_CONNECTION = (
-    *map(os.strerror, (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNABORTED)),
-    *map(os.strerror, (errno.ECONNRESET, errno.EPIPE)),
-    "Connection closed by peer",
-)
-_CURE = "run the same command again (training continues from the last checkpoint)"
 #: A rank that must end prints its reason for at most this long, because nobody may read its standard error.
 _EXPLAIN_S = 20.0
-_LESS_HOST_MEMORY = (
-    "Raise the memory limit of the job or container, start fewer ranks per host, or use a backend without offload."
-)
 
 
 class Heartbeat:
@@ -106,7 +93,7 @@ class Heartbeat:
         if self._stopped.wait(INTERVAL_S):  # the main thread has reported an error
             return
         stopped = Interrupted("SIGTERM received: stopped", signal.SIGTERM)
-        os._exit(report(_lost_rank_error(lost, self._world) if lost else stopped))
+        os._exit(report(lost_rank_error(lost, self._world) if lost else stopped))
 
     def _run(self) -> None:
         for number, turn_s in enumerate(self._turns()):
@@ -195,7 +182,7 @@ class Heartbeat:
         if self.rank in verdict.stuck[:NAMED_RANKS]:
             print_error(f"[rank {self.rank}] the main thread is stuck here:\n{self._main_thread.stack()}")
         report_collectives(self._flight_records, self.rank)
-        report(_lost_rank_error(verdict.reason, self._world))
+        report(lost_rank_error(verdict.reason, self._world))
 
 
 @contextmanager
@@ -216,72 +203,11 @@ def heartbeat(world: World, timeout_s: float, flight_records: Path | None = None
             world.barrier()
         watch.start()
         try:
-            with failures_reported(world), _timeouts_recorded(world, flight_records):
+            with failures_reported(world), timeouts_recorded(world, flight_records):
                 yield
                 world.barrier()
         finally:
             watch.stop()
-
-
-@contextmanager
-def _timeouts_recorded(world: World, flight_records: Path | None) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if _may_come_from_a_collective(error) and "timed out" in str(error).lower():
-            report_collectives(flight_records, world.rank)
-        raise
-
-
-def _may_come_from_a_collective(error: BaseException) -> bool:
-    return type(error) is RuntimeError or isinstance(error, DistError)  # other errors are subclasses of RuntimeError
-
-
-@contextmanager
-def failures_reported(world: World) -> Iterator[None]:
-    """Return a context manager that prints an error of its block, and reports it to the other ranks.
-
-    The error is printed before any cleanup code runs, because cleanup may wait for the other ranks.
-
-    Raises:
-        LostRankError: a collective failed because another rank is lost.
-    """
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if world.size == 1 or world.ending.has_failed:  # an inner block has reported the error
-            raise
-        world.ending.has_failed = True
-        if _may_come_from_a_collective(error) and (lost := _find_cause(error, world)):
-            lost_rank = _lost_rank_error(lost, world)
-            report(lost_rank)
-            raise lost_rank from error
-        report(error)
-        if isinstance(error, UserError):
-            if not error.is_known_to_all:
-                publish_failure(world, str(error))
-        elif not isinstance(error, KeyboardInterrupt):
-            publish_failure(world, describe_error(error))
-        raise
-
-
-def _lost_rank_error(reason: str, world: World) -> LostRankError:
-    """Return the error that ends this rank. It also says whether the kernel has killed processes of this host."""
-    if kills := world.ending.memory_kills.describe():
-        advice = LESS_MEMORY if world.device.type == "cpu" else _LESS_HOST_MEMORY
-        reason = f"{reason}; {kills}. {advice} Then"
-    else:
-        reason += ";"
-    return LostRankError(f"{reason} {_CURE}")
-
-
-def _find_cause(error: BaseException, world: World) -> str | None:
-    """Return which ranks are lost, or that the network broke a connection although all ranks are alive, or None."""
-    lost = find_lost(world)
-    if lost is None and any(reason in str(error) for reason in _BROKEN_CONNECTION):
-        lost = f"the network broke a connection between ranks ({describe_error(error)})"
-        publish_failure(world, lost)
-    return lost
 
 
 def _is_overdue(beat: bytes) -> bool:

@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import DistNetworkError
 
 from pipeline.distributed.environment import gloo_interface, launcher_holds_store, master_address, unset_command
-from pipeline.distributed.failure import print_error, prints_for_node, report
+from pipeline.distributed.error_messages import print_error, prints_for_node, report
 from pipeline.distributed.progress import PATIENCE_S
 from pipeline.errors import ConfigError, LostRankError
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.distributed.environment import launcher_name
-from pipeline.distributed.failure import print_error
+from pipeline.distributed.error_messages import print_error
 from pipeline.distributed.signals import SignalThread
 from pipeline.distributed.world import World
 from pipeline.errors import EvaluationStopped

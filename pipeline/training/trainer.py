@@ -17,7 +17,7 @@ from pipeline.checkpoint.verification import newest_good_checkpoint
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config
 from pipeline.data.loader import Prefetcher, TrainLoader
-from pipeline.distributed.heartbeat import failures_reported
+from pipeline.distributed.failure import failures_reported
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, EvaluationStopped, Interrupted
 from pipeline.evaluation.tasks import Prepared

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from launch.cli import run_command
 from launch.train import main
 from pipeline.data.loader import Prefetcher
-from pipeline.distributed import heartbeat
+from pipeline.distributed import failure
 from pipeline.distributed.environment import launched_rank
 from pipeline.model.gpt2 import GPT2
 from pipeline.training import throughput
@@ -65,7 +65,7 @@ if __name__ == "__main__":
     remember_trainer()
     break_once(*WHERE[os.environ["STUCK_WHERE"]])
     if os.environ.get("ABORTING_RANK") == str(launched_rank()):
-        heartbeat.find_lost = lambda _: os.abort()
+        failure.find_lost = lambda _: os.abort()
     if not os.environ["STUCK_HOW"].startswith("gets "):
         dist.destroy_process_group = sleep_for_ever  # as NCCL's does while other ranks are in a collective
     run_command(main)

@@ -15,6 +15,7 @@ import torch
 from torch._C._distributed_c10d import HashStore, Store
 
 from pipeline.distributed import heartbeat, lost_ranks
+from pipeline.distributed.failure import failures_reported
 from pipeline.distributed.heartbeat import Heartbeat
 from pipeline.distributed.lost_ranks import find_lost
 from pipeline.distributed.world import Ending, World
@@ -67,7 +68,7 @@ def test_a_broken_connection_between_healthy_ranks_is_one_line(worlds: list[Worl
     for rank in ranks:
         rank.start()
     reason = "the network broke a connection between ranks .*Connection timed out"
-    with pytest.raises(LostRankError, match=reason), heartbeat.failures_reported(worlds[1]):
+    with pytest.raises(LostRankError, match=reason), failures_reported(worlds[1]):
         raise RuntimeError("[tcp/pair.cc:553] Read error [10.0.0.2]:3: Connection timed out")
     verdict = ranks[0].take_turn(9, 1.0)
     assert verdict and "which failed: the network broke a connection" in verdict.reason
@@ -93,7 +94,7 @@ def test_a_rank_that_the_kernel_killed_to_free_memory(
     kills = "the kernel of node1 has killed 1 process since the start of this command, because memory was short"
     world = replace(worlds[0], device=torch.device(device))
     world.ending.memory_kills = Mock(describe=lambda: kills)
-    with pytest.raises(LostRankError) as caught, heartbeat.failures_reported(world):
+    with pytest.raises(LostRankError) as caught, failures_reported(world):
         raise RuntimeError("Connection closed by peer")
     assert str(caught.value).startswith("lost rank 1 (")
     assert f"; {kills}. " in str(caught.value) and advice in str(caught.value).lower()
@@ -230,17 +231,17 @@ def test_the_error_of_one_rank_is_the_reason_on_the_other_ranks(
     worlds: list[World], ranks: list[Heartbeat], rank: int, other: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error of all ranks is no reason, because rank 0 ends by itself after it has finished a save."""
-    monkeypatch.setattr("pipeline.distributed.failure._OTHER_RANKS_WAIT_S", 0)
+    monkeypatch.setattr("pipeline.distributed.error_messages._OTHER_RANKS_WAIT_S", 0)
     for error in (MainRankError("a mistake", 2), TrainingError("a spike"), ConfigError("no deepspeed here")):
         assert ranks[other].take_turn(0, 1.0) is None
         failed = replace(worlds[rank], ending=Ending())
-        with pytest.raises(type(error)), heartbeat.failures_reported(failed), heartbeat.failures_reported(failed):
+        with pytest.raises(type(error)), failures_reported(failed), failures_reported(failed):
             raise error
     verdict = ranks[other].take_turn(1, 1.0)
     assert verdict and verdict.reason.startswith(f"lost rank {rank} (")
     assert verdict.reason.endswith("), which failed: no deepspeed here")
     monkeypatch.setattr(lost_ranks, "RankRecords", Mock(side_effect=RuntimeError("the store has ended")))
-    with pytest.raises(LostRankError, match="no deepspeed here"), heartbeat.failures_reported(worlds[other]):
+    with pytest.raises(LostRankError, match="no deepspeed here"), failures_reported(worlds[other]):
         raise RuntimeError("connection closed by peer")
 
 

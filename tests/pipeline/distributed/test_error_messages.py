@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_tools.errors import UserError
-from pipeline.distributed.failure import prints_for_node, report
+from pipeline.distributed.error_messages import prints_for_node, report
 from pipeline.errors import LostRankError, MainRankError
 from tests.support.runs import child_environment
 
@@ -49,7 +49,8 @@ def test_a_cpu_without_enough_memory_gets_advice(capsys: pytest.CaptureFixture[s
 def test_another_rank_ends_without_a_line_when_the_launcher_stops_it() -> None:
     """Also if the run has a handler for SIGTERM. The signal is repeated, because the first one may come too early."""
     script = (
-        "import signal; from data_tools.errors import UserError; from pipeline.distributed.failure import report\n"
+        "import signal; from data_tools.errors import UserError\n"
+        "from pipeline.distributed.error_messages import report\n"
         "signal.signal(signal.SIGTERM, lambda *_: None); print('ready', flush=True)\n"
         "report(UserError('all ranks have this error'))"
     )
