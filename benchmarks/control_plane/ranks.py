@@ -24,8 +24,8 @@ from pipeline.checkpoint.manifest import FileEntry, Files
 from pipeline.checkpoint.mirror import Mirror
 from pipeline.distributed.heartbeat import Heartbeat
 from pipeline.distributed.lost_ranks import INTERVAL_S, find_lost
+from pipeline.distributed.main_thread import Place
 from pipeline.distributed.network_interface import choose_gloo_interface
-from pipeline.distributed.progress import Place
 from pipeline.distributed.rendezvous import open_store
 from pipeline.distributed.world import World
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 from pipeline.checkpoint.layout import parse_tensor_file
 from pipeline.checkpoint.manifest import FileEntry, Files
-from pipeline.distributed.progress import NAMED_RANKS
+from pipeline.distributed.rank_records import NAMED_RANKS
 from pipeline.distributed.rendezvous import list_ranks
 from pipeline.distributed.world import World
 

@@ -14,10 +14,11 @@ from pipeline.distributed.error_messages import print_error, report
 from pipeline.distributed.failure import failures_reported, lost_rank_error, timeouts_recorded
 from pipeline.distributed.flight_recorder import report_collectives
 from pipeline.distributed.lost_ranks import INTERVAL_S, LOST_STORE, find_lost
-from pipeline.distributed.progress import NAMED_RANKS, MainThread, Place, describe_places, find_stuck
-from pipeline.distributed.rank_records import RankRecords, Verdict
+from pipeline.distributed.main_thread import MainThread, Place
+from pipeline.distributed.rank_records import NAMED_RANKS, RankRecords, Verdict
 from pipeline.distributed.rendezvous import connecting
 from pipeline.distributed.signals import SignalThread
+from pipeline.distributed.stuck_ranks import describe_places, find_stuck
 from pipeline.distributed.world import World
 from pipeline.errors import Interrupted, LostRankError
 

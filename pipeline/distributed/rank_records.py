@@ -6,9 +6,10 @@ import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from pipeline.distributed.progress import NAMED_RANKS
 from pipeline.distributed.world import World
 
+#: A message names at most this many ranks that are in the same state, and says how many others there are.
+NAMED_RANKS = 4
 _VERDICT = "verdict"
 
 
