@@ -8,7 +8,7 @@ from typing import Any
 from launch.cli import ArgumentParser, add_config_options, local_path, run_command
 from data_tools.errors import PROJECT, UserError
 from data_tools.storage.atomic import write_bytes_durably
-from data_tools.storage.files import dotted_keys
+from data_tools.storage.json_values import dotted_keys
 from pipeline.config.loading import dump_config, load_config_with_origins
 from pipeline.config.reference import format_keys
 from pipeline.config.schema import Config

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from data_tools.storage.files import dotted_keys
+from data_tools.storage.json_values import dotted_keys
 from pipeline.distributed.rendezvous import free_port
 from pipeline.run_folder.metrics import read_metrics
 from tests.support.live_run import LiveRun

@@ -22,7 +22,7 @@ import launch.train
 from benchmarks.fuzz.damage import change_value, damage_folder
 from benchmarks.fuzz.data_groups import write_tiny_run
 from benchmarks.fuzz.trial import Command, Group
-from data_tools.storage.files import sha256_of_json
+from data_tools.storage.json_values import sha256_of_json
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.layout import MANIFEST_FILE, list_checkpoints
 from pipeline.checkpoint.loading import load_model

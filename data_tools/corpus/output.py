@@ -36,8 +36,8 @@ from data_tools.shards.manifest import (
 )
 from data_tools.shards.mapping import map_mask, map_shard
 from data_tools.shards.writer import SHARD_FORMATS
-from data_tools.storage.files import dotted_keys
 from data_tools.storage.folders import Folder, LocalFolder, is_scratch, open_folder
+from data_tools.storage.json_values import dotted_keys
 from data_tools.storage.locks import LOCK_NAME, FileLock, lock_folder
 from data_tools.storage.new_folders import create_folder, removed_if_unused
 

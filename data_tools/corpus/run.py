@@ -24,7 +24,8 @@ from data_tools.errors import DataError
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest
 from data_tools.sources import open_source
-from data_tools.storage.files import is_remote, sha256_of_json
+from data_tools.storage.files import is_remote
+from data_tools.storage.json_values import sha256_of_json
 from data_tools.storage.remote import require_writable_url
 
 __all__ = ["Observer", "TokenizeRequest", "find_complete", "tokenize_corpus", "tokenize_share"]

@@ -22,8 +22,8 @@ from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import TRAIN_SPLIT, VAL_SPLIT, ShardRecord
 from data_tools.shards.writer import ShardWriter
 from data_tools.sources import Source, open_source
-from data_tools.storage.files import sha256_of_json
 from data_tools.storage.folders import open_folder, scratch_of
+from data_tools.storage.json_values import sha256_of_json
 
 #: Receives the progress since the last call.
 Report = Callable[[Contents], None]

@@ -20,7 +20,7 @@ from pydantic import (
 
 from data_tools.errors import DataError, one_line_read_errors
 from data_tools.storage.content import require_fetched
-from data_tools.storage.files import sha256_of_json
+from data_tools.storage.json_values import sha256_of_json
 from data_tools.vocabulary import VOCABULARY_SHA256
 
 FORMAT_VERSION = 1

@@ -1,11 +1,7 @@
-"""Compute hashes of JSON objects, recognize URLs, and check that paths are writable."""
+"""Recognize URLs, and check that paths are writable."""
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from data_tools.errors import DataError
 
@@ -34,20 +30,3 @@ def require_writable(path: Path, option: str) -> None:
         raise DataError(f"{option}: {path} is a file; name a folder")
     if not is_writable(path):
         raise DataError(f"{option}: cannot write {path}; name a place that you may write to")
-
-
-def sha256_of_json(value: dict[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object as 64 hexadecimal digits. The hash depends on the order of the keys."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def dotted_keys(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for each value in nested JSON objects, such as ``("optimizer.eps", 1e-8)``.
-
-    Each key begins with ``prefix``.
-    """
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from dotted_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -21,6 +21,8 @@ from pipeline.model.recomputation import recompute_blocks
 
 
 class DdpBackend(TorchBackend):
+    """The backend for DDP, and for a run with a single process."""
+
     label = "DDP"
 
     def __init__(self, model: GPT2, config: Config, world: World) -> None:

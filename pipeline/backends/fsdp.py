@@ -51,6 +51,8 @@ class ShardedState(ParameterState):
 
 
 class FsdpBackend(TorchBackend):
+    """The backend for FSDP2."""
+
     label = "FSDP2"
 
     def __init__(self, model: GPT2, config: Config, world: World) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr, TypeAdapter, ValidationError
 
-from data_tools.storage.files import sha256_of_json
+from data_tools.storage.json_values import sha256_of_json
 from pipeline.checkpoint.json_files import malformed_error, read_json_object
 from pipeline.checkpoint.layout import MANIFEST_FILE, STATE_FILE, group_of, parse_tensor_file
 from pipeline.errors import CheckpointError

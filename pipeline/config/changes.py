@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from data_tools.storage.files import dotted_keys
+from data_tools.storage.json_values import dotted_keys
 
 _UNSET = object()
 

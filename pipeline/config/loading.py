@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.storage.content import describe_content
-from data_tools.storage.files import dotted_keys
+from data_tools.storage.json_values import dotted_keys
 from pipeline.config.deepspeed_keys import keys_of_deepspeed, sections_of_run
 from pipeline.config.mistakes import describe_mistakes, refuse, shorten
 from pipeline.config.nearest import nearest_name

@@ -29,6 +29,7 @@ Do not edit this page. Change the schema in `pipeline/config/schema.py`, then ru
 
 
 def config_reference() -> str:
+    """Return the page ``docs/config.md`` as Markdown."""
     lines = [_INTRODUCTION]
     for name, meaning, keys in _sections():
         lines += [f"## {name}\n", f"{_fill(meaning, LINE_COLUMNS)}\n", "| key | default | meaning |", "|---|---|---|"]

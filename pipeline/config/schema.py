@@ -384,7 +384,6 @@ class ScheduleConfig(Section):
         le=1,
         description="Learning rate at the end of the decay, as a fraction of the peak. `constant` ignores it.",
     )
-
     stop_at_val_loss: PositiveFloat | None = Field(
         None,
         description="End the run when the validation loss is at most this value. The validation before the first step "
@@ -472,10 +471,12 @@ class BackendConfig(Section):
 
     @property
     def zero(self) -> dict[str, Any]:
+        """Return the section ``zero_optimization`` of DeepSpeed's config, or {} if there is none."""
         return dict(self.deepspeed.get("zero_optimization", {}))
 
     @property
     def zero_stage(self) -> int:
+        """Return the ZeRO stage, from 0 to 3."""
         return int(self.zero.get("stage", 0))
 
     @property

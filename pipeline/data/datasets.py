@@ -12,7 +12,7 @@ from data_tools.formatting import count_of
 from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT, TokenizerRecord
 from data_tools.shards.reader import TokenStream, open_split
 from data_tools.shards.verification import require_unchanged
-from data_tools.storage.files import sha256_of_json
+from data_tools.storage.json_values import sha256_of_json
 from pipeline.config.paths import find_path
 from pipeline.config.schema import Config, MixtureComponent, ModelConfig
 from pipeline.data.sample_order import Mixture

@@ -8,7 +8,8 @@ from typing import Any
 
 from data_tools.errors import UserError
 from data_tools.shards.manifest import load_manifest
-from data_tools.storage.files import is_remote, sha256_of_json
+from data_tools.storage.files import is_remote
+from data_tools.storage.json_values import sha256_of_json
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.checkpoint.json_files import read_json_object
 from pipeline.checkpoint.manifest import read_manifest

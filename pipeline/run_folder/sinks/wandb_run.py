@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import install_command, one_line
-from data_tools.storage.files import dotted_keys
+from data_tools.storage.json_values import dotted_keys
 from pipeline.errors import ConfigError
 from pipeline.run_folder.sinks.service import Service
 from pipeline.run_folder.sinks.sink import Row
