@@ -24,11 +24,9 @@ from torch import Tensor
 from data_tools.errors import one_line
 from pipeline.backends.base import Backend
 from pipeline.backends.compilation import compile_blocks, compiles_blocks
-from pipeline.backends.eager_optimizers import AdamW
 from pipeline.backends.extension_lock import wait_for_build_elsewhere
 from pipeline.backends.gradient_clipping import clip_and_step
 from pipeline.backends.local_state import LocalState, ParameterState
-from pipeline.backends.muon import Muon
 from pipeline.backends.optimizer import build_adamw, build_optimizer, describe_optimizer, parameter_groups
 from pipeline.backends.zero_allocation import AllocatedOnRead, use_placeholders
 from pipeline.backends.zero_state import FullyPartitionedState, PartitionedState
@@ -50,13 +48,12 @@ _BUILD_ERRORS = (RuntimeError, ImportError, OSError)  # raised by a build withou
 
 
 def _configure_process() -> None:
-    """Configure DeepSpeed for this process: fewer messages, no build of unused operators, and support for Muon."""
+    """Configure DeepSpeed for this process: fewer messages, and no build of unused operators."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates. Users cannot avoid this warning.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     # On CPUs, DeepSpeed would compile an operator for inference at the start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    ZERO_SUPPORTED_OPTIMIZERS.extend((AdamW, Muon))
 
 
 _configure_process()
@@ -84,6 +81,7 @@ class DeepSpeedBackend(Backend):
         compute = self.in_precision(model, self.precision, world.device)
         build_rest = partial(_build_cpu_adam, config=config.optimizer) if config.backend.offloads("optimizer") else None
         optimizer = build_optimizer(dict(model.named_parameters()), config, world, build_rest)
+        ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # ZeRO would refuse optimizers that it does not know
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
         if self.stage == 3:
             # A block's weights are gathered and released at once, outside of its compiled forward pass.

@@ -55,17 +55,19 @@ def build_optimizer(
             parameters that Muon does not update. If None, ``build_adamw`` is used.
     """
     build = build_rest or partial(build_adamw, config=config.optimizer, device=world.device)
-    if config.optimizer.name == "adamw":
-        return build(parameters.values())
-    matrices, rest = divide_parameters(parameters)
-    return Muon(
-        matrices,
-        build(rest.values()),
-        config.optimizer.muon,
-        world,
-        weight_decay=config.optimizer.weight_decay,
-        dtype=torch.float32 if config.run.precision == "fp32" else torch.bfloat16,
-    )
+    match config.optimizer.name:
+        case "adamw":
+            return build(parameters.values())
+        case "muon":
+            matrices, rest = divide_parameters(parameters)
+            return Muon(
+                matrices,
+                build(rest.values()),
+                config.optimizer.muon,
+                world,
+                weight_decay=config.optimizer.weight_decay,
+                dtype=torch.float32 if config.run.precision == "fp32" else torch.bfloat16,
+            )
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:

@@ -222,7 +222,7 @@ class LoadedModel:
         return run_folder_of(self.checkpoint)
 
 
-def load_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
+def load_model(path: Path | str, device: torch.device | str = "cpu", weights: str = "training") -> LoadedModel:
     """Load a model in fp32 from a checkpoint folder, or from a run folder's newest checkpoint with undamaged weights.
 
     Args:
@@ -234,7 +234,7 @@ def load_model(path: Path | str, device: torch.device, weights: str = "training"
         ConfigError: the config in the checkpoint is not valid.
         DataError: the server refuses or does not answer.
     """
-    return load_model_of_main(path, World.alone(device), weights)
+    return load_model_of_main(path, World.alone(torch.device(device)), weights)
 
 
 def load_model_of_main(path: Path | str, world: World, weights: str = "training") -> LoadedModel:
@@ -350,7 +350,7 @@ def _read_model(folder: Path, device: torch.device, weights: str = "training") -
     return LoadedModel(model.eval(), config, folder, sha256, state.step, state.data_sha256, state.tokenizer)
 
 
-def load_text_model(path: Path | str, device: torch.device, weights: str = "training") -> LoadedModel:
+def load_text_model(path: Path | str, device: torch.device | str, weights: str = "training") -> LoadedModel:
     """Load a model as ``load_model`` does. Raises CheckpointError if the model's vocabulary is not GPT-2's."""
     loaded = load_model(path, device, weights)
     if problem := describe_other_vocabulary(loaded.config.model, loaded.tokenizer):

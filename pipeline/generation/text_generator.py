@@ -28,7 +28,11 @@ ENDS = frozenset({END_OF_TEXT})  # the tokens before which a completion ends
 
 
 def load_text_generator(
-    checkpoint: Path | str, device: torch.device, dtype: str = "fp32", weights: str = "training", prompts: int = 1
+    checkpoint: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: str = "fp32",
+    weights: str = "training",
+    prompts: int = 1,
 ) -> TextGenerator:
     """Load the model of a checkpoint into a ``TextGenerator``.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
 from pipeline.config.schema import ModelConfig
 from pipeline.interop.foreign import model_shapes, read_padded
-from pipeline.model.gpt2 import GPT2, MLP, gelu
+from pipeline.model.gpt2 import GPT2, GeluLinear, gelu
 from pipeline.model.parameter_state import TOKEN_EMBEDDING, WEIGHT
 
 #: 50257 rounded up to a multiple of 1024. A vocabulary of at most this size is GPT-2's with added tokens or padding.
@@ -101,7 +101,7 @@ def _tokens_for(config: ModelConfig) -> tuple[Tensor, str]:
 
 def _set_activation(model: GPT2, activation: Callable[[Tensor], Tensor]) -> None:
     for module in model.modules():
-        if isinstance(module, MLP):
+        if isinstance(module, GeluLinear):
             module.activation = activation
 
 

@@ -21,6 +21,7 @@ from pipeline.checkpoint.saving import SavedCheckpoint
 from pipeline.config.schema import MODEL_PRESETS, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.model.gpt2 import allocate_model
+from pipeline.model.output_layer import padded_vocab_size
 from pipeline.model.parameter_state import POSITION_EMBEDDING, TOKEN_EMBEDDING
 
 #: The prefix of GPT-2's parameters in a model with an output layer, in nanoGPT and in transformers.
@@ -218,6 +219,42 @@ def require_shapes(where: str, source: str, weights: Mapping[str, Tensor], expec
 def model_shapes(config: ModelConfig) -> dict[str, list[int]]:
     """Return the shapes of our model's parameters by canonical name. The embedding includes its padding rows."""
     return {name: list(p.shape) for name, p in allocate_model(config, "meta").named_parameters()}
+
+
+def require_gpt2(where: str, config: ModelConfig) -> None:
+    """Raise CheckpointError if our model is not the published GPT-2, because somebody has changed ``pipeline/model``.
+
+    Call this function before an export, because other programs would compute something else with the weights. It
+    compares the names and shapes of the parameters. If you add a setting that changes what the model computes, but not
+    its parameters, then also refuse this setting here.
+    """
+    expected, found = _published_shapes(config), model_shapes(config)
+    for name in [*found, *expected]:
+        if found.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"{where}: the model is not a GPT-2: {name} has shape {found.get(name, 'none')}, and GPT-2's has shape "
+                f"{expected.get(name, 'none')}; it cannot be exported, because no other program knows this model"
+            )
+
+
+def _published_shapes(config: ModelConfig) -> dict[str, list[int]]:
+    """Return the shapes of GPT-2's parameters. The embedding includes padding rows."""
+    C = config.n_embd
+    block = {
+        "ln_1": [C],
+        "attn.c_attn": [3 * C, C],
+        "attn.c_proj": [C, C],
+        "ln_2": [C],
+        "mlp.c_fc": [4 * C, C],
+        "mlp.c_proj": [C, 4 * C],
+    }
+    layers = {f"h.{i}.{name}": shape for i in range(config.n_layer) for name, shape in block.items()} | {"ln_f": [C]}
+    return {
+        TOKEN_EMBEDDING: [padded_vocab_size(config.vocab_size), C],
+        POSITION_EMBEDDING: [config.context_length, C],
+        **{f"{name}.weight": shape for name, shape in layers.items()},
+        **{f"{name}.bias": shape[:1] for name, shape in layers.items()},
+    }
 
 
 def preset_of(sizes: dict[str, int]) -> dict[str, str]:

@@ -33,7 +33,7 @@ from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.export import Export, describe_positions
-from pipeline.interop.foreign import model_shapes
+from pipeline.interop.foreign import model_shapes, require_gpt2
 from pipeline.interop.hugging_face.layout import hugging_face_name
 from pipeline.interop.hugging_face.tokenizer_files import vocabulary_and_merges
 from pipeline.model.gpt2 import LAYER_NORM_EPS
@@ -61,8 +61,8 @@ def export_gguf(checkpoint: Path | str, out: Path, dtype: str, weights: str = "t
         weights: ``training``, or ``ema`` for the moving average of the weights.
 
     Raises:
-        CheckpointError: there is no good checkpoint with these weights, ``out`` exists, the vocabulary is not GPT-2's,
-            or a weight is too large for float16.
+        CheckpointError: there is no good checkpoint with these weights, ``out`` exists, the model is not a GPT-2, the
+            vocabulary is not GPT-2's, or a weight is too large for float16.
         DataError: the file could not be written.
     """
     if out.exists():
@@ -71,6 +71,7 @@ def export_gguf(checkpoint: Path | str, out: Path, dtype: str, weights: str = "t
     source = locate_weights_of(checkpoint, weights)
     state, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))
+    require_gpt2(str(source), config.model)
     if problem := describe_other_vocabulary(config.model, state.tokenizer):
         raise CheckpointError(
             f"{source}: {problem}; a GGUF file contains a tokenizer, which needs GPT-2's vocabulary, {GPT2_VOCAB_SIZE}"

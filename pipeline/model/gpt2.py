@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,17 +60,24 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-class MLP(nn.Module):
+class GeluLinear(nn.Linear):
+    """A linear layer, followed by ``gelu``. In inference on a CPU, ``pipeline.model.packed_linear`` replaces it."""
+
     activation: Callable[[Tensor], Tensor] = staticmethod(gelu)  # pipeline.interop replaces it
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(super().forward(x))
+
+
+class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_fc = GeluLinear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(self.activation(self.c_fc(x)))
+        x = self.c_proj(self.c_fc(x))
         return F.dropout(x, self.dropout) if self.training else x
 
 
@@ -100,7 +108,10 @@ class ScoringBatch:
 
 
 class GPT2(nn.Module):
-    """The language model. The output layer and the token embedding share one parameter, named ``wte.weight``."""
+    """The language model. The output layer and the token embedding share one parameter, named ``wte.weight``.
+
+    A new object has no initial values. To create a model with the initial values of training, call ``build_model``.
+    """
 
     __call__: Callable[..., Tensor]
 
@@ -114,12 +125,15 @@ class GPT2(nn.Module):
         self.lm_head = OutputLayer(config.n_embd, config.vocab_size)
         self.tie_weights()
 
-    def forward(self, *inputs: Any, method: Method = "loss") -> Tensor:
+    def forward(self, *inputs: Any, method: Method | None = None) -> Tensor:
         """Call the method ``loss``, ``logits`` or ``score`` with ``inputs``, and return its result.
+
+        If ``method`` is None, ``model(tokens, targets)`` returns the loss, and ``model(tokens)`` returns the logits.
 
         Do not call these methods of a wrapped model directly. DDP, FSDP2, DeepSpeed, autocast and torch.compile work
         only in ``forward``.
         """
+        method = method or ("logits" if len(inputs) == 1 else "loss")
         result: Tensor = getattr(self, method)(*inputs)
         return result
 
@@ -203,7 +217,9 @@ class GPT2(nn.Module):
 
         If ``reset_positions_at`` is set, positions restart at 0 at each token with this id.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        length, longest = tokens.shape[1], self.config.context_length
+        assert length <= longest, f"{length} tokens do not fit into the context_length of {longest} tokens"
+        positions = torch.arange(length, device=tokens.device)
         if self.config.reset_positions_at is None:
             return positions
         starts = torch.where(tokens == self.config.reset_positions_at, positions, 0).cummax(dim=1).values
@@ -252,16 +268,16 @@ def build_model(config: ModelConfig, seed: int) -> GPT2:
     return model
 
 
+@cache
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
     """Return the number of parameters. The weight that the embedding shares with the output layer is counted once.
 
     Args:
         padded: whether to include the padding rows of the shared weight.
     """
-    C, V = config.n_embd, config.vocab_size
-    rows = padded_vocab_size(V) if padded else V
-    block = 12 * C * C + 13 * C  # 4 matrices of 3, 1, 4, 4 C*C; their biases; two LayerNorms
-    return rows * C + config.context_length * C + config.n_layer * block + 2 * C
+    count = sum(parameter.numel() for parameter in allocate_model(config, "meta").parameters())
+    padding = padded_vocab_size(config.vocab_size) - config.vocab_size
+    return count if padded else count - padding * config.n_embd
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:

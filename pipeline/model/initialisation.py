@@ -19,8 +19,8 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
     """Set a range of one parameter to its initial values.
 
     Weights are normally distributed with standard deviation 0.02. For weights whose output is added to the residual
-    stream, the standard deviation is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and
-    LayerNorm weights are 1.
+    stream, the standard deviation is 0.02/sqrt(2 n_layer) (Radford et al. 2019, section 2.3). Biases are 0, and other
+    weights with one dimension, such as those of LayerNorm, are 1.
 
     All values before the range are also drawn, because a random generator cannot skip values.
 
@@ -32,7 +32,7 @@ def draw_elements(name: str, shape: torch.Size, config: ModelConfig, seed: int, 
     if name.endswith("bias"):
         target.zero_()
         return
-    if "ln_" in name:
+    if len(shape) == 1:
         target.fill_(1.0)
         return
     std = INIT_STD / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else INIT_STD

@@ -13,8 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.gpt2 import GPT2, MLP, gelu
-from pipeline.model.output_layer import OutputLayer
+from pipeline.model.gpt2 import GPT2, GeluLinear, gelu
 
 #: An input with fewer rows can be filled up to this number. On some CPUs, oneDNN reads fp32 weights faster for four
 #: rows than for one to three rows.
@@ -104,17 +103,10 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None)
     model.lm_head.packed_product = InferenceLinear(model.lm_head, dtype, ways[_shape(model.lm_head)])
     # A list of the linear layers would keep all their weights in memory.
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        has_gelu = isinstance(module, MLP) and module.activation is gelu
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and not isinstance(child, OutputLayer):
-                with_gelu = has_gelu and name == "c_fc"
+            with_gelu = isinstance(child, GeluLinear) and child.activation is gelu
+            if isinstance(child, nn.Linear) and (with_gelu or type(child) is nn.Linear):
                 setattr(module, name, InferenceLinear(child, dtype, ways[_shape(child)], with_gelu))
-        if isinstance(module, MLP) and has_gelu:
-            module.activation = _unchanged
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 def can_pack(dtype: torch.dtype) -> bool:

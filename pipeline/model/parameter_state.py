@@ -12,7 +12,9 @@ TOKEN_EMBEDDING, POSITION_EMBEDDING = "wte.weight", "wpe.weight"  # GPT-2's name
 WEIGHT = "weight"
 EXP_AVG, EXP_AVG_SQ = ADAMW_STATE = ("exp_avg", "exp_avg_sq")  # the names of the two moments in torch's AdamW
 MOMENTUM = "momentum"
-MUON_STATE = (MOMENTUM,)
+#: ``optimizer.name`` -> names of the optimizer tensors of the blocks' matrices, and of all other parameters. A
+#: checkpoint with other names has another optimizer. Two optimizers must therefore not use the same names.
+OPTIMIZER_STATE = {"adamw": (ADAMW_STATE, ADAMW_STATE), "muon": ((MOMENTUM,), ADAMW_STATE)}
 EMA = "ema"  # the exponential moving average of the weight
 
 #: The kind of the tensors that each value of the option ``--weights`` selects.
@@ -28,7 +30,7 @@ def state_names_of(shapes: Mapping[str, Sequence[int]], config: Config) -> dict[
     These are the optimizer tensors, such as ``exp_avg``. If ``averaging.ema`` is set, ``ema`` is one of the names. The
     result is the same for every backend and rank.
     """
-    uses_muon = config.optimizer.name == "muon"
-    muon = {name for name, shape in shapes.items() if uses_muon and belongs_to_muon(name, shape)}
+    of_matrices, of_rest = OPTIMIZER_STATE[config.optimizer.name]
     average = () if config.averaging.ema is None else (EMA,)
-    return {name: (MUON_STATE if name in muon else ADAMW_STATE) + average for name in shapes}
+    matrices = {name for name, shape in shapes.items() if belongs_to_muon(name, shape)}
+    return {name: (of_matrices if name in matrices else of_rest) + average for name in shapes}

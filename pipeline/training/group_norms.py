@@ -13,8 +13,8 @@ from pipeline.model.parameter_state import EXP_AVG, MOMENTUM
 
 _PIECE_ELEMENTS = 1 << 20  # 8 MiB in fp64
 
-#: The group of each module of a block.
-_BLOCK_GROUPS = {"ln_1": "attn", "attn": "attn", "ln_2": "mlp", "mlp": "mlp"}
+#: The groups of modules of a block that do not have their own group.
+_BLOCK_GROUPS = {"ln_1": "attn", "ln_2": "mlp"}
 
 
 def layer_group(name: str) -> str:
@@ -27,7 +27,7 @@ def layer_group(name: str) -> str:
     """
     first, *rest = name.split(".")
     if first == "h":
-        return f"h.{rest[0]}.{_BLOCK_GROUPS[rest[1]]}"
+        return f"h.{rest[0]}.{_BLOCK_GROUPS.get(rest[1], rest[1])}"
     return "embeddings" if first in ("wte", "wpe") else first
 
 

@@ -38,6 +38,7 @@ def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     if shape == "1-sqrt":  # Hägele et al. 2024
         return 1.0 - math.sqrt(progress)
+    assert shape == "linear", f"the curve {shape} has no formula"
     return 1.0 - progress
 
 

@@ -21,7 +21,7 @@ from pipeline.config.loading import config_from_json
 from pipeline.config.schema import ModelConfig
 from pipeline.errors import CheckpointError
 from pipeline.interop.export import Export, describe_positions
-from pipeline.interop.foreign import model_shapes
+from pipeline.interop.foreign import model_shapes, require_gpt2
 from pipeline.interop.hugging_face.layout import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -50,7 +50,8 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
         weights: ``training``, or ``ema`` for the moving average of the weights.
 
     Raises:
-        CheckpointError: there is no good checkpoint with these weights, or ``out`` is not empty.
+        CheckpointError: there is no good checkpoint with these weights, the model is not a GPT-2, or ``out`` is not
+            empty.
         DataError: the folder could not be written, or another process is writing to it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -59,6 +60,7 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
     source = locate_weights_of(checkpoint, weights)
     state, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))
+    require_gpt2(str(source), config.model)
     other_vocabulary = describe_other_vocabulary(config.model, state.tokenizer)
     end_of_text = None if other_vocabulary else END_OF_TEXT
     files = {

@@ -119,12 +119,13 @@ def _training(state: TrainingState, config: Config, weights: str, changes: list[
     if not state.step:
         return ""
     optimizer = config.optimizer
+    name = _OPTIMIZER_NAMES.get(optimizer.name, optimizer.name)
     settings = {
         "data": ", ".join(component.path for component in config.data.components),
         **({"initial weights": config.checkpoint.init_from} if config.checkpoint.init_from else {}),
         "tokens per step": f"{config.batch.tokens_per_step:,}",
-        "optimizer": f"{_OPTIMIZER_NAMES[optimizer.name]}, learning rate {optimizer.learning_rate:g}, "
-        f"betas {optimizer.betas}, weight decay {optimizer.weight_decay:g}, clipping {optimizer.grad_clip:g}",
+        "optimizer": f"{name}, learning rate {optimizer.learning_rate:g}, betas {optimizer.betas}, "
+        f"weight decay {optimizer.weight_decay:g}, clipping {optimizer.grad_clip:g}",
         "schedule": str(config.schedule),
         **(
             {} if weights == "training" else {"weights": f"moving average over the steps, decay {config.averaging.ema}"}

@@ -111,7 +111,7 @@ class TestRoundTrip:
     def test_the_weights_alone(self, save: Save, backend: DdpBackend) -> None:
         folder = save()
         (folder / MOMENTS).unlink()
-        model = load_model(folder, torch.device("cpu")).model
+        model = load_model(folder).model
         for name, parameter in backend.model.named_parameters():
             assert torch.equal(model.get_parameter(name), parameter), name
 

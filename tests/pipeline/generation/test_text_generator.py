@@ -46,7 +46,7 @@ def sample(**options: Any) -> SampleConfig:
 
 
 def complete(run_folder: Path, options: SampleConfig, seed: int) -> str:
-    return load_text_generator(run_folder, CPU).complete([options.prompt], options, seed)[0]
+    return load_text_generator(run_folder).complete([options.prompt], options, seed)[0]
 
 
 def test_max_new_tokens_limits_the_completion(run_folder: Path) -> None:

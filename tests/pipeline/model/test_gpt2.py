@@ -173,6 +173,21 @@ class TestInitialWeights:
         assert not any(torch.allclose(a, b, atol=1e-3) for a, b in itertools.combinations(begins, 2))
 
 
+class TestCalls:
+    def test_a_call_with_tokens_returns_logits_and_with_targets_the_loss(self) -> None:
+        model = build_model(tiny_model_config(), 1)
+        tokens, targets = shift(random_tokens(2, 8))
+        with torch.no_grad():
+            assert torch.equal(model(tokens), model.logits(tokens))
+            assert torch.equal(model(tokens, targets), model.loss(tokens, targets))
+
+    def test_more_tokens_than_the_context_are_refused(self) -> None:
+        config = tiny_model_config()
+        tokens = random_tokens(1, config.context_length + 1)
+        with pytest.raises(AssertionError, match=r"do not fit into the context_length"):
+            build_model(config, 1)(tokens)
+
+
 class TestTie:
     @pytest.mark.parametrize("make", [lambda c: build_model(c, 1), lambda c: allocate_model(c, "cpu"), GPT2])
     def test_the_tied_weight_is_one_parameter(self, make: Any) -> None:

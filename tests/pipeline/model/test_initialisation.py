@@ -48,8 +48,16 @@ def test_a_last_block_is_never_too_short_for_groups(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(initialisation, "BLOCK_ELEMENTS", 32)
     for count in range(30, 140):
         target = torch.empty(count)
-        draw_elements("wpe.weight", torch.Size([count]), tiny_model_config(), SEED, 0, target)
-        assert torch.equal(target, drawn_at_once("wpe.weight", torch.Size([count]), INIT_STD)), count
+        shape = torch.Size([count, 1])
+        draw_elements("wpe.weight", shape, tiny_model_config(), SEED, 0, target)
+        assert torch.equal(target, drawn_at_once("wpe.weight", shape, INIT_STD)), count
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.q_norm.weight", "h.0.scale"])
+def test_weights_with_one_dimension_are_one_under_any_name(name: str) -> None:
+    target = torch.empty(4)
+    draw_elements(name, torch.Size([4]), tiny_model_config(), SEED, 0, target)
+    assert target.tolist() == [1.0] * 4
 
 
 def test_a_built_model_has_these_values() -> None:
@@ -62,4 +70,4 @@ def test_a_built_model_has_these_values() -> None:
 
 def test_a_range_past_the_end_is_an_error_and_not_an_endless_loop() -> None:
     with pytest.raises(AssertionError, match="has 32 elements, and the range ends at 33"):
-        draw_elements("wpe.weight", torch.Size([32]), tiny_model_config(), SEED, 16, torch.empty(17))
+        draw_elements("wpe.weight", torch.Size([8, 4]), tiny_model_config(), SEED, 16, torch.empty(17))

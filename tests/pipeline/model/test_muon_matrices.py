@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from pipeline.config.schema import Config, OptimizerConfig
 from pipeline.model.gpt2 import build_model
 from pipeline.model.muon_matrices import Matrix, assign_owners, divide_into_batches, muon_matrices
-from pipeline.model.parameter_state import state_names_of
+from pipeline.model.parameter_state import OPTIMIZER_STATE, state_names_of
 from tests.pipeline.conftest import TINY_MODEL, tiny_model_config
 
 C = TINY_MODEL["n_embd"]
@@ -33,6 +35,18 @@ def test_adamw_keeps_its_moments_for_the_rest() -> None:
         is_matrix_of_a_block = name.startswith("h.") and name.endswith("weight") and "ln_" not in name
         assert kinds == (("momentum",) if is_matrix_of_a_block else ("exp_avg", "exp_avg_sq")), name
     assert set(state_names_of(shapes, Config()).values()) == {("exp_avg", "exp_avg_sq")}
+
+
+def test_each_optimizer_has_its_own_state() -> None:
+    """With the state names of another optimizer, a run would silently continue from the other optimizer's state."""
+    assert list(OPTIMIZER_STATE) == list(get_args(OptimizerConfig.model_fields["name"].annotation))
+    assert len(set(OPTIMIZER_STATE.values())) == len(OPTIMIZER_STATE)
+    for name in OPTIMIZER_STATE:
+        config = Config(optimizer=OptimizerConfig.model_construct(name=name))
+        of_matrices, of_rest = OPTIMIZER_STATE[name]
+        assert set(state_names_of(shapes_of_tiny_model(), config).values()) == {of_matrices, of_rest}
+    with pytest.raises(KeyError, match="new"):
+        state_names_of(shapes_of_tiny_model(), Config(optimizer=OptimizerConfig.model_construct(name="new")))
 
 
 def test_the_work_is_balanced() -> None:

@@ -108,6 +108,34 @@ def test_generated_tokens_are_the_same(model: GPT2, packed_model: GPT2) -> None:
     assert list(generate(packed_model, [3, 1, 4], 20, temperature=0)) == expected
 
 
+class SwiGlu(nn.Module):
+    """The MLP of Llama (Shazeer 2020), with the parameter names of GPT-2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc, self.c_gate = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(3 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+
+
+@torch.no_grad()
+def test_a_changed_mlp_computes_the_same() -> None:
+    """Layers of other classes, and GELU layers with another activation, keep their own function."""
+    tokens = random_tokens(2, 12)
+    for name in ("swiglu", "relu"):
+        model = randomised_model(tiny_model_config()).eval()
+        for block in model.h:
+            if name == "swiglu":
+                block.mlp = SwiGlu(model.config.n_embd)
+            else:
+                block.mlp.c_fc.activation = F.relu
+        expected = model.logits(tokens)
+        pack_linear_layers(model, torch.float32)
+        torch.testing.assert_close(model.logits(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_losses_and_scores_are_the_same(model: GPT2, packed_model: GPT2) -> None:
     tokens = random_tokens(2, 12)

@@ -22,6 +22,7 @@ def test_each_parameter_has_a_group() -> None:
     assert list(dict.fromkeys(map(layer_group, names))) == GROUPS
     assert layer_group("h.0.ln_1.weight") == "h.0.attn" and layer_group("h.1.ln_2.bias") == "h.1.mlp"
     assert layer_group("wpe.weight") == "embeddings"
+    assert layer_group("h.0.new_layer.weight") == "h.0.new_layer"
 
 
 def norms_of(tensors: dict[str, Tensor]) -> dict[str, float]:

@@ -34,6 +34,14 @@ def test_values(step: int, share_of_peak: float) -> None:
     assert lr_at(step, OPTIMIZER, SCHEDULE) == pytest.approx(share_of_peak * PEAK, rel=1e-12)
 
 
+def test_a_curve_without_a_formula_is_an_error() -> None:
+    """A new name in the schema must not silently train with the formula of another curve."""
+    schedule = SCHEDULE.model_copy(update={"name": "new"})
+    assert lr_at(5, OPTIMIZER, schedule) == pytest.approx(0.6 * PEAK)
+    with pytest.raises(AssertionError, match="the curve new has no formula"):
+        lr_at(50, OPTIMIZER, schedule)
+
+
 def test_the_decay_of_the_average_rises_to_its_value() -> None:
     averaging = AveragingConfig(ema=0.99)
     assert [ema_decay_at(step, averaging) for step in (0, 8, 889, 890, 10**6)] == pytest.approx(

@@ -25,6 +25,7 @@ from data_tools.vocabulary import END_OF_TEXT
 from pipeline.config.schema import SampleConfig
 from pipeline.errors import CheckpointError
 from pipeline.generation.generate import Decoder, generate_batch
+from pipeline.interop.gguf_file import export_gguf
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.model.gpt2 import GPT2
 from pipeline.model.packed_linear import pack_linear_layers
@@ -185,6 +186,17 @@ def test_a_full_disk_leaves_nothing(run_folder: Path, tmp_path: Path) -> None:
     with largest_file(100_000), pytest.raises(DataError, match="cannot write .*out: File too large"):
         export_checkpoint(run_folder, tmp_path / "out", "float32")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("export", [export_checkpoint, export_gguf])
+def test_another_model_than_gpt2_is_refused(export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has changed the model in the code. ``transformers`` and llama.cpp would silently compute nonsense."""
+    monkeypatch.setattr(torch.nn, "LayerNorm", torch.nn.RMSNorm)
+    config = text_config(tmp_path / "run")
+    save_in_pieces(random_text_model(config), config, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"not a GPT-2: h\.0\.ln_1\.bias has shape none, and GPT-2's .* \[24\]"):
+        export(tmp_path / "run", tmp_path / "out", "float32")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_the_format_cannot_express_is_reported(tmp_path: Path) -> None:
