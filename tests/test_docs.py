@@ -48,6 +48,7 @@ QUALIFIED_NAME = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)*)`")
 #: Files that the worked examples of CONTRIBUTING tell the reader to create.
 NEW_FILES = {
     "pipeline/backends/mylib.py",
+    "pipeline/backends/lion.py",
     "ds_configs/mylib.json",
     "data_tools/sources/mysource.py",
 }

@@ -245,6 +245,7 @@ def allocate_model(config: ModelConfig, device: torch.device | str) -> GPT2:
     """Return an fp32 model with uninitialized weights. On the device ``meta``, the weights have no memory."""
     with torch.device("meta"):
         model = GPT2(config)
+    assert not list(model.buffers()), "a buffer would lose its values here: compute them in forward"
     place_model(model, device)
     return model
 

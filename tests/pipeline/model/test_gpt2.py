@@ -173,6 +173,19 @@ class TestInitialWeights:
         assert not any(torch.allclose(a, b, atol=1e-3) for a, b in itertools.combinations(begins, 2))
 
 
+def test_a_buffer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is created on the device meta, so the values of a buffer would be lost."""
+
+    class Rotary(torch.nn.Identity):
+        def __init__(self, config: ModelConfig, layer: int) -> None:
+            super().__init__()
+            self.register_buffer("frequencies", torch.arange(4.0))
+
+    monkeypatch.setattr("pipeline.model.gpt2.Block", Rotary)
+    with pytest.raises(AssertionError, match="a buffer would lose its values"):
+        allocate_model(tiny_model_config(), "cpu")
+
+
 class TestCalls:
     def test_a_call_with_tokens_returns_logits_and_with_targets_the_loss(self) -> None:
         model = build_model(tiny_model_config(), 1)
