@@ -11,8 +11,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from pipeline.config.schema import ModelConfig
 from pipeline.model import packed_linear
-from pipeline.model.gpt2 import GPT2, ScoringBatch
+from pipeline.model.gpt2 import GPT2, MLP, ScoringBatch
 from pipeline.model.packed_linear import (
     WAYS,
     InferenceLinear,
@@ -108,13 +109,12 @@ def test_generated_tokens_are_the_same(model: GPT2, packed_model: GPT2) -> None:
     assert list(generate(packed_model, [3, 1, 4], 20, temperature=0)) == expected
 
 
-class SwiGlu(nn.Module):
-    """The MLP of Llama (Shazeer 2020), with the parameter names of GPT-2."""
+class SwiGlu(MLP):
+    """An MLP that somebody has changed to SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.c_fc, self.c_gate = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
-        self.c_proj = nn.Linear(3 * width, width)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.c_fc, self.c_gate = (nn.Linear(config.n_embd, 4 * config.n_embd) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
@@ -128,7 +128,7 @@ def test_a_changed_mlp_computes_the_same() -> None:
         model = randomised_model(tiny_model_config()).eval()
         for block in model.h:
             if name == "swiglu":
-                block.mlp = SwiGlu(model.config.n_embd)
+                block.mlp = SwiGlu(model.config)
             else:
                 block.mlp.c_fc.activation = F.relu
         expected = model.logits(tokens)
