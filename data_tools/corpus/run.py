@@ -17,7 +17,7 @@ from data_tools.corpus.estimate import Estimate, check_free_space, estimate_run
 from data_tools.corpus.identity import identity_of
 from data_tools.corpus.output import OutputFolder, load_complete, open_output
 from data_tools.corpus.request import TokenizeRequest
-from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk
+from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk, require_unchanged_source
 from data_tools.corpus.worker_server import start_worker_server
 from data_tools.encoding.encoders import choose_encoder
 from data_tools.errors import DataError
@@ -116,6 +116,8 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
         if request.deduplicate == "exact" and not _find_repeated(job, chunks, output):
             return None
         _encode(job, chunks, output, observer)
+        # A file that became shorter may end between two documents, where its reader finds no error.
+        require_unchanged_source(job, open_source(request))
         return output.complete(encoder=encoder, engine=request.engine)
 
 

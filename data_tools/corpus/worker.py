@@ -150,9 +150,17 @@ def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
 def _open_source(job: Job) -> Source:
     """Return the source of a job. Cached, because listing files is slow."""
     source = open_source(job.request)
-    if sha256_of_json(identity_of(job.request, source)) != job.identity_sha256:
-        raise DataError(f"--source {job.request.source}: its files changed since the run began; start again")
+    require_unchanged_source(job, source)
     return source
+
+
+def require_unchanged_source(job: Job, source: Source) -> None:
+    """Raise DataError if files of the source have changed since the command began."""
+    if sha256_of_json(identity_of(job.request, source)) != job.identity_sha256:
+        raise DataError(
+            f"--source {job.request.source}: its files changed while this command read them; when they no longer "
+            f"change, delete {job.request.out} and repeat the command"
+        )
 
 
 def _load_repeated(request: TokenizeRequest, chunk: Chunk) -> set[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,28 @@ def test_files_that_change_while_a_run_reads_them_end_it(tmp_path: Path) -> None
             pass
 
     request = TokenizeRequest(source="text", inputs=(str(folder),), out=tmp_path / "out", workers=1)
-    with pytest.raises(DataError, match="--source text: its files changed since the run began"):
+    with pytest.raises(DataError, match="--source text: its files changed while this command read them"):
         tokenize_corpus(request, AddAFile())
     assert not (tmp_path / "out").exists()
     assert tokenize_corpus(request).shards
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_file_that_becomes_shorter_between_two_documents_ends_the_run(tmp_path: Path) -> None:
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    lines = [json_lines([f"Document {number}. " * 100]) for number in range(20)]
+    path.write_bytes(b"".join(lines))
+
+    class Truncate:
+        def planned(self, estimate: Estimate) -> None:
+            assert estimate.chunks > 2
+
+        def progressed(self, progress: Contents) -> None:
+            if progress.documents:
+                path.write_bytes(b"".join(lines[:10]))
+
+    request = TokenizeRequest(source="jsonl", inputs=(str(path),), out=out, workers=1)
+    with pytest.raises(DataError, match=f"they no longer change, delete {out} and repeat the command"):
+        tokenize_corpus(request, Truncate())
+    shutil.rmtree(out)
+    assert sum(shard.documents for shard in tokenize_corpus(request).shards) == 10
