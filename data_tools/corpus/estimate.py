@@ -15,6 +15,8 @@ from data_tools.sources import Source
 
 _SAMPLE_BYTES = 256 << 10
 _TOKEN_BYTES = 2
+# The most memory per byte of a text that is held completely. docs/benchmarks/data.md has the measurements.
+_MEMORY_PER_TEXT_BYTE = 20
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Estimate:
         text_bytes: the bytes of text in the source, or None if unknown.
         free_bytes: the free disk space for the output folder, or None if unknown.
         chunks: the number of chunks, including finished chunks.
+        memory_bytes: the most memory that all processes together need.
         memory_limit_bytes: the memory that the processes may use.
     """
 
@@ -33,6 +36,7 @@ class Estimate:
     free_bytes: int | None
     chunks: int
     workers: int
+    memory_bytes: int
     memory_limit_bytes: int
 
     @property
@@ -54,7 +58,7 @@ class Estimate:
                 f"about {format_size(self.text_bytes)} of text, {self.tokens:,} tokens, "
                 f"{format_size(self.shard_bytes)} on the disk{free}"
             )
-        memory = format_size(self.workers * WORKER_BYTES)
+        memory = format_size(self.memory_bytes)
         limit = format_size(self.memory_limit_bytes)
         work = f"{count_of(self.chunks, 'chunk')}, {count_of(self.workers, 'process', 'processes')}"
         return f"{size}; {work}, up to {memory} of the {limit} of memory"
@@ -83,12 +87,15 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
             cause = f"{skipped.count:,} rows cannot be read, the first is {skipped.places[0]}"
         raise DataError(f"--source {request.source} has no document with text in it; {cause}")
     is_limited = request.limit_documents is not None or request.limit_bytes is not None
+    workers = min(workers_of(request), len(chunks))
+    large_texts = [size for size in source.whole_texts(workers) if size * _MEMORY_PER_TEXT_BYTE > WORKER_BYTES]
     return Estimate(
         text_bytes=None if is_limited else source.text_bytes(),
         bytes_per_token=text_bytes / tokens,
         free_bytes=free_bytes,
         chunks=len(chunks),
-        workers=min(workers_of(request), len(chunks)),
+        workers=workers,
+        memory_bytes=(workers - len(large_texts)) * WORKER_BYTES + sum(large_texts) * _MEMORY_PER_TEXT_BYTE,
         memory_limit_bytes=memory_limit(),
     )
 

@@ -194,7 +194,7 @@ class _Pool(Generic[Item, Result]):
                 cause = self._memory_kills.describe() or "it may have been killed, or memory may be short"
                 raise DataError(
                     f"the worker process died {_ATTEMPTS} times at {worker.items[0]}: {cause}; repeat the command to "
-                    "continue, with fewer --workers if memory is short"
+                    "continue, with fewer --workers or smaller files if memory is short"
                 )
         self._waiting.extendleft(reversed(worker.restart()))
 

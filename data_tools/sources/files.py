@@ -6,6 +6,7 @@ A path is a local path, or a URL that fsspec supports (such as ``s3://``, ``gs:/
 import glob
 import gzip
 import hashlib
+import heapq
 import io
 import itertools
 import os
@@ -87,6 +88,14 @@ class FileSource:
 
     def text_bytes(self) -> int:
         return sum(_estimate_text_bytes(path, size) for path, size in self.files)
+
+    def whole_texts(self, count: int) -> list[int]:
+        texts = [(_estimate_text_bytes(path, size), path) for path, size in self.files]
+        return [size for size, path in heapq.nlargest(count, texts) if self._is_read_whole(path)]
+
+    def _is_read_whole(self, path: str) -> bool:
+        """Return whether the complete text of a file is held in memory."""
+        return False
 
     def slices(self, slice_bytes: int) -> list[Slice]:
         """Divide the files into ranges of at most ``slice_bytes`` bytes. A compressed file is not divided."""

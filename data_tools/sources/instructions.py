@@ -16,8 +16,8 @@ from typing import Any
 from data_tools.encoding.documents import Dialogue
 from data_tools.errors import json_type, list_names
 from data_tools.prompt_format import ANSWERING_ROLE, END_OF_TURN, ROLES, heading_of_role, instruction_prompt
-from data_tools.sources.files import FileSource, Slice
-from data_tools.sources.jsonl import CHAT_FIELDS, JSONL_SUFFIXES, ROLE_FIELDS, read_records
+from data_tools.sources.files import Slice
+from data_tools.sources.jsonl import CHAT_FIELDS, ROLE_FIELDS, JsonFileSource, read_records
 from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_bad_row
 
 #: Names of ShareGPT, OpenAI and others for the roles of the layout.
@@ -36,11 +36,11 @@ _CONTENT_FIELDS = ("content", "value")
 _UNREAD_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
-class InstructionSource(FileSource):
+class InstructionSource(JsonFileSource):
     """Files of instructions and chats."""
 
     def __init__(self, inputs: Sequence[str]) -> None:
-        super().__init__(inputs, JSONL_SUFFIXES)
+        super().__init__(inputs)
 
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Dialogue]:
         return parse_rows(read_records(piece), lambda row: dialogue_of(row.parse(), row), on_bad_row)

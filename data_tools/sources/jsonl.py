@@ -15,6 +15,7 @@ from data_tools.errors import DataError, json_type, list_names
 from data_tools.sources.files import READ_BYTES, FileSource, Slice, compression_of, decode_utf8, open_decompressed
 from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_bad_row
 from data_tools.storage.content import describe_content, describe_decoded
+from data_tools.storage.files import is_remote
 
 JSONL_SUFFIXES = tuple(
     name + compression for name in (".jsonl", ".ndjson", ".json") for compression in ("", ".gz", ".zst")
@@ -27,11 +28,21 @@ ROLE_FIELDS = ("role", "from")
 _COUNTED_BYTES = 128 << 20
 
 
-class JsonlSource(FileSource):
+class JsonFileSource(FileSource):
+    """The base class for sources that read JSON files."""
+
+    def __init__(self, inputs: Sequence[str], **settings: str | None) -> None:
+        super().__init__(inputs, JSONL_SUFFIXES, **settings)
+
+    def _is_read_whole(self, path: str) -> bool:
+        return not is_remote(path) and _is_array(path)
+
+
+class JsonlSource(JsonFileSource):
     """Files of JSON objects. One string field of each object contains the document."""
 
     def __init__(self, inputs: Sequence[str], text_field: str) -> None:
-        super().__init__(inputs, JSONL_SUFFIXES, text_field=text_field)
+        super().__init__(inputs, text_field=text_field)
         self._text_field = text_field
 
     def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:

@@ -33,6 +33,13 @@ class Source(Protocol):
         """Return the approximate size of the text in bytes, or None if all documents must be read to know the size."""
         ...
 
+    def whole_texts(self, count: int) -> list[int]:
+        """Return the approximate sizes in bytes of the largest files that are held in memory completely.
+
+        The list has at most ``count`` sizes. It is empty if the source reads documents one by one.
+        """
+        ...
+
     def notices(self) -> list[str]:
         """Return messages for the user about the input, for example how many files are skipped."""
         ...

@@ -35,6 +35,9 @@ class StandardLibrarySource:
     def text_bytes(self) -> int:
         return sum(size for _, size in self._files)
 
+    def whole_texts(self, count: int) -> list[int]:
+        return []
+
     def notices(self) -> list[str]:
         return []
 

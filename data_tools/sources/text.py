@@ -18,6 +18,9 @@ from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_b
 from data_tools.storage.content import begins_as, describe_decoded
 from data_tools.storage.files import is_remote
 
+# After a crash, the end of a file can consist of zeros, which are valid UTF-8.
+_ZEROS_OF_A_CRASH = bytes(512)
+_JSON_LINES = (".jsonl", ".ndjson")
 _MAX_HEADS = 1000  # the number of files that are opened before the work starts, to look for HTML
 
 
@@ -66,6 +69,9 @@ class TextSource(FileSource):
         stop = math.inf if compression_of(piece.path) else piece.stop
         start = piece.start and _first_beginning(piece, self._separator)
         if start >= stop:
+    def _is_read_whole(self, path: str) -> bool:
+        return self._separator is None
+
             return
         for offset, content in _split(piece.path, self._separator, start):
             if offset >= stop:

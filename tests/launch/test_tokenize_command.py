@@ -151,7 +151,13 @@ class Clock:
 
 
 ESTIMATE = Estimate(
-    text_bytes=40_000_000, bytes_per_token=4.0, free_bytes=None, chunks=10, workers=2, memory_limit_bytes=500_000_000
+    text_bytes=40_000_000,
+    bytes_per_token=4.0,
+    free_bytes=None,
+    chunks=10,
+    workers=2,
+    memory_bytes=734_003_200,
+    memory_limit_bytes=500_000_000,
 )
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from data_tools.corpus.estimate import Estimate, check_free_space
+from data_tools.corpus.chunks import plan_chunks
+from data_tools.corpus.estimate import Estimate, check_free_space, estimate_run
 from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
+from data_tools.corpus.worker_server import WORKER_BYTES
 from data_tools.errors import DataError
+from data_tools.options import SourceKind
 from data_tools.shards.contents import Contents
+from data_tools.sources import open_source
 from data_tools.storage.folders import LocalFolder
 from tests.data_tools.conftest import contents, json_lines, result, states
 
 Usage = namedtuple("Usage", "total used free")
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20_000
+RECORD = json.dumps({"text": TEXT}).encode() + b","
 
 
 class Watcher:
@@ -50,6 +58,33 @@ def test_the_estimate_is_near_what_is_written(tmp_path: Path) -> None:
     assert (estimated.chunks, estimated.workers) == (1, 1)
     assert str(estimated).startswith("about 900.0 kB of text, 2")
     assert " free); 1 chunk, 1 process, up to " in str(estimated)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "content", "separator", "is_whole"),
+    [
+        ("text", "a.txt", TEXT.encode() * 21, None, True),
+        ("text", "a.txt", TEXT.encode() * 21, "\n\n", False),
+        ("text", "a.txt.gz", gzip.compress(os.urandom(len(TEXT) * 6).hex().encode()), None, True),
+        ("jsonl", "a.json", b"[" + RECORD * 21 + b"{}]", None, True),
+        ("jsonl", "a.json", RECORD.replace(b"},", b"}\n") * 21, None, False),
+    ],
+    ids=["text", "divided", "compressed", "array", "lines"],
+)
+def test_a_file_that_is_held_in_memory_completely_needs_more_memory(
+    tmp_path: Path, source: SourceKind, name: str, content: bytes, separator: str | None, is_whole: bool
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    inputs = (str(tmp_path / name),)
+    request = TokenizeRequest(
+        source=source, inputs=inputs, out=tmp_path / "out", workers=2, document_separator=separator
+    )
+    opened = open_source(request)
+    estimate = estimate_run(request, opened, plan_chunks(opened, request), None)
+    text_bytes = len(content) * (4 if name.endswith(".gz") else 1)
+    of_the_file = 20 * text_bytes if is_whole else WORKER_BYTES
+    assert estimate.memory_bytes == of_the_file + (estimate.workers - 1) * WORKER_BYTES
+    assert of_the_file >= WORKER_BYTES
 
 
 @pytest.mark.parametrize("options", [{"limit_documents": 1}, {"limit_bytes": 5}])
@@ -96,12 +131,12 @@ def test_finished_chunks_need_no_more_space(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_unknown_sizes_always_fit() -> None:
-    check_free_space(Estimate(None, 4.0, 0, 1, 1, 1), 0, "--out x")
-    check_free_space(Estimate(10**12, 4.0, None, 1, 1, 1), 0, "--out x")
-    check_free_space(Estimate(400, 4.0, 200, 1, 1, 1), 0, "--out x")
+    check_free_space(Estimate(None, 4.0, 0, 1, 1, 1, 1), 0, "--out x")
+    check_free_space(Estimate(10**12, 4.0, None, 1, 1, 1, 1), 0, "--out x")
+    check_free_space(Estimate(400, 4.0, 200, 1, 1, 1, 1), 0, "--out x")
     with pytest.raises(DataError, match=r"--out x needs about 202 B for shards"):
-        check_free_space(Estimate(404, 4.0, 200, 1, 1, 1), 0, "--out x")
-    check_free_space(Estimate(404, 4.0, 200, 1, 1, 1), 2, "--out x")
+        check_free_space(Estimate(404, 4.0, 200, 1, 1, 1, 1), 0, "--out x")
+    check_free_space(Estimate(404, 4.0, 200, 1, 1, 1, 1), 2, "--out x")
 
 
 def test_a_corpus_without_text_is_refused_before_anything_is_made(tmp_path: Path) -> None:
