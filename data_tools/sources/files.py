@@ -163,7 +163,7 @@ def find_files(inputs: Sequence[str], suffixes: tuple[str, ...]) -> FileSizes:
                 problem = "matches no file"
             elif is_remote(text):
                 problem = f"does not exist, or {problem}"
-            elif not os.path.exists(text):
+            elif text != "-" and not os.path.exists(text):
                 problem = describe_broken_link(text) or "does not exist"
             elif not os.path.isdir(text):
                 problem = _NOT_A_FILE
@@ -340,7 +340,10 @@ def one_line_source_errors(path: str | Path) -> Iterator[None]:
         # The errors of clients of remote storage have no common base class.
         if isinstance(error, DataError) or not is_remote(str(path)):
             raise
-        raise DataError(f"cannot read {path}: {describe_error(error)}") from error
+        reason = describe_error(error)
+        if "range requests" in reason:  # the library fsspec then names an option that users cannot set
+            reason = "the server sends only whole files; download the file first"
+        raise DataError(f"cannot read {path}: {reason}") from error
 
 
 def explain_content(path: str, reason: str) -> str:
@@ -354,7 +357,8 @@ def explain_content(path: str, reason: str) -> str:
         return f"it {found}"
     if kind is not None and kind in _COMPRESSIONS.values() and not begins_as(path, kind):
         return f"it is not compressed by {kind}, though its name says so; rename it"
-    return (reason.splitlines() or [""])[0]
+    first_line = (reason.splitlines() or [""])[0]
+    return first_line if kind is None else f"{first_line}; if it is damaged, copy or download it again"
 
 
 def decode_utf8(content: bytes, path: str, offset: int) -> str:
@@ -369,5 +373,5 @@ def decode_utf8(content: bytes, path: str, offset: int) -> str:
             raise BadRowError(f"{path} {found}") from error
         raise BadRowError(
             f"{path}: byte {offset + error.start} ({content[error.start]:#04x}) is not valid UTF-8 "
-            f"({error.reason}); convert the file to UTF-8"
+            f"({error.reason}); convert the file to UTF-8, or leave it out if it is not text"
         ) from error

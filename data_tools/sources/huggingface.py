@@ -170,7 +170,10 @@ class HuggingFaceSource:
                 raise DataError(f"{self._dataset} has no split {self._split!r}: it is one Dataset; leave the split out")
             return saved
         if self._split not in saved:
-            raise DataError(f"{self._dataset} has no split {self._split!r}; it has {list_names(saved)}")
+            raise DataError(
+                f"{self._dataset} has no split {self._split!r}; it has {list_names(saved)}; choose one with "
+                "--dataset-split"
+            )
         return saved[self._split]
 
     def _is_local(self) -> bool:

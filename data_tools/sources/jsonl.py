@@ -91,6 +91,8 @@ class Line(NamedTuple):
             cause = _describe_json_error(error)
             if isinstance(error, json.JSONDecodeError) and error.pos >= len(text):
                 cause = "the line ends inside a record; jq -c . writes each record of a file as one line"
+            if not text.strip("\0"):
+                cause = "the line holds only NUL bytes, as after an interrupted copy"
             raise BadRowError(self, f"not valid JSON ({cause}); each line must be one JSON object") from error
 
 
@@ -121,7 +123,7 @@ def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
 
 
 def read_lines(piece: Slice) -> Iterator[Line]:
-    """Yield the lines that begin in a range of bytes of a file. Skip empty lines and a byte order mark."""
+    """Yield the lines that begin in a range of bytes of a file. Skip empty lines and byte order marks."""
     with open_decompressed(piece.path) as file:
         offset = piece.start
         if offset:
@@ -134,7 +136,7 @@ def read_lines(piece: Slice) -> Iterator[Line]:
         # A compressed file is one slice, and the number of its decompressed bytes is not known.
         stop = math.inf if compression_of(piece.path) else piece.stop
         while offset < stop and (line := file.readline()):
-            content = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
+            content = line.removeprefix(codecs.BOM_UTF8)  # in the middle of a file, if files were joined with cat
             if content and not content.isspace():
                 yield Line(piece.path, offset + len(line) - len(content), content)
             offset += len(line)
@@ -155,6 +157,8 @@ def text_of_record(record: Any, text_field: str, place: object) -> str:
         cure = "choose one with --text-field"
         if is_chat:
             cure = "--source instructions reads JSON files of chats and instructions"
+        elif lists := [name for name, value in record.items() if _is_list_of_objects(value)]:
+            cure += f", or, if the records are in {lists[0]}, write them as lines with jq -c '.{lists[0]}[]'"
         raise BadRowError(place, f"no field {text_field!r}; the fields are {list_names(record)}; {cure}")
     text = record[text_field]
     if not isinstance(text, str):
@@ -165,13 +169,16 @@ def text_of_record(record: Any, text_field: str, place: object) -> str:
     return text
 
 
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
 def _is_array(path: str) -> bool:
     """Return whether a file is one JSON array of records. A list of messages is a chat, not an array of records."""
     with open_decompressed(path) as file:
-        if not file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            return False
-    with open_decompressed(path) as file:
         head = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+        if not head.startswith(b"["):
+            return False
         first = _first_element(head) or _first_element(head + file.readline())
     return not (isinstance(first, dict) and any(name in first for name in ROLE_FIELDS))
 

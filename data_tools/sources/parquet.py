@@ -86,4 +86,7 @@ def _check_column(schema: pa.Schema, column: str, path: str) -> None:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise DataError(f"{path}: column {column!r} holds {kind}, it must hold strings")
+        raise DataError(
+            f"{path}: column {column!r} holds {kind}, it must hold strings; choose another one with --text-field, or "
+            "write the texts into a column of strings"
+        )

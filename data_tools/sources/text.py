@@ -47,7 +47,19 @@ class TextSource(FileSource):
         return parse_rows(self._read_bytes(piece), lambda row: _decode_text(*row), on_bad_row)
 
     def notices(self) -> list[str]:
-        """Return at most one message: how many of the first ``_MAX_HEADS`` local files are HTML pages."""
+        """Return messages: how many files are JSON lines, and how many of the first local files are HTML pages."""
+        return [*self._notices_of_json(), *self._notices_of_pages()]
+
+    def _notices_of_json(self) -> list[str]:
+        found = [path for path, _ in self.files if path.removesuffix(".gz").removesuffix(".zst").endswith(_JSON_LINES)]
+        if not found:
+            return []
+        return [
+            f"{len(found):,} of {len(self.files):,} files are named as JSON lines, such as {found[0]}: their names and "
+            "quotes are tokenized as text; if you do not want this, use --source jsonl"
+        ]
+
+    def _notices_of_pages(self) -> list[str]:
         local = [path for path, _ in self.files if not is_remote(path)][:_MAX_HEADS]
         pages = [path for path in local if begins_as(path, "html")]
         if not pages:
@@ -56,6 +68,9 @@ class TextSource(FileSource):
             f"{len(pages):,} of {len(local):,} files begin as HTML pages, such as {pages[0]}: their tags are tokenized "
             "as text; if you do not want this, extract the text of the pages first"
         ]
+
+    def _is_read_whole(self, path: str) -> bool:
+        return self._separator is None
 
     def _read_bytes(self, piece: Slice) -> Iterator[tuple[bytes, str, int]]:
         """Yield bytes, file and offset of each document that begins in the slice."""
@@ -69,9 +84,6 @@ class TextSource(FileSource):
         stop = math.inf if compression_of(piece.path) else piece.stop
         start = piece.start and _first_beginning(piece, self._separator)
         if start >= stop:
-    def _is_read_whole(self, path: str) -> bool:
-        return self._separator is None
-
             return
         for offset, content in _split(piece.path, self._separator, start):
             if offset >= stop:
@@ -82,10 +94,12 @@ class TextSource(FileSource):
 def _decode_text(content: bytes, path: str, offset: int) -> str:
     """Decode a document without a byte order mark.
 
-    Raise BadRowError if the document is not UTF-8, or if the file is a tar archive or in UTF-16.
+    Raise BadRowError if the document is not UTF-8 or ends in zeros, or if the file is a tar archive or in UTF-16.
     """
     if offset == 0 and content and (found := describe_decoded(content)):
         raise BadRowError(f"{path} {found}")
+    if content.endswith(_ZEROS_OF_A_CRASH):
+        raise BadRowError(f"{path} ends in zeros, as after an interrupted copy; copy or download it again")
     text = decode_utf8(content, path, offset)
     return text if offset else text.removeprefix("\ufeff")
 

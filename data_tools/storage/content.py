@@ -14,7 +14,7 @@ _FEWEST_BYTES = 200
 # The specification of git-lfs says that a pointer is smaller than this.
 LARGEST_POINTER_BYTES = 1024
 _LONGEST_ARROW_SCHEMA = 1 << 24  # bytes; other files that begin like Arrow usually have a larger number here
-_COMPRESSIONS = ("gzip", "zstd", "xz", "bzip2")
+_COMPRESSIONS = ("gzip", "zstd", "xz", "bzip2", "lz4", "compress")
 _TAR_MAGIC, _TAR_MAGIC_OFFSET = b"ustar", 257
 _COMPRESSED_TAR_SUFFIXES = (".tgz", ".taz", ".tbz", ".tbz2", ".tz2", ".txz", ".tzst")
 _DECODED_KINDS = ("tar", "zeros", "utf-16")
@@ -30,6 +30,10 @@ _KINDS: dict[str, tuple[tuple[bytes, ...], str]] = {
     ),
     "xz": ((b"\xfd7zXZ\x00",), "is compressed by xz; decompress it"),
     "bzip2": ((b"BZh",), "is compressed by bzip2; decompress it"),
+    "lz4": ((b"\x04\x22\x4d\x18",), "is compressed by lz4; decompress it"),
+    "compress": ((b"\x1f\x9d",), "is compressed by compress; decompress it"),
+    "7z": ((b"7z\xbc\xaf\x27\x1c",), "is a 7z archive; extract the files in it"),
+    "rar": ((b"Rar!\x1a\x07",), "is a rar archive; extract the files in it"),
     "zip": ((b"PK\x03\x04",), "is a zip archive; extract the files in it"),
     "pdf": ((b"%PDF-",), "is a PDF; extract its text into a file"),
     "parquet": ((b"PAR1",), "is a Parquet file; --source parquet reads it"),

@@ -229,3 +229,15 @@ def test_several_processes_read_from_a_server(
     assert manifest["source"]["options"]["inputs"] == inputs
     with pytest.raises(DataError, match=f"{server}/none.jsonl"):
         tokenize_corpus(request_for(tmp_path, tmp_path / "none", inputs=(f"{server}/none.jsonl",)))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_server_that_sends_only_whole_files_is_named(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RangeHandler, "send_head", http.server.SimpleHTTPRequestHandler.send_head)
+    (tmp_path / "served" / "a.jsonl").write_bytes(json_lines(DOCUMENTS))
+    url = f"{server}/a.jsonl"
+    with pytest.raises(DataError) as caught:
+        tokenize_corpus(request_for(tmp_path, tmp_path / "out", inputs=(url,)))
+    assert str(caught.value) == f"cannot read {url}: the server sends only whole files; download the file first"

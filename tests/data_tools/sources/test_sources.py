@@ -147,6 +147,7 @@ def test_small_files_are_grouped(tmp_path: Path) -> None:
 def test_a_pipe_in_a_folder_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.txt")
     assert refusal("text", tmp_path).startswith(f"--input {tmp_path / 'a.txt'} is a pipe or a device")
+    assert refusal("text", "-").startswith("--input - is a pipe or a device; write the documents to a file first")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,16 @@ def test_files_that_are_valid_utf8_but_not_text_are_refused(tmp_path: Path, name
         assert refusal(source, tmp_path / name, **options) == f"{tmp_path / name} {message}"
 
 
+@pytest.mark.parametrize("separator", [None, "\n\n"])
+def test_a_text_that_ends_in_zeros_is_refused(tmp_path: Path, separator: str | None) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"A text.\n\nAnother " + bytes(100))
+    assert "".join(documents("text", path, document_separator=separator)).endswith("\0")
+    path.write_bytes(b"A text.\n\nAnother " + bytes(4000))
+    message = refusal("text", path, document_separator=separator)
+    assert message == f"{path} ends in zeros, as after an interrupted copy; copy or download it again"
+
+
 def test_html_pages_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, content in (("a.txt", "<p>"), ("b.txt", "\n<!DOCTYPE html>"), ("c.txt", "<html>")):
         (tmp_path / name).write_text(content)
@@ -181,6 +192,15 @@ def test_html_pages_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(text_module, "_MAX_HEADS", 2)
     assert source_of("text", tmp_path).notices()[0].startswith("1 of 2 files")
     assert not source_of("text", tmp_path / "a.txt").notices()
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.ndjson.gz"])
+def test_json_lines_that_are_read_as_text_are_counted(tmp_path: Path, name: str) -> None:
+    for path in (tmp_path / "a.json", tmp_path / name):
+        path.write_text('{"text": "a"}\n')
+    [line] = source_of("text", tmp_path).notices()
+    assert line.startswith(f"1 of 2 files are named as JSON lines, such as {tmp_path / name}: their names and quotes")
+    assert line.endswith("use --source jsonl")
 
 
 @pytest.mark.parametrize(("source", "options"), [("jsonl", {}), ("text", {"document_separator": "\n\n"})])
@@ -270,9 +290,10 @@ def test_every_line_is_read_once_and_in_order_wherever_files_are_cut(
     assert not compressed or len(cut) == 2
 
 
-def test_blank_lines_a_mark_and_windows_newlines_are_no_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b"}')
-    assert documents("jsonl", tmp_path) == ["a", "b"]
+def test_blank_lines_marks_and_windows_newlines_are_no_documents(tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b"}'
+    (tmp_path / "a.jsonl").write_bytes(content + b"\n" + content)  # as with cat
+    assert documents("jsonl", tmp_path) == ["a", "b", "a", "b"]
 
 
 def test_another_field_and_lone_surrogates(tmp_path: Path) -> None:
@@ -284,7 +305,7 @@ def test_another_field_and_lone_surrogates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
 def test_a_file_that_is_one_array_is_read_once(tmp_path: Path, name: str, indent: int | None, slice_bytes: int) -> None:
-    content = "\ufeff " + json.dumps([{"text": text} for text in DOCUMENTS], indent=indent)
+    content = "\ufeff" + " " * 100 + json.dumps([{"text": text} for text in DOCUMENTS], indent=indent)
     (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
     assert documents("jsonl", tmp_path, slice_bytes=slice_bytes) == DOCUMENTS
 
@@ -322,6 +343,9 @@ BAD_LINES = {
     b'{ \r\n "text": "b"\r\n}': "a.jsonl:2: not valid JSON (the line ends inside a record; jq -c . writes each",
     b'["b"]': "a.jsonl:2: holds a list; each record must be one JSON object",
     b'"b"': "a.jsonl:2: holds a string",
+    bytes(9): "a.jsonl:2: not valid JSON (the line holds only NUL bytes, as after an interrupted copy)",
+    b'{"items": [{"text": "b"}]}': "--text-field, or, if the records are in items, write them as lines with jq -c "
+    "'.items[]'",
     b'{"body": "b", "id": 1}': "a.jsonl:2: no field 'text'; the fields are body, id; choose one with --text-field",
     b"{}": "a.jsonl:2: no field 'text'; the fields are none",
     b'{"text": null}': "a.jsonl:2: field 'text' is null, it must be a string; the fields are text",
