@@ -76,7 +76,7 @@ class Chunk:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Chunk:
         """Return a chunk from the JSON value of ``dataclasses.asdict(chunk)``."""
-        return cls(value["index"], tuple(Slice(**item) for item in value["slices"]), value["limit_documents"])
+        return cls(value["index"], tuple(Slice(**fields) for fields in value["slices"]), value["limit_documents"])
 
 
 @dataclass(frozen=True)
@@ -155,19 +155,19 @@ def plan_chunks(source: Source, request: TokenizeRequest) -> list[Chunk]:
     text_bytes = source.text_bytes()
     chunk_bytes = _chunk_bytes(text_bytes, request)
     slices = source.slices(chunk_bytes)
-    sizes = [item.text_bytes for item in slices]
+    sizes = [source_slice.text_bytes for source_slice in slices]
     if text_bytes is None and None not in sizes:
         chunk_bytes = _chunk_bytes(sum(filter(None, sizes)), request)
     groups: list[list[Slice]] = []
     group_bytes = 0
-    for item in slices:
-        item_bytes = chunk_bytes if item.text_bytes is None else item.text_bytes  # unknown: counts as a full chunk
-        if groups and group_bytes + item_bytes <= chunk_bytes:
-            groups[-1].append(item)
-            group_bytes += item_bytes
+    for source_slice, size in zip(slices, sizes, strict=True):
+        slice_bytes = chunk_bytes if size is None else size  # unknown: counts as a full chunk
+        if groups and group_bytes + slice_bytes <= chunk_bytes:
+            groups[-1].append(source_slice)
+            group_bytes += slice_bytes
         else:
-            groups.append([item])
-            group_bytes = item_bytes
+            groups.append([source_slice])
+            group_bytes = slice_bytes
     chunks = [Chunk(index, tuple(group)) for index, group in enumerate(groups)]
     if request.limit_documents is None and request.limit_bytes is None:
         return chunks
@@ -192,7 +192,7 @@ def documents_of(
     """
     skipped = SkippedRows() if skipped is None else skipped
     on_bad_row = stop_at_bad_row if request.on_bad_rows == "stop" else skipped.add
-    documents = (document for item in chunk.slices for document in source.read(item, on_bad_row))
+    documents = (document for source_slice in chunk.slices for document in source.read(source_slice, on_bad_row))
     return islice(filter(skipped.keep, documents), chunk.limit_documents)
 
 

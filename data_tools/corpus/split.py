@@ -16,13 +16,13 @@ _OTHER_SPLIT = {TRAIN_SPLIT: VAL_SPLIT, VAL_SPLIT: TRAIN_SPLIT}
 class AssignedDocument(NamedTuple):
     """A document with its text in UTF-8 and its split.
 
-    ``is_part`` is True for the pieces of a text that was divided between the splits.
+    ``is_divided`` is True for the pieces of a text that was divided between the splits.
     """
 
     document: Document
     utf8: bytes
     split: str
-    is_part: bool = False
+    is_divided: bool = False
 
     @property
     def fingerprint(self) -> bytes:
@@ -105,4 +105,4 @@ def divide_text(text: str, val_fraction: float) -> Iterator[AssignedDocument]:
     cut = next(places, None)
     pieces = [(text, TRAIN_SPLIT)] if cut is None else [(text[:cut], TRAIN_SPLIT), (text[cut:], VAL_SPLIT)]
     for piece, split in pieces:
-        yield AssignedDocument(piece, utf8_of(piece), split, is_part=cut is not None)
+        yield AssignedDocument(piece, utf8_of(piece), split, is_divided=cut is not None)

@@ -113,7 +113,7 @@ def _write_documents(
             continue
         encoded = encode_document(encoder, assigned.document)
         check.draw(number, assigned, encoded)
-        is_divided |= assigned.is_part
+        is_divided |= assigned.is_divided
         tokens, utf8_bytes = encoded.tokens.size, len(assigned.utf8)
         writers[assigned.split].append(encoded, utf8_bytes)
         lengths[tokens.bit_length() - 1] += 1

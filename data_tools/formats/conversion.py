@@ -14,7 +14,14 @@ from data_tools.errors import DataError, list_names, one_line_read_errors, one_l
 from data_tools.formats.collection import TokenCollection
 from data_tools.formats.flat_files import LLMC, NANOGPT, NPY, map_llmc_file, map_npy_file
 from data_tools.formats.opening import open_collection
-from data_tools.formats.plan import DEFAULT_SHARD_TOKENS, ConvertRequest, PlannedFile, chunks, keeps_shards, plan_files
+from data_tools.formats.plan import (
+    DEFAULT_SHARD_TOKENS,
+    ConvertRequest,
+    PlannedFile,
+    keeps_shards,
+    plan_files,
+    read_ranges,
+)
 from data_tools.options import AUTO
 from data_tools.shards.contents import Vocabulary
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, SourceRecord, load_manifest, mask_file_of
@@ -151,7 +158,7 @@ def _write_file(
     stream = collection.splits[planned.split].stream
     writer = ShardWriter(folder, planned.name, planned.split, open_format)
     try:
-        for start, length in chunks(planned.start, planned.stop):
+        for start, length in read_ranges(planned.start, planned.stop):
             tokens = stream.read(start, length)
             contents = vocabulary.count(tokens, collection.path)
             writer.append(tokens, documents=contents.documents, utf8_bytes=contents.utf8_bytes)

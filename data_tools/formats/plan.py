@@ -20,7 +20,7 @@ from data_tools.shards.writer import SHARD_FORMATS
 
 DEFAULT_SHARD_TOKENS = 100_000_000
 OUTPUT_FORMATS = get_args(OutputFormat)
-CHUNK_TOKENS = 1 << 20
+READ_TOKENS = 1 << 20
 _MAX_VOCAB_SIZE = 1 << 16
 
 
@@ -133,9 +133,9 @@ def keeps_shards(request: ConvertRequest, collection: TokenCollection) -> bool:
     return collection.manifest is not None and request.to in SHARD_FORMATS and request.shard_tokens is None
 
 
-def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+def read_ranges(start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Divide the tokens ``start`` to ``stop - 1`` into ranges that fit in memory. Yield (start, length) per range."""
-    return ((at, min(CHUNK_TOKENS, stop - at)) for at in range(start, stop, CHUNK_TOKENS))
+    return ((at, min(READ_TOKENS, stop - at)) for at in range(start, stop, READ_TOKENS))
 
 
 def _require_nothing_lost(request: ConvertRequest, collection: TokenCollection, knows_bytes: bool) -> None:
@@ -199,7 +199,7 @@ def _document_ranges(stream: Tokens, shard_tokens: int, end_of_text: int) -> Ite
 
 def _last_document_start(stream: Tokens, start: int, stop: int, end_of_text: int) -> int | None:
     while start < stop:
-        length = min(CHUNK_TOKENS, stop - start)
+        length = min(READ_TOKENS, stop - start)
         stop -= length
         found = np.flatnonzero(stream.read(stop, length) == end_of_text)
         if found.size:
@@ -209,7 +209,7 @@ def _last_document_start(stream: Tokens, start: int, stop: int, end_of_text: int
 
 def _first_document_start(stream: Tokens, start: int, end_of_text: int) -> int:
     """Return the position of the first document at or after ``start``, or the end of the stream."""
-    for at, length in chunks(start, stream.tokens):
+    for at, length in read_ranges(start, stream.tokens):
         found = np.flatnonzero(stream.read(at, length) == end_of_text)
         if found.size:
             return at + int(found[0])

@@ -21,17 +21,17 @@ def describe_small_validation(manifest: Manifest) -> str | None:
     Return None if the split is large enough, or if there is no validation split.
     """
     tokens = manifest.tokens_of(VAL_SPLIT)
-    share = tokens / max(sum(shard.tokens for shard in manifest.shards), 1)
+    fraction = tokens / max(sum(shard.tokens for shard in manifest.shards), 1)
     requested: object = manifest.settings.get("val_fraction")
     if not tokens:
         return None
     documents = sum(shard.documents for shard in manifest.shards_of(VAL_SPLIT))
     found = f"{count_of(tokens, 'token')} in {count_of(documents, 'document')}"
-    size = f"the validation split has {found}, {share:.2%} of all tokens"
+    size = f"the validation split has {found}, {fraction:.2%} of all tokens"
     cure = advise_larger_validation(manifest)
     if tokens < SMALLEST_VALIDATION_TOKENS:
         return f"{size}; losses on fewer than {SMALLEST_VALIDATION_TOKENS:,} tokens are noisy: {cure}"
-    if isinstance(requested, float) and share < _SMALLEST_RATIO * requested:
+    if isinstance(requested, float) and fraction < _SMALLEST_RATIO * requested:
         return f"{size}; --val-fraction {requested:g} of the documents were requested: {cure}"
     return None
 

@@ -108,22 +108,22 @@ class HuggingFaceSource:
             bounds = [len(rows) * index // count for index in range(count + 1)] if count else []
             return [Slice(self._dataset, start, stop, text_bytes // count) for start, stop in pairwise(bounds)]
 
-    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
+    def read(self, source_slice: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
         def parse(numbered: tuple[int, dict[str, Any]]) -> str:
             number, row = numbered
-            return text_of_record(row, self._text_field, f"{piece}: row {number}")
+            return text_of_record(row, self._text_field, f"{source_slice}: row {number}")
 
-        with self._one_line_errors(piece):
-            rows = self._open(piece.path)
+        with self._one_line_errors(source_slice):
+            rows = self._open(source_slice.path)
             if not self._is_saved():
-                rows = rows.shard(num_shards=rows.num_shards, index=piece.start)
+                rows = rows.shard(num_shards=rows.num_shards, index=source_slice.start)
                 first = 0
             else:
-                rows, first = rows.select(range(piece.start, piece.stop)), piece.start
+                rows, first = rows.select(range(source_slice.start, source_slice.stop)), source_slice.start
             yield from parse_rows(enumerate(rows, start=first), parse, on_bad_row)
 
     @contextmanager
-    def _one_line_errors(self, piece: Slice | None = None) -> Iterator[None]:
+    def _one_line_errors(self, source_slice: Slice | None = None) -> Iterator[None]:
         try:
             yield
         except DataError:
@@ -131,7 +131,7 @@ class HuggingFaceSource:
         # The library raises errors of file systems and HTTP clients, which have no common base class.
         except Exception as error:
             raise DataError(
-                f"cannot read dataset {piece or self._dataset} (config {self._config}, split {self._split}): "
+                f"cannot read dataset {source_slice or self._dataset} (config {self._config}, split {self._split}): "
                 f"{describe_error(error)}"
             ) from error
 

@@ -42,8 +42,10 @@ class InstructionSource(JsonFileSource):
     def __init__(self, inputs: Sequence[str]) -> None:
         super().__init__(inputs)
 
-    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Dialogue]:
-        return parse_rows(read_records(piece), lambda row: dialogue_of(row.parse(), row), on_bad_row)
+    def read(self, source_slice: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Dialogue]:
+        # The text of a tool call contains the numbers in its arguments.
+        rows = read_records(source_slice)
+        return parse_rows(rows, lambda row: dialogue_of(row.parse(exact_integers=True), row), on_bad_row)
 
 
 def dialogue_of(record: Any, place: object) -> Dialogue:

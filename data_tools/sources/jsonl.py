@@ -7,6 +7,7 @@ import codecs
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import orjson
@@ -45,9 +46,9 @@ class JsonlSource(JsonFileSource):
         super().__init__(inputs, text_field=text_field)
         self._text_field = text_field
 
-    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
+    def read(self, source_slice: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
         return parse_rows(
-            read_records(piece), lambda row: text_of_record(row.parse(), self._text_field, row), on_bad_row
+            read_records(source_slice), lambda row: text_of_record(row.parse(), self._text_field, row), on_bad_row
         )
 
 
@@ -68,20 +69,24 @@ class Line(NamedTuple):
                 left -= len(content)
         return f"{self.path}:{number}"
 
-    def parse(self) -> Any:
+    def parse(self, *, exact_integers: bool = False) -> Any:
         """Return the JSON value in the line.
+
+        Args:
+            exact_integers: whether integers of more than 64 bits stay integers. Otherwise, they become floats, and
+                parsing is faster.
 
         Raises:
             BadRowError: the line is not UTF-8 or not JSON.
             DataError: the whole file is of another kind, for example a tar archive.
         """
-        try:
-            return orjson.loads(self.content)
-        except orjson.JSONDecodeError:
-            if self.offset == 0 and (found := describe_decoded(self.content)):
-                raise DataError(f"{self.path} {found}") from None
-            # The standard library also reads lone surrogates and NaN. Its error messages are better.
-            text = decode_utf8(self.content, self.path, self.offset)
+        if not exact_integers:
+            with suppress(orjson.JSONDecodeError):
+                return orjson.loads(self.content)
+        if self.offset == 0 and (found := describe_decoded(self.content)):
+            raise DataError(f"{self.path} {found}")
+        # The standard library also reads lone surrogates and NaN. Its error messages are better.
+        text = decode_utf8(self.content, self.path, self.offset)
         text = text.rstrip()  # in an error message, a position after the line break would be on another line
         try:
             return _parse_json(text)
@@ -106,39 +111,41 @@ class ArrayRecord(NamedTuple):
     def __str__(self) -> str:
         return f"{self.path}: record {self.number}"
 
-    def parse(self) -> Any:
+    def parse(self, *, exact_integers: bool = False) -> Any:
+        """Return the JSON value. Its integers are always exact."""
         return self.value
 
 
-def read_records(piece: Slice) -> Iterator[Line | ArrayRecord]:
+def read_records(source_slice: Slice) -> Iterator[Line | ArrayRecord]:
     """Yield the records that begin in a range of bytes of a file.
 
     If the file is a JSON array, the range from byte 0 yields all records. Other ranges yield none.
     """
-    if not _is_array(piece.path):
-        yield from read_lines(piece)
-    elif piece.start == 0:
-        for number, value in enumerate(_load_array(piece.path)):
-            yield ArrayRecord(piece.path, number, value)
+    if not _is_array(source_slice.path):
+        yield from read_lines(source_slice)
+    elif source_slice.start == 0:
+        for number, value in enumerate(_load_array(source_slice.path)):
+            yield ArrayRecord(source_slice.path, number, value)
 
 
-def read_lines(piece: Slice) -> Iterator[Line]:
+def read_lines(source_slice: Slice) -> Iterator[Line]:
     """Yield the lines that begin in a range of bytes of a file. Skip empty lines and byte order marks."""
-    with open_decompressed(piece.path) as file:
-        offset = piece.start
+    with open_decompressed(source_slice.path) as file:
+        offset = source_slice.start
         if offset:
             # Skip a line that crosses the start, but not a line that begins exactly at the start.
             offset = file.seek(offset - 1)
-            while offset < piece.stop and (content := file.readline(READ_BYTES)):  # a long line takes constant memory
+            # The limit lets a long line take constant memory.
+            while offset < source_slice.stop and (content := file.readline(READ_BYTES)):
                 offset += len(content)
                 if content.endswith(b"\n"):
                     break
         # A compressed file is one slice, and the number of its decompressed bytes is not known.
-        stop = math.inf if compression_of(piece.path) else piece.stop
+        stop = math.inf if compression_of(source_slice.path) else source_slice.stop
         while offset < stop and (line := file.readline()):
             content = line.removeprefix(codecs.BOM_UTF8)  # in the middle of a file, if files were joined with cat
             if content and not content.isspace():
-                yield Line(piece.path, offset + len(line) - len(content), content)
+                yield Line(source_slice.path, offset + len(line) - len(content), content)
             offset += len(line)
 
 

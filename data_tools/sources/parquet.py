@@ -31,13 +31,13 @@ class ParquetSource(FileSource):
             for start, stop, size in group_sizes(self._row_group_bytes(path), slice_bytes)
         ]
 
-    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
-        groups = range(piece.start, piece.stop)
-        with _open_parquet(piece.path) as file:
-            row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+    def read(self, source_slice: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
+        groups = range(source_slice.start, source_slice.stop)
+        with _open_parquet(source_slice.path) as file:
+            row = sum(file.metadata.row_group(group).num_rows for group in range(source_slice.start))
             for batch in file.iter_batches(_BATCH_ROWS, groups, columns=[self._text_field], use_threads=False):
                 values = batch.column(self._text_field)  # for a.b, the batch also has a column a with a field b
-                yield from _texts_of(values, f"{piece.path}: row", row, self._text_field, on_bad_row)
+                yield from _texts_of(values, f"{source_slice.path}: row", row, self._text_field, on_bad_row)
                 row += batch.num_rows
 
     def _row_group_bytes(self, path: str) -> list[int]:

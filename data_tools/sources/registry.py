@@ -51,7 +51,7 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Document]:
+    def read(self, source_slice: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[Document]:
         """Yield the documents of a slice, always in the same order. Documents may be empty.
 
         ``on_bad_row`` receives the error for each row that cannot be read. If ``on_bad_row`` returns, the row is

@@ -44,13 +44,13 @@ class StandardLibrarySource:
     def slices(self, slice_bytes: int) -> list[Slice]:
         return [*group_files(self._files, slice_bytes), Slice(_TOPICS, 0, 1, 0)]
 
-    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
-        if piece.path == _TOPICS:
+    def read(self, source_slice: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
+        if source_slice.path == _TOPICS:
             # Imported here because the module contains half a megabyte of text.
             from pydoc_data.topics import topics
 
             yield from (topics[name] for name in sorted(topics))
             return
-        for path, _ in self._files[piece.start : piece.stop]:
+        for path, _ in self._files[source_slice.start : source_slice.stop]:
             with one_line_source_errors(path), suppress(UnicodeDecodeError):
                 yield (self._root / path).read_bytes().decode("utf-8")

@@ -43,8 +43,8 @@ class TextSource(FileSource):
         """
         return group_files(self.files, slice_bytes) if self._separator is None else super().slices(slice_bytes)
 
-    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
-        return parse_rows(self._read_bytes(piece), lambda row: _decode_text(*row), on_bad_row)
+    def read(self, source_slice: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
+        return parse_rows(self._read_bytes(source_slice), lambda row: _decode_text(*row), on_bad_row)
 
     def notices(self) -> list[str]:
         """Return messages: how many files are JSON lines, and how many of the first local files are HTML pages."""
@@ -72,23 +72,23 @@ class TextSource(FileSource):
     def _is_read_whole(self, path: str) -> bool:
         return self._separator is None
 
-    def _read_bytes(self, piece: Slice) -> Iterator[tuple[bytes, str, int]]:
+    def _read_bytes(self, source_slice: Slice) -> Iterator[tuple[bytes, str, int]]:
         """Yield bytes, file and offset of each document that begins in the slice."""
         if self._separator is None:
-            for path, _ in self.files[piece.start : piece.stop]:
+            for path, _ in self.files[source_slice.start : source_slice.stop]:
                 with open_decompressed(path) as file:
                     content = file.read()
                 yield content, path, 0
             return
         # A compressed file is one slice, and the number of its decompressed bytes is not known.
-        stop = math.inf if compression_of(piece.path) else piece.stop
-        start = piece.start and _first_beginning(piece, self._separator)
+        stop = math.inf if compression_of(source_slice.path) else source_slice.stop
+        start = source_slice.start and _first_beginning(source_slice, self._separator)
         if start >= stop:
             return
-        for offset, content in _split(piece.path, self._separator, start):
+        for offset, content in _split(source_slice.path, self._separator, start):
             if offset >= stop:
                 return
-            yield content, piece.path, offset
+            yield content, source_slice.path, offset
 
 
 def _decode_text(content: bytes, path: str, offset: int) -> str:
@@ -104,23 +104,23 @@ def _decode_text(content: bytes, path: str, offset: int) -> str:
     return text if offset else text.removeprefix("\ufeff")
 
 
-def _first_beginning(piece: Slice, separator: bytes) -> int:
+def _first_beginning(source_slice: Slice, separator: bytes) -> int:
     """Return the offset of the first document that begins in a range, or the end of the range."""
-    with open_decompressed(piece.path) as file:
-        position = _safe_search_start(file, max(0, piece.start - len(separator)), separator)
+    with open_decompressed(source_slice.path) as file:
+        position = _safe_search_start(file, max(0, source_slice.start - len(separator)), separator)
         file.seek(position)
         rest = b""
-        while position < piece.stop and (content := file.read(READ_BYTES)):
+        while position < source_slice.stop and (content := file.read(READ_BYTES)):
             rest += content
             searched = 0
             while (found := rest.find(separator, searched)) >= 0:
                 searched = found + len(separator)
-                if position + searched >= piece.start:
+                if position + searched >= source_slice.start:
                     return position + searched
             searched = max(searched, len(rest) - len(separator) + 1)  # a separator may straddle two reads
             position += searched
             rest = rest[searched:]
-    return piece.stop
+    return source_slice.stop
 
 
 def _safe_search_start(file: BinaryIO, position: int, separator: bytes) -> int:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
-_CHUNK_BYTES = 8 << 20  # large, because each chunk releases and acquires the GIL twice
+_READ_BYTES = 8 << 20  # large, because each read releases and acquires the GIL twice
 
 
 def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_bytes: None) -> str:
@@ -21,10 +21,10 @@ def sha256_of_file(path: Path, advance: Callable[[int], None] = lambda done_byte
     ``advance`` receives the number of bytes read since its last call, every few megabytes.
     """
     digest = hashlib.sha256()
-    chunk = memoryview(bytearray(_CHUNK_BYTES))
+    buffer = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while n := file.readinto(chunk):
-            digest.update(chunk[:n])
+        while n := file.readinto(buffer):
+            digest.update(buffer[:n])
             advance(n)
     return digest.hexdigest()
 

@@ -108,8 +108,8 @@ def tokens_of(folder: Path, split: str = "train") -> np.ndarray:
 
 def read_documents(source: Source, slice_bytes: int = 1 << 30) -> Iterator[Document]:
     """Yield all documents of a source in order."""
-    for piece in source.slices(slice_bytes):
-        yield from source.read(piece)
+    for source_slice in source.slices(slice_bytes):
+        yield from source.read(source_slice)
 
 
 def documents_of(folder: Path) -> int:

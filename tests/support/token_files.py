@@ -39,7 +39,7 @@ def small_pieces(tokens: int = 16) -> Iterator[Path]:
     """Yield an empty folder. In the block, everything is read and written in pieces of ``tokens``."""
     with (
         TemporaryDirectory() as folder,
-        mock.patch.object(plan, "CHUNK_TOKENS", tokens),
+        mock.patch.object(plan, "READ_TOKENS", tokens),
         mock.patch.object(megatron, "BLOCK_DOCUMENTS", 3),
         mock.patch.object(inspection, "_READ_TOKENS", tokens),
     ):

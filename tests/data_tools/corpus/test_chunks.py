@@ -35,8 +35,8 @@ class ListSource:
         sizes = [len(utf8_of(document)) if self._sizes_known else None for document in self._documents]
         return [Slice("list", index, index + 1, size) for index, size in enumerate(sizes)]
 
-    def read(self, piece: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
-        yield from self._documents[piece.start : piece.stop]
+    def read(self, source_slice: Slice, on_bad_row: OnBadRow = stop_at_bad_row) -> Iterator[str]:
+        yield from self._documents[source_slice.start : source_slice.stop]
 
 
 def plan(documents: Sequence[str], *, sizes_known: bool = True, **options: Any) -> tuple[list[Chunk], list[list[str]]]:

@@ -101,7 +101,7 @@ def test_a_text_is_cut_after_a_paragraph_a_line_or_a_word(text: str, val_fractio
     assert "".join(str(piece.document) for piece in pieces) == text
     assert [piece.split for piece in pieces] == (["train"] if cut is None else ["train", "val"])
     assert pieces[0].document == (text if cut is None else cut)
-    assert all(piece.is_part == (cut is not None) for piece in pieces)
+    assert all(piece.is_divided == (cut is not None) for piece in pieces)
 
 
 @given(words=st.lists(st.sampled_from(["a", "bc", "\n", "\n\n", " "]), min_size=1), val_fraction=st.floats(0.01, 0.99))

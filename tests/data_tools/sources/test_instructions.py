@@ -133,6 +133,17 @@ def test_calls_of_tools_are_answers_and_results_are_not(call: dict[str, Any]) ->
     assert "### Tool:\n3\n\n" in dialogue.text
 
 
+@pytest.mark.parametrize("as_array", [False, True])
+def test_numbers_in_a_call_keep_all_their_digits(tmp_path: Path, as_array: bool) -> None:
+    """The fast parser converts integers of more than 64 bits to floats."""
+    number = 1234567890123456789012345
+    messages = [CHAT[1], {"role": "assistant", "tool_calls": [{"name": "show", "arguments": {"id": number}}]}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": messages}] if as_array else {"messages": messages}))
+    [dialogue] = read_documents(open_source(SourceRequest(source="instructions", inputs=(str(path),))))
+    assert f'{{"name": "show", "arguments": {{"id": {number}}}}}' in dialogue.text
+
+
 @pytest.mark.parametrize("slice_bytes", [1, 100, 1 << 20])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_lines_that_are_lists_of_messages_are_not_an_array(name: str, slice_bytes: int, tmp_path: Path) -> None:

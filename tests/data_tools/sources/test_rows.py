@@ -65,13 +65,13 @@ def test_a_bad_row_is_passed_on_and_the_next_rows_are_read(
 ) -> None:
     write(tmp_path / name)
     source = open_source(SourceRequest(source=kind, inputs=(str(tmp_path / name),)))  # type: ignore[arg-type]
-    (piece,) = source.slices(1 << 30)
+    (source_slice,) = source.slices(1 << 30)
     bad: list[BadRowError] = []
-    assert len(list(source.read(piece, bad.append))) == 2
+    assert len(list(source.read(source_slice, bad.append))) == 2
     (error,) = bad
     assert place in str(error)
     with pytest.raises(DataError) as caught:
-        list(source.read(piece))
+        list(source.read(source_slice))
     assert str(caught.value) == str(error)
 
 

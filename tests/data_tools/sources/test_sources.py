@@ -595,10 +595,10 @@ def test_an_update_on_the_hub_does_not_change_a_request_that_has_begun(
 ) -> None:
     hub = _Hub(monkeypatch)
     opened = source_of("hf", "me/texts")
-    (piece,) = opened.slices(WHOLE)
+    (source_slice,) = opened.slices(WHOLE)
     hub.newest = "c2"
-    assert piece.path == "me/texts@c1"
-    assert list(opened.read(piece)) == ["a"]
+    assert source_slice.path == "me/texts@c1"
+    assert list(opened.read(source_slice)) == ["a"]
     assert documents("hf", "me/texts") == ["a", "b"]
     assert documents("hf", "me/texts@c1") == ["a"]
     request = TokenizeRequest(source="hf", inputs=("me/texts",), out=tmp_path / "out", workers=1)

@@ -126,7 +126,7 @@ def test_short_and_odd_texts_are_texts(text: str) -> None:
 def read_source(source: str) -> Callable[[Path], object]:
     def read(path: Path) -> object:
         opened = open_source(SourceRequest(source=source, inputs=(str(path),)))  # type: ignore[arg-type]
-        return [document for piece in opened.slices(1 << 20) for document in opened.read(piece)]
+        return [document for source_slice in opened.slices(1 << 20) for document in opened.read(source_slice)]
 
     return read
 

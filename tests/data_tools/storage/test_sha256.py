@@ -14,7 +14,7 @@ from data_tools.storage.sha256 import sha256_of_file, start_hashing
 
 def test_sha256_of_a_file_longer_than_one_read(tmp_path: Path) -> None:
     content = bytes(range(256)) * 40_000
-    assert len(content) > sha256._CHUNK_BYTES
+    assert len(content) > sha256._READ_BYTES
     (tmp_path / "file").write_bytes(content)
     assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
