@@ -425,7 +425,10 @@ def test_parquet_faults_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["a", None], "id": [1, 2]}), path)
     assert f"{path}: no column 'text'; the columns are body, id; choose" in refusal("parquet", path)
-    assert f"{path}: column 'id' holds int64, it must hold strings" in refusal("parquet", path, text_field="id")
+    assert (
+        f"{path}: column 'id' holds int64, it must hold strings; choose another one with --text-field, or write"
+        in refusal("parquet", path, text_field="id")
+    )
     assert f"{path}: row 1: column 'body' is null" in refusal("parquet", path, text_field="body")
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
     assert f"{path}: has several columns 'text'; choose another one" in refusal("parquet", path)
@@ -500,7 +503,9 @@ def test_a_dataset_saved_to_disk(tmp_path: Path) -> None:
     assert documents("hf", tmp_path / "one") == DOCUMENTS
     assert documents("hf", tmp_path / "many") == DOCUMENTS
     assert documents("hf", tmp_path / "many", dataset_split="dev") == DOCUMENTS[3:4]
-    assert "has no split 'val'; it has train, dev" in refusal("hf", tmp_path / "many", dataset_split="val")
+    assert "has no split 'val'; it has train, dev; choose one with --dataset-split" in refusal(
+        "hf", tmp_path / "many", dataset_split="val"
+    )
     assert "has no split 'val': it is one Dataset" in refusal("hf", tmp_path / "one", dataset_split="val")
     dataset.select([]).save_to_disk(tmp_path / "empty")
     assert "the dataset or one of its splits has no rows" in refusal("hf", tmp_path / "empty")
