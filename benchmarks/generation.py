@@ -15,7 +15,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pipeline.config.schema import ModelConfig, SampleConfig
 from pipeline.generation.generate import Decoder, generate_batch
 from pipeline.generation.text_generator import DTYPES
 from pipeline.model.gpt2 import GPT2, build_model
-from pipeline.model.packed_linear import FILLED_ROWS, InferenceLinear, Way, pack_linear_layers
+from pipeline.model.packed_linear import WAYS, inference_linear, linear_layers, pack_linear_layers
 
 PROMPT_TOKENS = 32
 PRODUCT_ROWS = (1, 2, 4, 512)  # one row per completion in generation, and the rows of a prompt
@@ -41,12 +42,6 @@ TRANSFORMERS_SETTINGS = {
     "transformers, sdpa": ("sdpa", False),
     "transformers, eager": ("eager", False),
     "transformers, static, compiled": ("sdpa", True),
-}
-
-NAMED_WAYS = {
-    "F.linear": Way(is_packed=False),
-    "packed": Way(is_packed=True),
-    "packed, filled up": Way(is_packed=True, fewest_rows=FILLED_ROWS),
 }
 
 Texts = list[list[int]]  # token ids
@@ -79,6 +74,7 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     for precision in arguments.precision:
         if on_cpu:
+            print_limit(model, DTYPES[precision])
             print_products(model, precision, arguments.rows)
         contenders: dict[str, Contender] = {}
         for name, (attention, compiled) in TRANSFORMERS_SETTINGS.items():
@@ -92,31 +88,39 @@ def main() -> None:
         arguments.out.write_text(json.dumps(found), encoding="utf-8")
 
 
+@torch.inference_mode()
+def print_limit(model: GPT2, dtype: torch.dtype) -> None:
+    """Print how many steps per second are possible if a step only reads each weight of the linear layers once."""
+    layers = linear_layers(model)  # in fp32; a sum over bf16 weights would be limited by arithmetic
+    read_s = 1e-3 * _shortest_ms(layers, lambda layer: layer.weight.sum())
+    bytes_per_s = sum(layer.weight.nbytes for layer in layers) / read_s
+    step_bytes = sum(layer.weight.numel() for layer in layers) * dtype.itemsize
+    print(
+        f"limit: {step_bytes / 1e6:.0f} MB of weights at {bytes_per_s / 1e9:.1f} GB/s: "
+        f"{1e3 * step_bytes / bytes_per_s:.1f} ms per step, {bytes_per_s / step_bytes:.1f} tokens/s per prompt"
+    )
+
+
 def print_products(model: GPT2, precision: str, numbers_of_rows: Sequence[int]) -> None:
     """Print the milliseconds of the linear layers of all blocks, without attention and the output layer."""
     dtype = DTYPES[precision]
-    layers = [layer for layer in copy.deepcopy(model.h).to(dtype).modules() if isinstance(layer, nn.Linear)]
+    layers = linear_layers(copy.deepcopy(model.h).to(dtype))
     for rows in numbers_of_rows:
-        for name, product in product_ways(layers, rows, dtype).items():
-            ms = _shortest_ms(layers, product)
+        inputs = {layer: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
+        for way in WAYS[torch.float32]:
+            own = {layer: inference_linear(layer, dtype, way) for layer in layers}
+            ms = _shortest_ms(layers, partial(_product, own, inputs))
+            name = way.layout if way.few_rows == "none" else f"{way.layout}, {way.few_rows}"
             print(f"products of the blocks, {precision}, rows: {rows:>3}, {name:<17}{ms:>8.1f} ms")
 
 
-def product_ways(layers: list[nn.Linear], rows: int, dtype: torch.dtype) -> dict[str, Product]:
-    """Return the matrix products to compare: that of transformers' Conv1D, and one per ``Way`` of our layer."""
-    inputs = {layer.in_features: torch.randn(rows, layer.in_features).to(dtype) for layer in layers}
-    transposed = {layer: layer.weight.detach().t().contiguous() for layer in layers}
-    products: dict[str, Product] = {
-        "addmm": lambda layer: torch.addmm(layer.bias, inputs[layer.in_features], transposed[layer])
-    }
-    for name, way in NAMED_WAYS.items():
-        own = {layer: InferenceLinear(layer, dtype, way) for layer in layers}
-        products[name] = lambda layer, own=own: own[layer](inputs[layer.in_features])  # type: ignore[misc]
-    return products
+def _product(own: Mapping[nn.Linear, nn.Module], inputs: Mapping[nn.Linear, Tensor], layer: nn.Linear) -> Tensor:
+    y: Tensor = own[layer](inputs[layer])
+    return y
 
 
 @torch.inference_mode()
-def _shortest_ms(layers: list[nn.Linear], product: Product) -> float:
+def _shortest_ms(layers: Sequence[nn.Linear], product: Product) -> float:
     """Time the product of each layer several times. Return the sum of the layers' shortest times, in ms."""
     shortest = [math.inf] * len(layers)
     for _ in range(PRODUCT_ROUNDS):

@@ -1,12 +1,16 @@
 """Define linear layers for fast inference on a CPU.
 
-In generation, a matrix product takes about as long as reading its weight from memory. torch reads weights faster on
-some CPUs, and oneDNN on others. This module measures both, and stores each weight for the faster library.
+In generation, a matrix product takes about as long as reading its weight from memory. Which library reads fastest, and
+from which layout, depends on the CPU and on the number of rows of the input. This module measures several ways, and
+stores each weight for the fastest one.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -15,75 +19,123 @@ from torch import Tensor
 
 from pipeline.model.gpt2 import GPT2, GeluLinear, gelu
 
-#: An input with fewer rows can be filled up to this number. On some CPUs, oneDNN reads fp32 weights faster for four
-#: rows than for one to three rows.
-FILLED_ROWS = 4
-ROUNDS = 5
-MEASURED_BLOCKS = 2  # enough that the weights do not stay in the caches of the CPU
-MEASURED_OUTPUTS = 8192  # of the output layer
+#: On some CPUs, an input with fewer rows needs a special treatment to read the weight at full speed.
+FEW_ROWS = 4
+ROUNDS = 4
+MEASURED_BYTES = 50e6  # of the blocks. On most CPUs, these weights are larger than the caches.
+MEASURED_OUTPUTS = 4096  # of the output layer
+SLOW = 1.5  # a way that takes this many times as long as the fastest one is measured only in the first two rounds
 LEAST_GAIN = 0.05  # the least share of time that another way must save to replace the usual way
+
+#: How a weight is stored: as in ``nn.Linear``, transposed as in OpenAI's GPT-2, or in the layout of oneDNN.
+Layout = Literal["plain", "transposed", "packed"]
+#: What happens to an input with fewer than ``FEW_ROWS`` rows:
+#:
+#: - ``filled``: further rows fill it up to ``FEW_ROWS`` rows. On some CPUs, oneDNN then reads fp32 weights faster.
+#: - ``split``: each thread computes the product of one range of columns. On some CPUs, the library of torch uses only
+#:   one thread for one row. One core cannot read at the full speed of the memory.
+Treatment = Literal["none", "filled", "split"]
 
 
 @dataclass(frozen=True)
 class Way:
     """A method of computing a linear layer. All methods compute the same function."""
 
-    is_packed: bool  # whether the weight is stored in the layout of oneDNN
-    fewest_rows: int = 1  # an input with fewer rows is filled up with rows of zeros
+    layout: Layout
+    few_rows: Treatment = "none"  # "filled" requires the layout "packed", and "split" the layout "transposed"
 
     def store(self, weight: Tensor) -> Tensor:
         """Return the weight, shape (out, in), in the layout that ``product`` needs."""
-        return torch.ops.mkldnn._reorder_linear_weight(weight) if self.is_packed else weight
+        if self.layout == "packed":
+            return torch.ops.mkldnn._reorder_linear_weight(weight)
+        return weight.t().contiguous().t() if self.layout == "transposed" else weight
 
     def product(self, x: Tensor, stored: Tensor, bias: Tensor | None, with_gelu: bool = False) -> Tensor:
         """Return x W^T + b, or its ``gelu``, shape (..., out).
 
         Args:
-            x: shape (..., in), in the dtype of the weight, with at least ``fewest_rows`` rows.
+            x: shape (..., in), in the dtype of the weight. If ``few_rows`` is ``filled``, at least ``FEW_ROWS`` rows.
             stored: the result of ``store``.
         """
-        if self.is_packed:
+        if self.layout == "packed":
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, stored, bias, "gelu" if with_gelu else "none", [], "tanh")
             return y
-        y = F.linear(x, stored, bias)
+        if self.few_rows == "split" and x.shape[:-1].numel() < FEW_ROWS:
+            y = split_linear(x, stored, bias)
+        else:
+            y = F.linear(x, stored, bias)
         return gelu(y) if with_gelu else y
 
 
-#: The ways to measure per dtype, the usual way first. bf16 has only one way, because ways round bf16 differently: a
-#: repeated command could then generate another text.
+def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute ``F.linear`` as a sum over ranges of the columns of ``x``, one range per thread.
+
+    Args:
+        weight: shape (out, in), stored by columns.
+    """
+    out, width = weight.shape
+    count = _number_of_ranges(width, torch.get_num_threads())
+    ranges = x.reshape(-1, count, width // count).transpose(0, 1)  # (count, rows, in / count)
+    y = torch.bmm(ranges, weight.t().view(count, width // count, out)).sum(0)  # (rows, out)
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], out)
+
+
+@cache
+def _number_of_ranges(width: int, threads: int) -> int:
+    """Return the largest number of equal ranges of ``width`` columns that is at most the number of threads."""
+    return max(count for count in range(1, threads + 1) if width % count == 0)
+
+
+#: The ways to measure per dtype. The first one is used unless another one is clearly faster: in the measurement,
+#: ``packed`` and ``filled`` often take the same time, but in generation ``filled`` is faster on some CPUs. bf16 has
+#: only one way, because ways round bf16 differently: a repeated command could then generate another text.
 WAYS = {
-    torch.float32: (Way(is_packed=True), Way(is_packed=True, fewest_rows=FILLED_ROWS), Way(is_packed=False)),
-    torch.bfloat16: (Way(is_packed=True),),
+    torch.float32: (
+        Way("packed", "filled"),
+        Way("packed"),
+        Way("transposed", "split"),
+        Way("transposed"),
+        Way("plain"),
+    ),
+    torch.bfloat16: (Way("packed"),),
 }
 
 
 class InferenceLinear(nn.Module):
     """A linear layer for inference. It converts each input to the dtype of its weight.
 
-    The weight gets no gradient.
+    The weight gets no gradient. Two threads must not use the layer at the same time.
 
     Args:
+        weight: the result of ``way.store``.
         with_gelu: whether the layer also computes the ``gelu`` of its output.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, way: Way, with_gelu: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, way: Way, with_gelu: bool = False) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.weight = weight
+        self.bias = bias
         self.way = way
         self.with_gelu = with_gelu
-        self.weight = way.store(linear.weight.detach().to(dtype))
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        # A new tensor per call would be slower: all its rows would have to be written, to memory that no cache holds.
+        shape = (FEW_ROWS, weight.shape[1])
+        self.filled_input = torch.zeros(shape, dtype=weight.dtype) if way.few_rows == "filled" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, shape (..., out), in the dtype of the layer. The input can have any dtype."""
-        x = x.to(self.dtype)
-        rows = x.shape[:-1].numel()
-        missing = self.way.fewest_rows - rows
-        if missing <= 0:
+        x = x.to(self.weight.dtype)
+        filled = self.filled_input
+        if filled is None or (rows := x.shape[:-1].numel()) >= FEW_ROWS:
             return self.way.product(x, self.weight, self.bias, self.with_gelu)
-        filled = F.pad(x.reshape(rows, -1), (0, 0, 0, missing))
+        filled[:rows] = x.reshape(rows, -1)
         y = self.way.product(filled, self.weight, self.bias, self.with_gelu)
         return y[:rows].view(*x.shape[:-1], y.shape[-1])
+
+
+def inference_linear(linear: nn.Linear, dtype: torch.dtype, way: Way, with_gelu: bool = False) -> InferenceLinear:
+    """Return an ``InferenceLinear`` with the weight and the bias of a linear layer."""
+    bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+    return InferenceLinear(way.store(linear.weight.detach().to(dtype)), bias, way, with_gelu)
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None) -> None:
@@ -93,20 +145,19 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None)
 
     Args:
         rows: the number of rows in most inputs. The ways are measured with this number, and each layer uses the
-            fastest ``Way``. If None, each layer uses the first ``Way`` in ``WAYS``. The rounding is then the same in
-            each call.
+            fastest ``Way``. If None, each layer uses oneDNN's layout. The rounding is then the same in each call.
     """
     if model.wte.weight.device.type != "cpu" or not can_pack(dtype):
         return
-    usual = dict.fromkeys(map(_shape, linear_layers(model)), WAYS[dtype][0])
+    usual = dict.fromkeys(map(_shape, linear_layers(model)), Way("packed"))
     ways = usual if rows is None or len(WAYS[dtype]) == 1 else fastest_ways(model, dtype, rows)
-    model.lm_head.packed_product = InferenceLinear(model.lm_head, dtype, ways[_shape(model.lm_head)])
+    model.lm_head.packed_product = inference_linear(model.lm_head, dtype, ways[_shape(model.lm_head)])
     # A list of the linear layers would keep all their weights in memory.
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in module.named_children():
             with_gelu = isinstance(child, GeluLinear) and child.activation is gelu
             if isinstance(child, nn.Linear) and (with_gelu or type(child) is nn.Linear):
-                setattr(module, name, InferenceLinear(child, dtype, ways[_shape(child)], with_gelu))
+                setattr(module, name, inference_linear(child, dtype, ways[_shape(child)], with_gelu))
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -122,38 +173,61 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def fastest_ways(model: GPT2, dtype: torch.dtype, rows: int) -> dict[tuple[int, int], Way]:
-    """Time each ``Way`` of computing linear layers. Return the fastest way for each weight shape (out, in).
+    """Time the ways of computing linear layers. Return the fastest way for each weight shape (out, in).
+
+    Copies of at most ``MEASURED_BYTES`` and one block are in memory, plus some rows of the output layer.
 
     Args:
         rows: the number of rows of the measured inputs.
     """
-    ways = WAYS[dtype]
-    layers = linear_layers(model.h[:MEASURED_BLOCKS])
+    layers = _measured_layers(model)
     shapes = [_shape(layer) for layer in (*layers, model.lm_head)]
     weights = [layer.weight.detach().to(dtype) for layer in layers]
     weights.append(model.lm_head.weight[:MEASURED_OUTPUTS].detach().to(dtype))
-    seconds = [_measure(way, shapes, weights, rows) for way in ways]
-    return {shape: _choose(ways, [found[shape] for found in seconds]) for shape in shapes}
+    seconds: dict[tuple[int, int], dict[Way, float]] = {shape: {} for shape in shapes}
+    ways = [way for way in WAYS[dtype] if way.few_rows == "none" or rows < FEW_ROWS]
+    for layout in dict.fromkeys(way.layout for way in ways):
+        _measure([way for way in ways if way.layout == layout], shapes, weights, rows, seconds)
+    return {shape: _choose(found) for shape, found in seconds.items()}
+
+
+def _measured_layers(model: GPT2) -> list[nn.Linear]:
+    block_bytes = sum(weight.nbytes for weight in model.h[0].parameters())
+    return linear_layers(model.h[: math.ceil(MEASURED_BYTES / block_bytes)])
 
 
 def _measure(
-    way: Way, shapes: Sequence[tuple[int, int]], weights: Sequence[Tensor], rows: int
-) -> dict[tuple[int, int], float]:
-    stored = [way.store(weight) for weight in weights]
-    inputs = [torch.ones(max(rows, way.fewest_rows), weight.shape[1], dtype=weight.dtype) for weight in weights]
-    shortest: dict[tuple[int, int], float] = {}
-    for _ in range(1 + ROUNDS):  # the first round warms up, and is never the shortest
-        for shape, x, weight in zip(shapes, inputs, stored, strict=True):
-            start = time.perf_counter()
-            way.product(x, weight, None)
-            elapsed = time.perf_counter() - start
-            shortest[shape] = min(elapsed, shortest.get(shape, elapsed))
-    return shortest
+    ways: Sequence[Way],
+    shapes: Sequence[tuple[int, int]],
+    weights: Sequence[Tensor],
+    rows: int,
+    seconds: dict[tuple[int, int], dict[Way, float]],
+) -> None:
+    """Add the shortest time of each way to ``seconds``, per shape.
+
+    Args:
+        ways: ways with the same layout. Only one copy of the weights is in memory.
+    """
+    stored = [ways[0].store(weight) for weight in weights]
+    layers = [[InferenceLinear(weight, None, way) for weight in stored] for way in ways]
+    inputs = [torch.ones(rows, weight.shape[1], dtype=weight.dtype) for weight in weights]
+    for finished in range(1 + ROUNDS):  # the first round warms up, and is never the shortest
+        for way, own in zip(ways, layers, strict=True):
+            for shape, x, layer in zip(shapes, inputs, own, strict=True):
+                found = seconds[shape]
+                if finished > 1 and found[way] > SLOW * min(found.values()):
+                    continue
+                start = time.perf_counter()
+                layer(x)
+                elapsed = time.perf_counter() - start
+                found[way] = min(elapsed, found.get(way, elapsed))
 
 
-def _choose(ways: Sequence[Way], seconds: Sequence[float]) -> Way:
-    fastest = min(range(len(ways)), key=seconds.__getitem__)
-    return ways[fastest] if seconds[fastest] <= (1 - LEAST_GAIN) * seconds[0] else ways[0]
+def _choose(seconds: dict[Way, float]) -> Way:
+    """Return the fastest way, or the first one if no other way is clearly faster."""
+    usual = next(iter(seconds))
+    fastest = min(seconds, key=seconds.__getitem__)
+    return fastest if seconds[fastest] <= (1 - LEAST_GAIN) * seconds[usual] else usual
 
 
 def linear_layers(module: nn.Module) -> list[nn.Linear]:

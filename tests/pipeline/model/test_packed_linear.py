@@ -15,11 +15,13 @@ from pipeline.config.schema import ModelConfig
 from pipeline.model import packed_linear
 from pipeline.model.gpt2 import GPT2, MLP, ScoringBatch
 from pipeline.model.packed_linear import (
+    MEASURED_BYTES,
     WAYS,
     InferenceLinear,
     Way,
     can_pack,
     fastest_ways,
+    inference_linear,
     linear_layers,
     pack_linear_layers,
 )
@@ -69,39 +71,105 @@ def test_every_way_computes_the_product(
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     for way in WAYS[dtype]:
         with torch.no_grad():
-            found = InferenceLinear(linear, dtype, way, with_gelu)(x)
+            found = inference_linear(linear, dtype, way, with_gelu)(x)
         assert found.dtype == dtype and found.shape == exact.shape
         assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
-@pytest.mark.parametrize("slow", WAYS[torch.float32])
-def test_a_slow_way_is_not_chosen(model: GPT2, monkeypatch: pytest.MonkeyPatch, slow: Way) -> None:
-    product, calls = Way.product, []
+@torch.no_grad()
+def test_filled_rows_do_not_change_the_result() -> None:
+    linear, x = nn.Linear(37, 50), torch.randn(3, 37)
+    layer = inference_linear(linear, torch.float32, Way("packed", "filled"))
+    first = layer(x)
+    kept = first.clone()
+    for rows in (1, 2, 4, 1):
+        inputs = torch.randn(rows, 37)
+        torch.testing.assert_close(layer(inputs), linear(inputs))
+    assert torch.equal(first, kept), "a later call does not overwrite an earlier result"
 
-    def delayed(way: Way, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        calls.append(len(x))
-        if way == slow:
+
+def test_transposed_weights_are_stored_by_columns() -> None:
+    weight = torch.randn(50, 37)
+    stored = Way("transposed").store(weight)
+    assert torch.equal(stored, weight) and stored.stride() == (1, 50)
+    assert Way("plain").store(weight) is weight
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.no_grad()
+def test_a_split_product_is_a_sum_over_ranges(monkeypatch: pytest.MonkeyPatch, threads: int, rows: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    bmm, counts = torch.bmm, []
+    monkeypatch.setattr(torch, "bmm", lambda x, y: counts.append(len(x)) or bmm(x, y))
+    linear, x = nn.Linear(64, 50), torch.randn(rows, 1, 64)
+    layer = inference_linear(linear, torch.float32, Way("transposed", "split"))
+    torch.testing.assert_close(layer(x), linear(x))
+    assert counts == [{1: 1, 2: 2, 5: 4}[threads]], "at most one range per thread, and equal ranges"
+
+
+Calls = dict[Way, list[int]]  # the numbers of rows in the measured products
+
+
+def delay_products(monkeypatch: pytest.MonkeyPatch, delayed: set[Way]) -> Calls:
+    """Make some ways slow. Return the calls of all ways, as they happen."""
+    product = Way.product
+    calls: Calls = {}
+
+    def replacement(way: Way, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        calls.setdefault(way, []).append(len(x))
+        if way in delayed:
             time.sleep(0.005)
         return product(way, x, *others)
 
-    monkeypatch.setattr(Way, "product", delayed)
+    monkeypatch.setattr(Way, "product", replacement)
+    return calls
+
+
+@pytest.mark.parametrize("fastest", WAYS[torch.float32])
+def test_the_fastest_way_is_chosen(model: GPT2, monkeypatch: pytest.MonkeyPatch, fastest: Way) -> None:
+    ways = set(WAYS[torch.float32])
+    calls = delay_products(monkeypatch, ways - {fastest})
     chosen = fastest_ways(model, torch.float32, rows=3)
-    assert set(chosen) == {(layer.out_features, layer.in_features) for layer in linear_layers(model)}
-    assert slow not in chosen.values()
-    assert set(calls) == {3, 4}, "the ways are measured with this number of rows, and with rows filled up"
+    assert chosen == {(layer.out_features, layer.in_features): fastest for layer in linear_layers(model)}
+    assert {way: set(rows) for way, rows in calls.items()} == {
+        way: {4 if way.few_rows == "filled" else 3} for way in ways
+    }
+
+
+def test_a_slow_way_is_measured_only_twice(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Way("plain")
+    calls = delay_products(monkeypatch, {slow})
+    fastest_ways(model, torch.float32, rows=1)
+    assert len(calls[slow]) == 2 * len(linear_layers(model))
+
+
+def test_inputs_with_enough_rows_get_no_treatment(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = delay_products(monkeypatch, set())
+    fastest_ways(model, torch.float32, rows=4)
+    assert set(calls) == {way for way in WAYS[torch.float32] if way.few_rows == "none"}
+
+
+@pytest.mark.parametrize(("preset", "blocks"), [("gpt2", 2), ("gpt2-xl", 1)])
+def test_the_measured_layers_are_few(preset: str, blocks: int) -> None:
+    with torch.device("meta"):
+        model = GPT2(ModelConfig.model_validate({"preset": preset}))
+    layers = packed_linear._measured_layers(model)
+    assert layers == linear_layers(model.h[:blocks])
+    assert sum(layer.weight.nbytes for layer in layers) > MEASURED_BYTES
 
 
 def test_the_usual_way_is_kept_unless_another_one_is_clearly_faster() -> None:
-    ways = WAYS[torch.float32]
-    assert packed_linear._choose(ways, [1.0, 1.2, 0.97]) == ways[0]
-    assert packed_linear._choose(ways, [1.0, 0.8, 0.9]) == ways[1]
+    usual, packed, transposed, *_ = WAYS[torch.float32]
+    assert packed_linear._choose({usual: 1.0, packed: 1.2, transposed: 0.97}) == usual
+    assert packed_linear._choose({usual: 1.0, packed: 0.8, transposed: 0.9}) == packed
 
 
 def test_without_a_number_of_rows_the_usual_way_is_chosen(model: GPT2) -> None:
     pack_linear_layers(model, torch.float32)
     layers = [module for module in model.modules() if isinstance(module, InferenceLinear)]
     assert len(layers) == 4 * model.config.n_layer + 1
-    assert {layer.way for layer in layers} == {WAYS[torch.float32][0]}
+    assert {layer.way for layer in layers} == {Way("packed")}
 
 
 def test_generated_tokens_are_the_same(model: GPT2, packed_model: GPT2) -> None:
