@@ -51,7 +51,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, learning_rate in (("small", 1e-4), ("large", 1e-3)):
         (folder / name).mkdir()
         config = tiny_config(folder / name, optimizer={"learning_rate": learning_rate}, run={"name": name})
-        record = RunRecord(config, is_main=True, resumed_step=0)
+        record = RunRecord(config)
+        record.start(0)
         started = {"backend": "FSDP2 with AdamW", "world_size": 2, "device": "cpu"}
         record.write({"step": 0, "started": started})
         for step in range(1, 6):

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from data_tools.storage.atomic import hidden_partial_path
+from data_tools.storage.atomic import atomic_file, hidden_partial_path
 from pipeline.run_folder.layout import HEARTBEAT_FILE
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,8 @@ class HeartbeatFile:
     @staticmethod
     def _replace(path: Path, content: bytes) -> None:
         aside = hidden_partial_path(path)
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        with atomic_file(path, aside, durable=False) as file:
+            file.write(content)
 
 
 def heartbeat_age_s(run_folder: Path) -> float | None:

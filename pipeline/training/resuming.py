@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_tools.shards.manifest import TokenizerRecord
+from data_tools.storage.atomic import write_json_durably
 from data_tools.storage.files import is_remote
 from data_tools.storage.sha256 import sha256_of_file
 from pipeline.backends import Backend
@@ -30,7 +31,8 @@ from pipeline.config.schema import MODEL_SIZES, Config, ScheduleConfig
 from pipeline.distributed.environment import launch_id, launcher_restarts
 from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.run_folder.layout import CHECKPOINTS_FOLDER
+from pipeline.evaluation.results import set_aside_results
+from pipeline.run_folder.layout import CHECKPOINTS_FOLDER, CONFIG_FILE
 from pipeline.training.due_evaluation import with_recorded_evaluation
 from pipeline.training.early_stop import early_stop_reason
 from pipeline.training.initial_weights import compare_sizes, warn_of_other_tokenizer
@@ -91,25 +93,27 @@ def tidy_run_folder(config: Config) -> None:
 def prepare_run_folder(start: Start | None, config: Config) -> None:
     """Prepare the folder of a run that continues from ``start``, or begins from scratch if ``start`` is None.
 
-    Call this function after all checks of the config, the data and the checkpoint. The caller must hold the lock of the
-    run folder.
+    Call this function after everything that can fail before the first step. The caller must hold the lock of the run
+    folder.
 
-    The function calls ``tidy_run_folder``. The next start must not use checkpoints that are later than ``start``.
-    Therefore, the function renames later checkpoints in the run folder. For ``checkpoint.remote``, it records in the
-    run folder that later checkpoints are abandoned.
+    The function calls ``tidy_run_folder``, and writes ``config.json``. The next start must not use checkpoints that are
+    later than ``start``. Therefore, the function renames later checkpoints in the run folder, and the results of later
+    checkpoints in ``evaluation/``. For ``checkpoint.remote``, it records in the run folder that later checkpoints are
+    abandoned.
 
     Raises:
-        CheckpointError: a folder cannot be deleted or renamed.
+        CheckpointError: a file or folder cannot be written, deleted or renamed.
     """
     tidy_run_folder(config)
-    if start is None:
-        return
-    run_folder, step = Path(config.run.out_dir), start.state.step
+    run_folder, step = Path(config.run.out_dir), start.state.step if start else 0
     with _errors_of_folder(run_folder):
-        set_aside_after(run_folder, step, start.folder)
-        if config.checkpoint.resume not in (AUTO, NONE):
-            is_own = start.folder.resolve() == checkpoint_folder(run_folder, step).resolve()
-            abandon(run_folder, step + 1 if is_own else step)
+        write_json_durably(run_folder / CONFIG_FILE, dump_config(config))  # first: a full disk must change nothing
+        if start:
+            set_aside_after(run_folder, step, start.folder)
+            if config.checkpoint.resume not in (AUTO, NONE):
+                is_own = start.folder.resolve() == checkpoint_folder(run_folder, step).resolve()
+                abandon(run_folder, step + 1 if is_own else step)
+        set_aside_results(run_folder, step)
 
 
 @contextmanager

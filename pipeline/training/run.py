@@ -79,7 +79,7 @@ def train(config: Config, hash_file: HashFile = sha256_of_file) -> Trainer | Non
 def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file: HashFile) -> Trainer | None:
     """Build the trainer and everything that it needs, or return None if the run is already complete.
 
-    All checks of the config, the data and the checkpoint come before ``prepare_run_folder``. A mistake therefore leaves
+    Everything that can fail before the first step comes before ``prepare_run_folder``. A failed start therefore leaves
     the checkpoints as they are.
 
     Args:
@@ -112,9 +112,9 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
     backend.model.assert_tied()
     origin = None if start else write_initial_weights(weights, backend, tokenizer_of(datasets), config.run.seed)
     state = load_start(start, config, sha256, tokenizer_of(datasets), backend, world)
-    world.call_on_main(lambda: prepare_run_folder(start, config))
     trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin, heartbeat_file)
     log_settings(trainer, kernel, start)
+    world.call_on_main(lambda: prepare_run_folder(start, config))
     return trainer
 
 

@@ -1,4 +1,4 @@
-"""Write the resolved config of a run, and pass the rows of metrics to the log sinks."""
+"""Pass the rows of metrics of a run to the log sinks."""
 
 import logging
 import math
@@ -6,16 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_tools.errors import UserError
-from data_tools.storage.atomic import write_json_durably
+from data_tools.errors import UserError, one_line_write_errors
 from pipeline.checkpoint.background import SaveOutcome
 from pipeline.checkpoint.mirror import UploadOutcome
 from pipeline.config.deepspeed_keys import changes_of_numbers
 from pipeline.config.loading import dump_config
 from pipeline.config.schema import Config, LoggingConfig
-from pipeline.evaluation.results import set_aside_results
 from pipeline.report.page import write_report
-from pipeline.run_folder.layout import CONFIG_FILE, REPORT_FOLDER
+from pipeline.run_folder.layout import METRICS_FILE, REPORT_FOLDER
 from pipeline.run_folder.metrics import DIFFERENT_NUMBERS_KEY, MEAN_LOSS_KEY, read_metrics
 from pipeline.run_folder.sinks import SERVICES, ServiceSink, Sink, create_sinks
 from pipeline.training.uploads import log_upload
@@ -26,14 +24,13 @@ log = logging.getLogger(__name__)
 class RunRecord:
     """Writes rows to the log sinks that ``logging.sinks`` selects. Only the main rank writes.
 
-    The constructor deletes the rows of steps after ``resumed_step``, and renames the results in ``evaluation/`` of
-    checkpoints after this step.
+    ``start`` opens the sinks. Before this call, and on the other ranks, ``write`` does nothing.
 
     Some keys of ``backend.deepspeed`` can make the results differ from those of other backends. If the config sets such
     keys, each row lists them.
     """
 
-    def __init__(self, config: Config, *, is_main: bool, resumed_step: int) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         self.run_folder = Path(config.run.out_dir)
         self.failed_saves = 0
@@ -42,16 +39,20 @@ class RunRecord:
         self._upload_problem: str | None = None  # the reason why the last upload failed
         self._changes = changes_of_numbers(config.backend)
         self._started = time.perf_counter()
-        self._sinks: list[Sink] = []  # none on the other ranks
-        if is_main:
+        self._sinks: list[Sink] = []
+
+    def start(self, resumed_step: int) -> None:
+        """Open the sinks, and delete the rows of steps after ``resumed_step``. Call this on the main rank only.
+
+        Raises DataError if the rows cannot be deleted, for example because the disk is full.
+        """
+        with one_line_write_errors(self.run_folder / METRICS_FILE):
             if resumed_step:
                 elapsed = (row.get("elapsed_s", 0.0) for row in read_metrics(self.run_folder))
                 self._started -= max(elapsed, default=0.0)
-            set_aside_results(self.run_folder, resumed_step)
-            write_json_durably(self.run_folder / CONFIG_FILE, dump_config(config))
-            self._sinks = _create_sinks(config.logging, self.run_folder)
+            self._sinks = _create_sinks(self.config.logging, self.run_folder)
             for sink in self._sinks:
-                sink.start(dump_config(config), resumed_step)
+                sink.start(dump_config(self.config), resumed_step)
 
     def elapsed_s(self) -> float:
         """Return how many seconds the run has taken so far, as wall-clock time.

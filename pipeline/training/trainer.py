@@ -39,7 +39,7 @@ from pipeline.training.schedule import ema_decay_at, lr_at
 from pipeline.training.step_guard import StepGuard, StepVerdict, TrainedStep
 from pipeline.training.step_profile import StepProfile
 from pipeline.training.throughput import ThroughputMeter, measure_ceiling
-from pipeline.training.uploads import create_mirror
+from pipeline.training.uploads import create_mirror, start_uploads
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Trains a model from a given state to step ``schedule.max_steps``.
 
-    :func:`pipeline.training.run.train` creates a trainer from a config.
+    :func:`pipeline.training.run.train` creates a trainer from a config. Only ``fit`` writes into the run folder. Before
+    this call, ``prepare_run_folder`` must prepare the folder.
 
     Args:
         state: the progress of the run. The weights and the optimizer state in the backend must belong to this progress.
@@ -95,7 +96,7 @@ class Trainer:
             mirror=self.mirror,
         )
         self.heartbeat_file = heartbeat_file or HeartbeatFile(None)
-        self.record = RunRecord(config, is_main=world.is_main, resumed_step=state.step)
+        self.record = RunRecord(config)
         self.profile = StepProfile(self.run_folder, world.device, config.logging.profile_steps, is_main=world.is_main)
         self._steps_here = 0  # in this process
         self._has_evaluated = False  # in this process; the first time may compile
@@ -138,7 +139,7 @@ class Trainer:
 
     def _train(self) -> signal.Signals | None:
         """Run the training loop. Returns a signal that has arrived, or None. The signal ends the loop."""
-        self._record_start()
+        self._start_record()
         received = self._evaluate_at_start()
         self.throughput.restart()
         while not received and not self._is_complete():
@@ -227,7 +228,11 @@ class Trainer:
             self._reach_rare("the upload of the last checkpoint")
             self.record.write_uploads(self.mirror.finish(self.world.progress.move), then="the next start tries again")
 
-    def _record_start(self) -> None:
+    def _start_record(self) -> None:
+        """Start to record the run in the run folder and at the URL ``checkpoint.remote``."""
+        self.world.call_on_main(lambda: self.record.start(self.state.step))
+        if self.mirror:
+            start_uploads(self.mirror)
         started = {
             "backend": self.backend.describe(),
             "world_size": self.world.size,

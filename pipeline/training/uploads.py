@@ -14,15 +14,18 @@ log = logging.getLogger(__name__)
 
 
 def create_mirror(config: Config, world: World) -> Mirror | None:
-    """Return a started mirror that uploads checkpoints to ``checkpoint.remote``, or None."""
+    """Return a mirror that uploads checkpoints to ``checkpoint.remote``, or None. It is not started."""
     options = config.checkpoint
     if options.remote is None:
         return None
     folder = Path(config.run.out_dir)
-    mirror = Mirror(options.remote, folder, world, keep_last=options.keep_last, timeout_s=options.remote_timeout_s)
+    return Mirror(options.remote, folder, world, keep_last=options.keep_last, timeout_s=options.remote_timeout_s)
+
+
+def start_uploads(mirror: Mirror) -> None:
+    """Start a mirror. If the run has gone back, it sets later checkpoints at the URL aside at once."""
     mirror.start()
-    mirror.request()  # if the run has gone back, set later checkpoints at the URL aside at once
-    return mirror
+    mirror.request()
 
 
 def upload_missing(config: Config, world: World) -> None:
@@ -33,6 +36,7 @@ def upload_missing(config: Config, world: World) -> None:
     """
     mirror = create_mirror(config, world)
     if mirror:
+        start_uploads(mirror)
         world.progress.reach("the upload of the last checkpoint", is_patient=True, repeats=False)
         for outcome in mirror.finish(world.progress.move):
             log_upload(mirror.url, outcome, "the next start tries again")

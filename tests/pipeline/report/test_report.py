@@ -150,7 +150,8 @@ class TestReadingRuns:
     def test_a_rolled_back_run_has_one_curve(self, tmp_path: Path) -> None:
         folder = tmp_path / "run"
         folder.mkdir()
-        record = RunRecord(tiny_config(folder, logging={"sinks": ["jsonl", "console"]}), is_main=True, resumed_step=0)
+        record = RunRecord(tiny_config(folder, logging={"sinks": ["jsonl", "console"]}))
+        record.start(0)
         for step in range(1, 6):
             record.write(training_row(step, loss=99.0 if step > 3 else 5.0))
         record.rewind(3)

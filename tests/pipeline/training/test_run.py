@@ -13,9 +13,11 @@ from data_tools.errors import DataError
 from pipeline.checkpoint.layout import checkpoint_folder
 from pipeline.checkpoint.retention import list_leftovers
 from pipeline.config.loading import config_from_json
+from pipeline.errors import CheckpointError
 from pipeline.model.initialisation import draw_elements
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.training.run import train
+from tests.pipeline.conftest import largest_file
 from tests.support.runs import TINY_RUN, Sections, copy_with_masks, merged
 from tests.support.token_files import documents, write_ours
 
@@ -50,6 +52,25 @@ def test_a_run_states_its_validation_split(tmp_path: Path, caplog: pytest.LogCap
     log = log_of_a_start(tmp_path, smaller, caplog)
     assert "63 windows of 16, 4 of them per evaluation" in log and "read 8 validation windows before" in log
     assert "windows before" not in log_of_a_start(tmp_path, merged(smaller, {"schedule": {"max_steps": 3}}), caplog)
+
+
+def test_a_start_on_a_full_disk_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The later checkpoints keep their names, and the metrics keep their rows."""
+    write_ours(tmp_path / "data", {"train": [documents(50)]})
+    longer: Sections = {"schedule": {"max_steps": 3}, "checkpoint": {"every_steps": 1, "keep_last": 3}}
+    log_of_a_start(tmp_path, longer, caplog)
+    run_folder = tmp_path / "run"
+    (run_folder / "heartbeat.json").unlink()  # each start writes it
+    before = contents_of(run_folder)
+    back = merged(longer, {"checkpoint": {"resume": str(checkpoint_folder(run_folder, 1))}})
+    with largest_file(200), pytest.raises(CheckpointError, match="config.json") as error:
+        log_of_a_start(tmp_path, back, caplog)
+    assert len(str(error.value).splitlines()) == 1
+    assert contents_of(run_folder) == before
+
+
+def contents_of(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_without_a_validation_split_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

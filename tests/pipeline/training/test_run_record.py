@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.schema import Config
-from pipeline.run_folder.layout import CONFIG_FILE, METRICS_FILE
+from pipeline.run_folder.layout import METRICS_FILE
 from pipeline.run_folder.metrics import read_metrics
 from pipeline.run_folder.sinks import ServiceSink
 from pipeline.run_folder.sinks.sink import Row
@@ -35,7 +35,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def open_record(folder: Path, resumed_step: int) -> RunRecord:
     config = Config.model_validate({"run": {"out_dir": str(folder)}, "logging": {"sinks": ["jsonl", "console"]}})
-    return RunRecord(config, is_main=True, resumed_step=resumed_step)
+    record = RunRecord(config)
+    record.start(resumed_step)
+    return record
 
 
 def log_steps(record: RunRecord, clock: Clock, steps: range, seconds: float) -> None:
@@ -80,7 +82,7 @@ def test_without_tensorboard_there_are_no_event_files(tmp_path: Path) -> None:
     record = open_record(tmp_path, resumed_step=0)
     record.write({"step": 1, "loss": 1.0})
     record.close(0, "finished", {"loss": 1.0})
-    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, METRICS_FILE}
+    assert {path.name for path in tmp_path.iterdir()} == {METRICS_FILE}
 
 
 class SentRows(ServiceSink):
@@ -120,7 +122,8 @@ def test_every_row_names_the_keys_that_change_the_numbers(tmp_path: Path) -> Non
     config = Config.model_validate(
         {"run": run, "backend": backend, "logging": {"sinks": ["jsonl", "tensorboard", "console"]}}
     )
-    record = RunRecord(config, is_main=True, resumed_step=0)
+    record = RunRecord(config)
+    record.start(0)
     record.write({"step": 1, "loss": 2.0, "mean_loss": 2.0})
     record.close(0, "finished", {})
     assert [row["different_numbers"] for row in read_metrics(tmp_path) if "loss" in row] == [["prescale_gradients"]]

@@ -25,7 +25,6 @@ from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.mirror import Mirror
 from pipeline.checkpoint.state import TrainingState, ValidationHistory, read_state
 from pipeline.checkpoint.verification import find_damage, newest_good_checkpoint
-from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.data.datasets import data_sha256, open_datasets, tokenizer_of
 from pipeline.data.loader import TrainLoader
@@ -157,7 +156,6 @@ class TestLoop:
         assert states[-1].data_sha256 == data_sha256(trainer.loader.datasets)
         assert states[-1].tokenizer == TokenizerRecord("test", VOCAB_SIZE, END_OF_TEXT, "0" * 64)
         assert states[-1].seed == trainer.config.run.seed
-        assert Config.model_validate_json((trainer.run_folder / "config.json").read_text()) == trainer.config
 
         for step, learning_rate in rows_with(trainer, "lr").items():
             assert learning_rate == lr_at(step - 1, trainer.config.optimizer, trainer.config.schedule)
@@ -560,6 +558,7 @@ class TestStop:
     ) -> None:
         """All ranks must stop together, because each token needs collectives."""
         trainer = make_trainer()
+        trainer.record.start(0)
         samples = trainer.config.evaluation.model_copy(update={"sample": True})  # a loaded config needs GPT-2's ids
         trainer.config = trainer.config.model_copy(update={"evaluation": samples})
         tokens = 0
