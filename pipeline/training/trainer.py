@@ -185,7 +185,8 @@ class Trainer:
         logs = saves or self.state.step == 1 or self._is_due(config.logging.every_steps)
         for spike in self._judge_finished_steps(judge_all=logs or evaluates):
             if self._roll_back(spike):
-                return None  # the next step saves
+                # The next step saves, but it would drop an evaluation that a signal has stopped.
+                return self.stop_request.agreed() if self.state.evaluation_is_due else None
         if self._layer_norms:
             self.record.write({"step": trained.step, **self._layer_norms})
         if logs:

@@ -720,6 +720,33 @@ class TestSpikes:
         assert (state.step, state.updates, state.samples) == (16, 16, 17 * SAMPLES_PER_STEP)
         assert (state.guard.rollbacks, state.guard.skipped_samples) == (1, ((52, 56),))
 
+    def test_a_signal_in_an_evaluation_after_a_rollback_stops_before_the_next_step(
+        self, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The next step would drop the evaluation that the checkpoint lacks."""
+        sections = {"guard": self.GUARD, "schedule": self.LONGER, "evaluation": {"every_steps": 12}}
+        stopped = make_trainer(**sections)
+        signal_in_evaluation(stopped, 12, batch=2)
+        with pytest.raises(Interrupted):
+            stopped.fit()
+        newest = list_checkpoints(stopped.run_folder)[-1]
+        resumed = make_trainer(resume_from=newest, **sections)
+        multiply_loss(resumed, 1000.0, samples_of_step(14))
+        plain = resumed.record.rewind
+
+        def rewind(step: int) -> None:
+            (resumed.run_folder / "metrics.jsonl").unlink()  # otherwise, they have the results
+            send_sigterm(resumed)
+            plain(step)
+
+        resumed.record.rewind = rewind  # type: ignore[method-assign]
+        with pytest.raises(Interrupted, match="stopped after step 12 of 16, the checkpoint is saved"):
+            resumed.fit()
+        assert caplog.text.count("the evaluation of step 12 was stopped; the next start repeats it") == 2
+        again = make_trainer(resume_from=list_checkpoints(resumed.run_folder)[-1], **sections)
+        again.fit()
+        assert list(rows_with(again, "val_loss")) == [12, 16]
+
     def test_a_checkpoint_that_does_not_name_the_data_changes_nothing(
         self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
