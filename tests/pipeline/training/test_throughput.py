@@ -9,69 +9,41 @@ import pytest
 import torch
 
 from pipeline.config.schema import Config
-from pipeline.distributed.step_clock import HostClock
 from pipeline.training import throughput
 from pipeline.training.throughput import MOST_ROWS, ThroughputMeter, layer_products
+from tests.support.fake_device import FakeDevice
 
 CPU = torch.device("cpu")
 
 
-class Clock(HostClock):
-    """A clock that the test moves; it starts far from zero, as real ones do.
-
-    It also stands for a device that works in the background: the host waits for the queued work in ``synchronize``.
-    """
-
-    def __init__(self) -> None:
-        self.now_s = 12345.0
-        self.queued_s = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now_s
-
-    def mark(self) -> float:
-        """Return when the device reaches this point."""
-        return self.now_s + self.queued_s
-
-    def has_passed(self, mark: float) -> bool:
-        return mark <= self.now_s
-
-    def synchronize(self, device: torch.device) -> None:
-        self.now_s, self.queued_s = self.now_s + self.queued_s, 0.0
-
-    def wait(self, seconds: float) -> None:
-        """Let the host wait while the device works."""
-        self.now_s, self.queued_s = self.now_s + seconds, max(0.0, self.queued_s - seconds)
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    clock = FakeDevice()
     monkeypatch.setattr(throughput, "time", clock)
     monkeypatch.setattr(throughput, "synchronize", clock.synchronize)
     return clock
 
 
 def make_meter(
-    clock: Clock, tokens_per_step: int = 1000, flops_per_token: int = 1, ceiling_flops: float = 1.0
+    clock: FakeDevice, tokens_per_step: int = 1000, flops_per_token: int = 1, ceiling_flops: float = 1.0
 ) -> ThroughputMeter:
     return ThroughputMeter(tokens_per_step, flops_per_token, ceiling_flops, CPU, clock)
 
 
-def train(meter: ThroughputMeter, clock: Clock, steps: int, step_s: float) -> None:
+def train(meter: ThroughputMeter, clock: FakeDevice, steps: int, step_s: float) -> None:
     for _ in range(steps):
         clock.now_s += step_s
         meter.count_step()
 
 
-def test_rates(clock: Clock) -> None:
+def test_rates(clock: FakeDevice) -> None:
     meter = make_meter(clock, flops_per_token=6_000, ceiling_flops=1e8)
     train(meter, clock, steps=4, step_s=0.5)
     rates = {"tokens_per_s": 2000.0, "step_ms": 500.0, "mfu": 0.12, "data_wait_share": 0.0}
     assert meter.read() == pytest.approx(rates)
 
 
-def test_each_reading_starts_at_the_last_one(clock: Clock) -> None:
+def test_each_reading_starts_at_the_last_one(clock: FakeDevice) -> None:
     meter = make_meter(clock)
     train(meter, clock, steps=10, step_s=5.0)
     meter.read()
@@ -79,7 +51,7 @@ def test_each_reading_starts_at_the_last_one(clock: Clock) -> None:
     assert meter.read()["tokens_per_s"] == pytest.approx(4000.0)
 
 
-def test_time_before_the_first_step_does_not_count(clock: Clock) -> None:
+def test_time_before_the_first_step_does_not_count(clock: FakeDevice) -> None:
     meter = make_meter(clock)
     clock.now_s += 100.0
     meter.restart()
@@ -87,7 +59,7 @@ def test_time_before_the_first_step_does_not_count(clock: Clock) -> None:
     assert meter.read()["step_ms"] == pytest.approx(2000.0)
 
 
-def test_validation_and_checkpoints_do_not_count(clock: Clock) -> None:
+def test_validation_and_checkpoints_do_not_count(clock: FakeDevice) -> None:
     meter = make_meter(clock)
     train(meter, clock, steps=1, step_s=1.0)
     with meter.paused():
@@ -96,7 +68,7 @@ def test_validation_and_checkpoints_do_not_count(clock: Clock) -> None:
     assert meter.read()["step_ms"] == pytest.approx(1000.0)
 
 
-def test_the_clock_continues_after_an_error_in_a_pause(clock: Clock) -> None:
+def test_the_clock_continues_after_an_error_in_a_pause(clock: FakeDevice) -> None:
     meter = make_meter(clock)
     with pytest.raises(OSError), meter.paused():
         clock.now_s += 100.0
@@ -105,7 +77,7 @@ def test_the_clock_continues_after_an_error_in_a_pause(clock: Clock) -> None:
     assert meter.read()["step_ms"] == pytest.approx(2000.0)
 
 
-def test_the_device_finishes_its_work_before_the_clock_stops_and_before_it_continues(clock: Clock) -> None:
+def test_the_device_finishes_its_work_before_the_clock_stops_and_before_it_continues(clock: FakeDevice) -> None:
     """The norms of layers are measured after each step that a GPU has not finished."""
     meter = make_meter(clock)
     for _ in range(2):
@@ -119,7 +91,7 @@ def test_the_device_finishes_its_work_before_the_clock_stops_and_before_it_conti
     assert meter.ceiling_flops == 1.0, "only a measurement of products raises the ceiling"
 
 
-def test_a_restart_waits_for_earlier_work(clock: Clock) -> None:
+def test_a_restart_waits_for_earlier_work(clock: FakeDevice) -> None:
     meter = make_meter(clock)
     clock.queued_s += 100.0
     meter.restart()
@@ -127,7 +99,7 @@ def test_a_restart_waits_for_earlier_work(clock: Clock) -> None:
     assert meter.read()["step_ms"] == pytest.approx(2000.0)
 
 
-def test_the_pause_of_a_failed_block_does_not_wait_for_the_device(clock: Clock) -> None:
+def test_the_pause_of_a_failed_block_does_not_wait_for_the_device(clock: FakeDevice) -> None:
     """After an error on one rank, the collectives that it has queued never end."""
     meter = make_meter(clock)
     with pytest.raises(OSError), meter.paused():
@@ -135,7 +107,7 @@ def test_the_pause_of_a_failed_block_does_not_wait_for_the_device(clock: Clock) 
         raise OSError
 
 
-def test_a_wait_of_the_host_while_the_device_works_is_no_wait_for_data(clock: Clock) -> None:
+def test_a_wait_of_the_host_while_the_device_works_is_no_wait_for_data(clock: FakeDevice) -> None:
     meter = make_meter(clock)
     for _ in range(4):
         clock.queued_s += 3.0
@@ -174,7 +146,7 @@ def test_a_wait_for_data_counts_only_while_a_gpu_has_no_work(gpu: torch.device) 
     assert shares[0] < shares[1]
 
 
-def test_the_share_of_waiting_for_data(clock: Clock) -> None:
+def test_the_share_of_waiting_for_data(clock: FakeDevice) -> None:
     meter = make_meter(clock)
     for _ in range(4):
         with meter.waiting_for_data():
@@ -193,7 +165,7 @@ def test_the_share_of_waiting_for_data(clock: Clock) -> None:
 
 
 def test_a_disturbed_measurement_of_the_ceiling_is_replaced_by_a_later_one(
-    clock: Clock, caplog: pytest.LogCaptureFixture
+    clock: FakeDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     meter = make_meter(clock, flops_per_token=6_000, ceiling_flops=1e8)
     with caplog.at_level("INFO"):
@@ -206,7 +178,7 @@ def test_a_disturbed_measurement_of_the_ceiling_is_replaced_by_a_later_one(
 
 
 def test_a_ceiling_below_the_speed_of_training_gives_no_mfu_until_a_higher_measurement(
-    clock: Clock, caplog: pytest.LogCaptureFixture
+    clock: FakeDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Other programs have disturbed the measurement, so a share of it would say nothing, also in slower steps."""
     meter = make_meter(clock, flops_per_token=6_000, ceiling_flops=5e6)
