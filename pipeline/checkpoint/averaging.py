@@ -22,7 +22,7 @@ from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
 from pipeline.checkpoint.pieces import PieceIndex, index_pieces
 from pipeline.checkpoint.saving import SavedCheckpoint
 from pipeline.checkpoint.state import read_state
-from pipeline.checkpoint.verification import find_damage
+from pipeline.checkpoint.verification import find_damage, was_deleted
 from pipeline.errors import CheckpointError
 from pipeline.model.parameter_state import EMA, WEIGHT
 
@@ -48,6 +48,18 @@ def average_checkpoints(
     """
     require_new_run_folder(run_folder)
     folders = _choose_checkpoints(run, last, steps)
+    try:
+        return _average(folders, run_folder)
+    except CheckpointError:
+        if deleted := [folder for folder in folders if was_deleted(folder)]:
+            raise CheckpointError(
+                f"{deleted[0]} was deleted while it was read, probably by its run (checkpoint.keep_last); repeat the "
+                "command with --last, or with --steps of checkpoints that the run keeps"
+            ) from None
+        raise
+
+
+def _average(folders: Sequence[Path], run_folder: Path) -> SavedCheckpoint:
     for folder in folders:
         if problem := find_damage(folder):
             raise CheckpointError(f"{problem}; leave this checkpoint out: name the other ones with --steps")

@@ -18,7 +18,7 @@ from pipeline.checkpoint.pieces import index_pieces, piece_key
 from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, TensorGroups
-from pipeline.checkpoint.verification import locate_checkpoint
+from pipeline.checkpoint.verification import locate_checkpoint, read_located
 from pipeline.config.loading import config_from_json, dump_config
 from pipeline.config.schema import Config
 from pipeline.distributed.world import World
@@ -43,7 +43,10 @@ def convert_checkpoint(source: Path, run_folder: Path) -> SavedCheckpoint:
         ConfigError: the source's config is not valid, or another process uses ``run_folder``.
     """
     require_new_run_folder(run_folder)
-    folder = locate_checkpoint(source)
+    return read_located(lambda: locate_checkpoint(source), lambda folder: _convert(folder, run_folder))
+
+
+def _convert(folder: Path, run_folder: Path) -> SavedCheckpoint:
     manifest = read_manifest(folder)
     state, stored_config = read_state(folder)
     config = config_of_new_run(folder, stored_config, run_folder)

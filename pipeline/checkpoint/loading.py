@@ -17,11 +17,9 @@ from pipeline.backends import Backend, Fragment
 from pipeline.checkpoint.layout import GROUPS, STATE_FILE, checkpoint_url, split_url, step_of, tensor_file
 from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
 from pipeline.checkpoint.pieces import Piece, PieceIndex, index_pieces, manifest_of_weights, open_tensors
-from pipeline.checkpoint.remote_run import parse_url
-from pipeline.checkpoint.remote_search import complete_steps
 from pipeline.checkpoint.state import TrainingState, read_state
-from pipeline.checkpoint.verification import find_damage, was_deleted
-from pipeline.checkpoint.weights_copy import locate_weights_of
+from pipeline.checkpoint.verification import find_damage, log_deletion
+from pipeline.checkpoint.weights_copy import locate_weights_of, was_deleted
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.distributed.world import World
@@ -312,7 +310,7 @@ def _is_same_model(path: Path | str, folder: Path, readings: list[_Reading]) -> 
     """
     for rank, reading in enumerate(readings):
         if reading.problem and _was_deleted(path, folder):
-            log.info("%s was deleted while it was read", folder)
+            log_deletion(folder)
             return False
         if reading.problem:
             raise CheckpointError(f"rank {rank}: {reading.problem}" if rank else reading.problem)
@@ -325,13 +323,14 @@ def _is_same_model(path: Path | str, folder: Path, readings: list[_Reading]) -> 
 
 
 def _was_deleted(path: Path | str, folder: Path) -> bool:
-    """Return whether a checkpoint no longer exists. For a URL, the copy in ``folder`` may still exist."""
+    """Return whether a checkpoint no longer exists. For a URL, the copy in ``folder`` may still exist.
+
+    Args:
+        path: the path or URL that the user named.
+    """
     if was_deleted(folder):
         return True
-    if not is_remote(str(path)):
-        return False
-    run, _ = parse_url(str(path))
-    return step_of(folder) not in complete_steps(run.list())
+    return is_remote(str(path)) and was_deleted(checkpoint_url(split_url(str(path))[0], step_of(folder)))
 
 
 def _read_model(folder: Path, device: torch.device, weights: str = "training") -> LoadedModel:

@@ -30,6 +30,7 @@ from pipeline.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def find_damage(folder: Path, hash_file: HashFile = sha256_of_file, weights: str | None = None) -> str | None:
@@ -137,6 +138,30 @@ def was_deleted(folder: Path) -> bool:
     return False
 
 
+def read_located(locate: Callable[[], Path], read: Callable[[Path], Result]) -> Result:
+    """Return ``read(locate())``. Do this again if the checkpoint is deleted while ``read`` reads it.
+
+    A run that is still training deletes old checkpoints (``checkpoint.keep_last``).
+
+    Args:
+        locate: returns a good checkpoint, or raises CheckpointError.
+        read: raises CheckpointError if a file cannot be read.
+    """
+    while True:
+        folder = locate()
+        try:
+            return read(folder)
+        except CheckpointError:
+            if not was_deleted(folder):
+                raise
+            log_deletion(folder)
+
+
+def log_deletion(place: Path | str) -> None:
+    """Log that a checkpoint was deleted while this program read it."""
+    log.info("%s was deleted while it was read, probably by its run (checkpoint.keep_last); looking again", place)
+
+
 def locate_checkpoint(path: Path, hash_file: HashFile = sha256_of_file, weights: str | None = None) -> Path:
     """Return ``path`` if it is an undamaged checkpoint. For a run folder, return its newest undamaged checkpoint.
 
@@ -170,6 +195,9 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
     started, hashed, damaged = time.perf_counter(), 0, 0
     for folder in folders:
         problem = find_damage(folder)
+        if problem and was_deleted(folder):
+            print_line(f"deleted  {folder} while it was read, probably by its run (checkpoint.keep_last)")
+            continue
         hashed += size_of_folder(folder)
         damaged += problem is not None
         print_line(f"damaged  {problem}" if problem else f"ok       {folder}")

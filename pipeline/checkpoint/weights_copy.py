@@ -11,6 +11,7 @@ from data_tools.formatting import format_size
 from data_tools.storage.atomic import atomic_folder, write_bytes_durably, write_json_durably
 from data_tools.storage.files import is_remote
 from data_tools.storage.locks import waiting_for_lock
+from pipeline.checkpoint import verification
 from pipeline.checkpoint.download import REQUESTS, allocate, blocks_of, download_block
 from pipeline.checkpoint.json_files import read_json_object
 from pipeline.checkpoint.layout import (
@@ -21,11 +22,12 @@ from pipeline.checkpoint.layout import (
 )
 from pipeline.checkpoint.manifest import CheckpointManifest
 from pipeline.checkpoint.pieces import manifest_of_weights
-from pipeline.checkpoint.remote_run import RemoteCheckpoint
-from pipeline.checkpoint.remote_search import find_checkpoints
+from pipeline.checkpoint.remote_run import RemoteCheckpoint, parse_url
+from pipeline.checkpoint.remote_search import complete_steps, find_checkpoints
 from pipeline.checkpoint.retention import delete_checkpoint
-from pipeline.checkpoint.verification import find_damage, locate_checkpoint
+from pipeline.checkpoint.verification import find_damage, locate_checkpoint, log_deletion
 from pipeline.distributed.environment import cache_folder
+from pipeline.errors import CheckpointError
 from pipeline.model.parameter_state import EMA
 from pipeline.run_folder.layout import METRICS_FILE
 
@@ -55,13 +57,30 @@ def locate_weights_of(place: Path | str, weights: str = "training") -> Path:
     for checkpoint in find_checkpoints(str(place)):
         run_folder = cache_folder() / "runs" / hashlib.sha256(checkpoint.run.url.encode()).hexdigest()[:16]
         run_folder.mkdir(parents=True, exist_ok=True)
-        with waiting_for_lock(run_folder / _LOCK_FILE):
-            folder, problem = _copy(checkpoint, run_folder)
+        try:
+            with waiting_for_lock(run_folder / _LOCK_FILE):
+                folder, problem = _copy(checkpoint, run_folder)
+        except CheckpointError:
+            if not was_deleted(str(checkpoint)):
+                raise
+            log_deletion(str(checkpoint))
+            return locate_weights_of(place, weights)
         if problem:
             log.warning("skipping a damaged checkpoint: %s", problem.replace(str(folder), str(checkpoint)))
         else:
             return folder
     raise no_checkpoint_error(place)
+
+
+def was_deleted(checkpoint: Path | str) -> bool:
+    """Return whether a checkpoint no longer exists. ``checkpoint`` is its folder or its URL.
+
+    Raises DataError if a server refuses or does not answer.
+    """
+    if not is_remote(str(checkpoint)):
+        return verification.was_deleted(Path(checkpoint))
+    run, step = parse_url(str(checkpoint))
+    return step not in complete_steps(run.list())
 
 
 def _copy(checkpoint: RemoteCheckpoint, run_folder: Path) -> tuple[Path, str | None]:

@@ -28,6 +28,7 @@ from pipeline.checkpoint.finite import describe_not_finite
 from pipeline.checkpoint.layout import STATE_FILE
 from pipeline.checkpoint.loading import describe_other_vocabulary, pieces_of_weights, read_parameter
 from pipeline.checkpoint.state import read_state
+from pipeline.checkpoint.verification import read_located
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import Config, ModelConfig
@@ -68,7 +69,12 @@ def export_gguf(checkpoint: Path | str, out: Path, dtype: str, weights: str = "t
     if out.exists():
         raise CheckpointError(f"--out: {out} already exists; name a new file, such as model.gguf")
     require_writable(out.parent, "--out")
-    source = locate_weights_of(checkpoint, weights)
+    return read_located(
+        lambda: locate_weights_of(checkpoint, weights), lambda source: _export(source, out, dtype, weights)
+    )
+
+
+def _export(source: Path, out: Path, dtype: str, weights: str) -> Export:
     state, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))
     require_gpt2(str(source), config.model)

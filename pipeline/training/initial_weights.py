@@ -2,16 +2,21 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from data_tools.errors import DataError, UserError
 from data_tools.shards.manifest import TokenizerRecord
 from data_tools.storage.files import is_remote
 from pipeline.backends import Backend
 from pipeline.checkpoint.layout import checkpoint_url, split_url, step_of
+from pipeline.checkpoint.verification import log_deletion
+from pipeline.checkpoint.weights_copy import was_deleted
 from pipeline.config.schema import Config, ModelConfig
+from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError
 from pipeline.interop.weights import WeightSource, locate_weights, open_weights
 from pipeline.model.parameter_state import POSITION_EMBEDDING
@@ -41,19 +46,48 @@ def find_initial_weights(config: Config) -> Path | str | None:
 
 
 def write_initial_weights(
-    place: Path | str | None, backend: Backend, tokenizer: TokenizerRecord, seed: int
+    place: Path | str | None, config: Config, backend: Backend, tokenizer: TokenizerRecord, world: World
 ) -> dict[str, Any] | None:
     """Set the weights of a new run to the stored weights at ``place``, or to random values if ``place`` is None.
 
+    If another run deletes the stored weights before all ranks have read them, the main rank chooses its newest weights.
     Return the path and the step of the stored weights, or None for random weights. Every rank must call this.
 
     Args:
         tokenizer: the tokenizer of this run's data.
+
+    Raises:
+        CheckpointError: a rank cannot read the weights. All ranks raise this error.
+        DataError: a server refuses or does not answer.
     """
-    if place is not None:
-        return load_initial_weights(place, backend, tokenizer)
-    backend.draw_weights(seed)
-    return None
+    if place is None:
+        backend.draw_weights(config.run.seed)
+        return None
+    while True:
+        origin, problem = _try_loading(place, backend, tokenizer)
+        problems = world.gather(problem)
+        if not any(problems):
+            return origin
+        place = world.call_on_main(partial(_find_again, place, config, problems))
+
+
+def _try_loading(
+    place: Path | str, backend: Backend, tokenizer: TokenizerRecord
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Load the weights. Return their path and step, and None. If this fails, return None and the problem."""
+    try:
+        return load_initial_weights(place, backend, tokenizer), None
+    except (CheckpointError, DataError) as error:  # the other ranks must learn of it
+        return None, str(error)
+
+
+def _find_again(place: Path | str, config: Config, problems: list[str | None]) -> Path | str | None:
+    """Return the place of other weights if those at ``place`` were deleted. Otherwise, raise CheckpointError."""
+    for rank, problem in enumerate(problems):
+        if problem and not was_deleted(place):
+            raise CheckpointError(f"rank {rank}: {problem}" if rank else problem)
+    log_deletion(place)
+    return find_initial_weights(config)
 
 
 def load_initial_weights(place: Path | str, backend: Backend, tokenizer: TokenizerRecord) -> dict[str, Any]:
@@ -66,17 +100,29 @@ def load_initial_weights(place: Path | str, backend: Backend, tokenizer: Tokeniz
 
     Raises:
         CheckpointError: the weights cannot be read.
+        DataError: a server refuses or does not answer.
     """
     is_url = is_remote(str(place))
-    source = open_weights(locate_weights(place) if is_url else Path(place))  # each host has its own copy of a URL
+    source: WeightSource | None = None
+    failures: list[UserError] = []
+    try:
+        source = open_weights(locate_weights(place) if is_url else Path(place))  # each host has its own copy of a URL
+    except (CheckpointError, DataError) as error:
+        failures.append(error)
 
     def write(name: str, start: int, target: Tensor) -> None:
-        if name == POSITION_EMBEDDING:
-            copy_positions(source, start, target)
-        else:
-            source.copy_elements(name, start, target)
+        try:
+            if source and name == POSITION_EMBEDDING:
+                copy_positions(source, start, target)
+            elif source:
+                source.copy_elements(name, start, target)
+        except CheckpointError as error:
+            failures.append(error)
 
-    backend.write_weights(write)
+    backend.write_weights(write)  # also after a failure, because other ranks may wait in this collective call
+    if failures:
+        raise failures[0]
+    assert source is not None
     for note in [*source.notes, *_describe_changes(source.config, backend.model.config)]:
         log.info("weights   %s", note)
     warn_of_other_tokenizer(source.path, source.tokenizer, tokenizer)

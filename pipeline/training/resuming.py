@@ -23,7 +23,7 @@ from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pairing import abandon, is_paired
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
 from pipeline.checkpoint.state import TrainingState, config_section
-from pipeline.checkpoint.verification import locate_checkpoint, newest_good_checkpoint
+from pipeline.checkpoint.verification import locate_checkpoint, newest_good_checkpoint, was_deleted
 from pipeline.config.changes import changed_settings
 from pipeline.config.loading import dump_config
 from pipeline.config.paths import is_same_place
@@ -354,7 +354,15 @@ def load_start(
 def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingState:
     """Load a checkpoint into the backend, and return its training state. Every rank must call this."""
     started = time.perf_counter()
-    state = load_training_state(folder, backend, world.rank if world.size > 1 else None)
+    try:
+        state = load_training_state(folder, backend, world.rank if world.size > 1 else None)
+    except CheckpointError:
+        if was_deleted(folder):
+            raise CheckpointError(
+                f"{folder} was deleted while it was read, probably by its run (checkpoint.keep_last); repeat the "
+                "command with a checkpoint that the run keeps, or with its run folder for the newest one"
+            ) from None
+        raise
     world.barrier()
     seconds, size = time.perf_counter() - started, read_manifest(folder).tensor_bytes
     log.info("loaded %s in %.2f s, %s MB/s", folder, seconds, f"{size / seconds / 1e6:,.0f}")

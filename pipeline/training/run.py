@@ -110,7 +110,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
     config, kernel = _tune(config, plan, start, world, resources)
     backend = create_backend(allocate_model(config.model, "meta"), config, world, plan)
     backend.model.assert_tied()
-    origin = None if start else write_initial_weights(weights, backend, tokenizer_of(datasets), config.run.seed)
+    origin = None if start else write_initial_weights(weights, config, backend, tokenizer_of(datasets), world)
     state = load_start(start, config, sha256, tokenizer_of(datasets), backend, world)
     trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin, heartbeat_file)
     log_settings(trainer, kernel, start)

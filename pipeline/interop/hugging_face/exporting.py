@@ -16,6 +16,7 @@ from pipeline.checkpoint.layout import STATE_FILE
 from pipeline.checkpoint.loading import describe_other_vocabulary, pieces_of_weights, read_parameter
 from pipeline.checkpoint.state import read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, write_tensors
+from pipeline.checkpoint.verification import read_located
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import config_from_json
 from pipeline.config.schema import ModelConfig
@@ -57,7 +58,12 @@ def export_checkpoint(checkpoint: Path | str, out: Path, dtype: str, weights: st
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out: {out} already exists and is not an empty folder; name another one")
     require_writable(out, "--out")
-    source = locate_weights_of(checkpoint, weights)
+    return read_located(
+        lambda: locate_weights_of(checkpoint, weights), lambda source: _export(source, out, dtype, weights)
+    )
+
+
+def _export(source: Path, out: Path, dtype: str, weights: str) -> Export:
     state, stored = read_state(source)
     config = config_from_json(stored, origin=str(source / STATE_FILE))
     require_gpt2(str(source), config.model)

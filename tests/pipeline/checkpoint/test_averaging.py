@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from pipeline.backends.ddp import DdpBackend
+from pipeline.checkpoint import averaging
 from pipeline.checkpoint.averaging import average_checkpoints
 from pipeline.checkpoint.inspection import inspect
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints
 from pipeline.checkpoint.loading import load_model, load_training_state
+from pipeline.checkpoint.retention import delete_checkpoint
 from pipeline.checkpoint.state import read_state, read_state_file
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import load_config
@@ -161,3 +163,17 @@ class TestMistakes:
         save(9, of=make_backend(world, seed=1, model={"n_layer": 1}))
         self.refused(run, r"step_00000008: h.1.ln_1.weight has shape \[21\], and none in step_00000009", last=2)
         assert len(list_checkpoints(run)) == 4
+
+
+def test_a_checkpoint_that_the_run_deletes_is_an_error_that_says_so(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    oldest = checkpoint_folder(run, 3)
+
+    def delete_and_read(*_: object) -> None:
+        delete_checkpoint(oldest)
+        read_state(oldest)
+
+    monkeypatch.setattr(averaging, "read_state", delete_and_read)
+    with pytest.raises(CheckpointError, match="step_00000003 was deleted while it was read.*; repeat the"):
+        average_checkpoints(run, run / "mean", last=3)
+    monkeypatch.undo()
+    average_checkpoints(run, run / "mean", last=2)

@@ -17,7 +17,7 @@ from pipeline.checkpoint import verification
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.retention import delete_checkpoint
 from pipeline.checkpoint.state import read_state
-from pipeline.checkpoint.verification import find_damage, locate_checkpoint, newest_good_checkpoint
+from pipeline.checkpoint.verification import find_damage, locate_checkpoint, newest_good_checkpoint, verify_checkpoints
 from pipeline.errors import CheckpointError
 from tests.pipeline.checkpoint.conftest import FILES, MANIFEST, MOMENTS, STATE, WEIGHTS, Save, edit_manifest
 
@@ -207,3 +207,20 @@ def test_a_deleted_checkpoint_that_the_disk_still_lists_is_skipped(
     delete_checkpoint(listed[1])
     monkeypatch.setattr(verification, "list_checkpoints", lambda _: list(listed))
     assert newest_good_checkpoint(tmp_path) == listed[0]
+
+
+def test_a_checkpoint_that_the_run_deletes_is_not_damaged(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = save(step=3), save(step=4)
+    plain = verification.find_damage
+
+    def delete_and_find(folder: Path) -> str | None:
+        if folder == older:
+            delete_checkpoint(folder)
+        return plain(folder)
+
+    monkeypatch.setattr(verification, "find_damage", delete_and_find)
+    lines: list[str] = []
+    verify_checkpoints(tmp_path, lines.append)
+    assert lines[0].startswith(f"deleted  {older} while it was read") and lines[1] == f"ok       {newer}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,23 @@ def test_a_checkpoint_that_the_run_deletes_while_it_is_read_is_replaced_by_a_new
 
 def delete_at_url(step: int) -> None:
     fsspec.filesystem("memory").rm(f"/bucket/run/checkpoints/step_{step:08d}", recursive=True)
+
+
+def test_a_checkpoint_that_is_deleted_at_the_url_while_it_is_copied_is_replaced(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = weights_copy.download_block
+
+    def delete_and_download(checkpoint: Any, *arguments: Any) -> int:
+        if checkpoint.step == 2:
+            with suppress(FileNotFoundError):
+                delete_at_url(2)
+        return plain(checkpoint, *arguments)
+
+    monkeypatch.setattr(weights_copy, "download_block", delete_and_download)
+    with caplog.at_level(logging.INFO):
+        assert load_model(URL, CPU).step == 1
+    assert f"{URL}/checkpoints/step_00000002 was deleted while it was read" in caplog.text
 
 
 def test_a_checkpoint_that_is_gone_from_the_url_is_chosen_again(run_folder: Path) -> None:

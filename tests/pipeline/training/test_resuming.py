@@ -12,6 +12,7 @@ import pytest
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.pairing import forget_abandoned, is_abandoned, pair
+from pipeline.checkpoint.retention import delete_checkpoint
 from pipeline.checkpoint.state import TrainingState, ValidationHistory
 from pipeline.checkpoint.verification import find_damage
 from pipeline.config.loading import dump_config
@@ -25,6 +26,7 @@ from pipeline.training.resuming import (
     describe_raised_rate,
     describe_started_decay,
     find_start,
+    load_checkpoint,
     prepare_run_folder,
     why_complete,
 )
@@ -98,7 +100,9 @@ def assert_refused(message: str, run_folder: Path, resume: str | Path = "auto", 
 class TestAuto:
     def test_a_new_run_starts_from_scratch(self, run_folder: Path) -> None:
         assert start(run_folder) is None
-        assert [path.name for path in run_folder.iterdir()] == ["config.json"]
+        (written,) = run_folder.iterdir()
+        assert written.name == "config.json"
+        assert Config.model_validate_json(written.read_text()) == config_of(run_folder)
 
     def test_a_run_continues_its_newest(self, save: Save, run_folder: Path) -> None:
         save(2)
@@ -488,6 +492,16 @@ class TestChanges:
         prepare_run_folder(found, config)
         assert why_complete(found, config) is None and describe_started_decay(found, config) is None
         assert describe_changes(found, config) == [] and found.state.world_size == 1
+
+
+def test_a_checkpoint_that_its_run_deletes_before_it_is_loaded_is_an_error_that_says_so(
+    save: Save, run_folder: Path, world: World
+) -> None:
+    folder, config = save(2), config_of(run_folder)
+    backend = DdpBackend(build_model(config.model, 1), config, world)
+    delete_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="step_00000002 was deleted while it was read.*; repeat the command with"):
+        load_checkpoint(folder, backend, world)
 
 
 class TestRunFolder:
