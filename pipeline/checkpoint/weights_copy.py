@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from data_tools.errors import DataError
 from data_tools.formatting import format_size
 from data_tools.storage.atomic import atomic_folder, write_bytes_durably, write_json_durably
 from data_tools.storage.files import is_remote
@@ -50,14 +51,14 @@ def locate_weights_of(place: Path | str, weights: str = "training") -> Path:
 
     Raises:
         CheckpointError: there is no checkpoint with undamaged weights.
-        DataError: the server refuses or does not answer.
+        DataError: the server refuses or does not answer, or the weights cannot be written to this machine.
     """
     if not is_remote(str(place)):
         return locate_checkpoint(Path(place), weights=weights)
     for checkpoint in find_checkpoints(str(place)):
         run_folder = cache_folder() / "runs" / hashlib.sha256(checkpoint.run.url.encode()).hexdigest()[:16]
-        run_folder.mkdir(parents=True, exist_ok=True)
         try:
+            run_folder.mkdir(parents=True, exist_ok=True)
             with waiting_for_lock(run_folder / _LOCK_FILE):
                 folder, problem = _copy(checkpoint, run_folder)
         except CheckpointError:
@@ -65,6 +66,11 @@ def locate_weights_of(place: Path | str, weights: str = "training") -> Path:
                 raise
             log_deletion(str(checkpoint))
             return locate_weights_of(place, weights)
+        except OSError as error:
+            raise DataError(
+                f"cannot copy {checkpoint} to {run_folder}: {error.strerror or error}; free space there, or set "
+                "XDG_CACHE_HOME to a folder with space for the weights"
+            ) from None
         if problem:
             log.warning("skipping a damaged checkpoint: %s", problem.replace(str(folder), str(checkpoint)))
         else:

@@ -1,13 +1,11 @@
 """Open and check the datasets of a run."""
 
 import logging
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.errors import DataError
 from data_tools.formatting import count_of
 from data_tools.shards.manifest import MANIFEST_NAME, TRAIN_SPLIT, VAL_SPLIT, TokenizerRecord
 from data_tools.shards.reader import TokenStream, open_split
@@ -130,23 +128,17 @@ def verify_datasets(datasets: Sequence[TokenDataset], world: World) -> None:
     Every rank must call this function, because the ranks share the work. If hosts have their own copies of the data,
     the ranks with the same copy share the work.
     """
-    started, problem = time.perf_counter(), None
+    started = time.perf_counter()
     shards = [(Path(dataset.path), shard) for dataset in datasets for shard in dataset.train.manifest.shards]
     copies = world.gather([_identify(Path(dataset.path, MANIFEST_NAME)) for dataset in datasets])
     sharing = [rank for rank, copy in enumerate(copies) if copy == copies[world.rank]]
-    try:
+
+    def verify_share() -> None:
         for folder, shard in shards[sharing.index(world.rank) :: len(sharing)]:
             require_unchanged(folder, shard)
-    except DataError as error:
-        problem = str(error) if world.is_main else f"rank {world.rank} on {socket.gethostname()}: {error}"
-    problems = [text for text in world.gather(problem) if text]
 
-    def report() -> None:
-        if problems:
-            raise DataError(problems[0])
-        log.info("data      %s verified in %.1f s", count_of(len(shards), "shard"), time.perf_counter() - started)
-
-    world.call_on_main(report)
+    world.call_on_each(verify_share)
+    log.info("data      %s verified in %.1f s", count_of(len(shards), "shard"), time.perf_counter() - started)
 
 
 def _identify(path: Path) -> tuple[int, int, int]:

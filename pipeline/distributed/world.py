@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
-from data_tools.errors import UserError
+from data_tools.errors import DataError, UserError
 from data_tools.limits import MemoryKills
 from pipeline.config.schema import RunConfig
 from pipeline.distributed.environment import (
@@ -128,6 +129,30 @@ class World:
             raise failure
         if status is not None:
             raise MainRankError(message, status)
+        return cast(Result, result)
+
+    def call_on_each(self, function: Callable[[], Result]) -> Result:
+        """Call a function on every rank, and return this rank's result. Every rank must call this.
+
+        If the function raises a ``UserError`` on any rank, rank 0 raises the error of the first such rank, and every
+        other rank raises ``MainRankError``.
+        """
+        result: Result | None = None
+        failure: UserError | None = None
+        try:
+            result = function()
+        except UserError as error:
+            failure = error
+        where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
+        problems = self.gather(f"{where}{failure}" if failure else None)
+
+        def require() -> None:
+            if failure and problems[0]:
+                raise failure
+            if others := [problem for problem in problems if problem]:
+                raise DataError(others[0])
+
+        self.call_on_main(require)
         return cast(Result, result)
 
     def connect_to_store(self, prefix: str) -> Store:

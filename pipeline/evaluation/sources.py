@@ -175,7 +175,7 @@ def read_hub(data: HubData, world: World) -> Rows:
         DataError: the dataset cannot be loaded.
     """
     world.call_on_main(lambda: _download(data) and None)
-    rows = _download(data)
+    rows = world.call_on_each(lambda: _download(data))  # each host has its own cache
     lines = "".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows)
     return Rows(rows, str(data), hashlib.sha256(lines.encode()).hexdigest())
 

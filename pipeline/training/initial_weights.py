@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,12 @@ def write_initial_weights(
     if place is None:
         backend.draw_weights(config.run.seed)
         return None
-    while True:
-        origin, problem = _try_loading(place, backend, tokenizer)
-        problems = world.gather(problem)
-        if not any(problems):
-            return origin
-        place = world.call_on_main(partial(_find_again, place, config, problems))
+    origin, problem = _try_loading(place, backend, tokenizer)
+    problems = world.gather(problem)
+    if not any(problems):
+        return origin
+    newest = world.call_on_main(lambda: _find_again(place, config, problems))
+    return write_initial_weights(newest, config, backend, tokenizer, world)
 
 
 def _try_loading(

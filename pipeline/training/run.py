@@ -87,7 +87,7 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
     """
     _check_support(config, world)
     plan = world.call_on_main(lambda: plan_batch(config, world.size))
-    datasets = open_datasets(config)
+    datasets = world.call_on_each(lambda: open_datasets(config))  # each host can have its own copy
     loader = TrainLoader(datasets, plan, config.run.seed, world.rank)
     sha256 = data_sha256(datasets)
 
@@ -120,10 +120,14 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
 
 def _check_support(config: Config, world: World) -> None:
     """Raise UserError if the device, or the packages on the host of this rank, do not support the config."""
-    _check_device(config, world.device)
+    world.call_on_each(lambda: _check_host(config, world.device))
     if "mlflow" in config.logging.sinks:
         set_mlflow_defaults()
     world.call_on_main(lambda: check_sinks(config.logging.sinks, config.logging.project))
+
+
+def _check_host(config: Config, device: torch.device) -> None:
+    _check_device(config, device)
     if config.checkpoint.remote is not None:
         require_writable_url(config.checkpoint.remote, "checkpoint.remote")
 

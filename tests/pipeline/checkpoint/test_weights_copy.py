@@ -27,7 +27,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import CheckpointError, MainRankError
 from pipeline.interop.weights import locate_weights
 from tests.pipeline.checkpoint.conftest import MANIFEST, MOMENTS, STATE, WEIGHTS, make_backend, state_of, train_steps
-from tests.pipeline.conftest import tiny_config
+from tests.pipeline.conftest import largest_file, tiny_config
 from tests.support.checkpoints import save_checkpoint
 
 URL = "memory://bucket/run"
@@ -138,6 +138,20 @@ def test_a_checkpoint_that_the_run_deletes_while_it_is_read_is_replaced_by_a_new
 
 def delete_at_url(step: int) -> None:
     fsspec.filesystem("memory").rm(f"/bucket/run/checkpoints/step_{step:08d}", recursive=True)
+
+
+def test_a_machine_that_cannot_store_the_copy_is_an_error_that_names_the_cure(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of a run agree on this error, and not on an OSError."""
+    with largest_file(1000), pytest.raises(DataError, match="cannot copy .*step_00000002 to .*: File too large; free"):
+        load_model(URL, CPU)
+    (run_folder / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run_folder / "file"))
+    with pytest.raises(DataError, match="Not a directory; .* set XDG_CACHE_HOME to a folder with space"):
+        load_model(URL, CPU)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run_folder / "cache"))
+    assert load_model(URL, CPU).step == 2
 
 
 def test_a_checkpoint_that_is_deleted_at_the_url_while_it_is_copied_is_replaced(

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from data_tools.errors import DataError
 from pipeline.config.schema import RunConfig
 from pipeline.distributed import world as world_module
 from pipeline.distributed.world import World, join_world
@@ -56,6 +57,37 @@ def test_other_ranks_exit_with_the_status_of_the_main_rank(status: int) -> None:
     with pytest.raises(MainRankError, match="damaged") as caught:
         SecondRank(1, 2, 1, CPU).call_on_main(lambda: None)
     assert caught.value.exit_status == status
+
+
+class WithFullDisk(World):
+    """A rank of two. A call on the other rank has failed."""
+
+    def gather(self, item: Any) -> list[Any]:
+        other = f"rank {1 - self.rank} on b: the disk is full" if self.is_main else "the disk is full"
+        return [item, other] if self.is_main else [other, item]
+
+    def broadcast(self, item: Any) -> Any:
+        return item if self.is_main else (None, "the disk is full", 2)
+
+
+def test_an_error_on_one_rank_is_raised_on_all_ranks() -> None:
+    with pytest.raises(DataError, match="^rank 1 on b: the disk is full$") as caught:
+        WithFullDisk(0, 2, 0, CPU).call_on_each(lambda: 7)
+    assert caught.value.is_known_to_all
+    with pytest.raises(MainRankError):
+        WithFullDisk(1, 2, 1, CPU).call_on_each(lambda: 7)
+
+
+def test_each_rank_returns_its_own_result() -> None:
+    assert World(0, 1, 0, CPU).call_on_each(lambda: 7) == 7
+
+
+def test_the_main_rank_keeps_the_type_of_its_own_error() -> None:
+    def fail() -> None:
+        raise CheckpointError("damaged")
+
+    with pytest.raises(CheckpointError, match="^damaged$"):
+        WithFullDisk(0, 2, 0, CPU).call_on_each(fail)
 
 
 def test_collectives_of_one_rank(world: World) -> None:
@@ -137,6 +169,7 @@ def test_nccl_collectives_of_one_rank(gpu_world: World) -> None:
 TWO_RANKS = """
 import torch
 
+from data_tools.errors import DataError
 from pipeline.config.schema import RunConfig
 from pipeline.distributed.world import join_world
 

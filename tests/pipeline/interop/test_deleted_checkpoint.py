@@ -127,3 +127,17 @@ def test_a_new_run_starts_from_the_newest_weights_instead(
     assert origin is not None and origin["path"] == str(checkpoint_folder(run, 2).resolve())
     for name, weight in model.named_parameters():
         assert torch.equal(backend.model.get_parameter(name), weight), name
+
+
+def test_all_ranks_raise_the_error_of_another_rank(run: Path) -> None:
+    class MainRank(World):
+        def gather(self, item: Any) -> list[Any]:
+            return [item, "the disk is full"]
+
+        def call_on_main(self, function: Any) -> Any:
+            return function()
+
+    config, main = text_config(), MainRank(0, 2, 0, ALONE.device)
+    backend = DdpBackend(allocate_model(config.model, "meta"), config, ALONE)
+    with pytest.raises(CheckpointError, match="^rank 1: the disk is full$"):
+        write_initial_weights(checkpoint_folder(run, 1), config, backend, gpt2_tokenizer_record(), main)
