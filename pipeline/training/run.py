@@ -34,7 +34,14 @@ from pipeline.training.initial_weights import find_initial_weights, write_initia
 from pipeline.training.loss_in_blocks import choose_loss_in_blocks
 from pipeline.training.rank_agreement import check_agreement
 from pipeline.training.remote_start import fetch_remote_start
-from pipeline.training.resuming import find_start, load_start, prepare_run_folder, tidy_run_folder, why_complete
+from pipeline.training.resuming import (
+    describe_changes,
+    find_start,
+    load_start,
+    prepare_run_folder,
+    tidy_run_folder,
+    why_complete,
+)
 from pipeline.training.run_record import send_missing_rows
 from pipeline.training.start import Start
 from pipeline.training.summary import log_results, log_settings
@@ -112,7 +119,8 @@ def _build_trainer(config: Config, world: World, resources: ExitStack, hash_file
     backend.model.assert_tied()
     origin = None if start else write_initial_weights(weights, config, backend, tokenizer_of(datasets), world)
     state = load_start(start, config, sha256, tokenizer_of(datasets), backend, world)
-    trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin, heartbeat_file)
+    changes = describe_changes(start, config) if start else ()
+    trainer = Trainer(config, world, backend, loader, throughput, state, tasks, origin, heartbeat_file, changes)
     log_settings(trainer, kernel, start)
     world.call_on_main(lambda: prepare_run_folder(start, config))
     return trainer

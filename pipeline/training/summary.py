@@ -20,7 +20,6 @@ from pipeline.model.gpt2 import parameter_count
 from pipeline.run_folder.layout import LOG_FILE
 from pipeline.run_folder.metrics import MEAN_LOSS_KEY, describe_speed, read_metrics
 from pipeline.training.resuming import (
-    describe_changes,
     describe_raised_rate,
     describe_started_decay,
     windows_per_evaluation,
@@ -56,7 +55,7 @@ def log_settings(trainer: Trainer, attention_kernel: str, start: Start | None) -
         "ceiling   %.3g FLOP/s, measured with matrix products; mfu is the share of it", trainer.throughput.ceiling_flops
     )
     log.info("start     %s", _describe_start(start, trainer.origin))
-    for change in describe_changes(start, config) if start else ():
+    for change in trainer.changes:
         log.info("changed   %s", change)
     for warning in (describe_started_decay(start, config), describe_raised_rate(start, config)) if start else ():
         if warning:

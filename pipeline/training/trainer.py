@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +54,7 @@ class Trainer:
         state: the progress of the run. The weights and the optimizer state in the backend must belong to this progress.
         tasks: the prepared tasks of ``evaluation.tasks``, without ``validation``.
         origin: the path and the step of the stored weights from which a new run starts. None for random weights.
+        changes: the config keys that have changed since the checkpoint from which the run continues, as texts.
         heartbeat_file: writes ``heartbeat.json``. If None, the trainer does not write this file.
     """
 
@@ -68,9 +69,11 @@ class Trainer:
         tasks: Mapping[str, Prepared],
         origin: dict[str, Any] | None = None,
         heartbeat_file: HeartbeatFile | None = None,
+        changes: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.origin = origin
+        self.changes = changes
         self.world = world
         self.backend = backend
         self.plan = loader.plan
@@ -240,6 +243,7 @@ class Trainer:
             "device": device_name(self.world.device),
             "parameters": parameter_count(self.config.model),
             **({} if self.origin is None else {"init_from": self.origin}),
+            **({"changed": list(self.changes)} if self.changes else {}),
             **(describe_process() if self.world.is_main else {}),
         }
         self.record.write({"step": self.state.step, "started": started})

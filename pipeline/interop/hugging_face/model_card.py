@@ -62,6 +62,8 @@ print(model.generate(prompt, max_new_tokens={new_tokens})[0].tolist())
 ```
 """
 
+#: The keys of the config whose changes the card shows.
+_CARD_SETTINGS = ("run.precision", "model.", "data.", "batch.", "optimizer.", "schedule.", "averaging.")
 _OPTIMIZER_NAMES = {"adamw": "AdamW", "muon": "Muon for the matrices of the blocks and AdamW for the rest"}
 
 
@@ -86,6 +88,7 @@ def model_card(
     changes = find_different_numbers(run_folder, state.step, config)
     sections = [
         _training(state, config, weights, changes),
+        _changed_settings(rows, state.step),
         _curve(rows, has_picture=bool(picture)),
         _evaluation(run_folder, read_manifest(checkpoint).weights_sha256(weights)),
     ]
@@ -135,6 +138,21 @@ def _training(state: TrainingState, config: Config, weights: str, changes: list[
         **({"numbers differ from those of other backends": ", ".join(changes)} if changes else {}),
     }
     return _table("Training", ("setting", "value"), settings.items())
+
+
+def _changed_settings(rows: list[dict[str, Any]], last_step: int) -> str:
+    """Return a table of the settings that a resumed run has changed. The table above has only the last settings.
+
+    Of several starts from the same checkpoint, the weights up to ``last_step`` come from the last one.
+    """
+    starts = {row["step"]: row["started"].get("changed", []) for row in rows if isinstance(row.get("started"), dict)}
+    cells = [
+        (f"{step:,}", change)
+        for step, changes in sorted(starts.items())
+        for change in changes
+        if step < last_step and change.startswith(_CARD_SETTINGS)
+    ]
+    return _table("Settings that changed during the training", ("after step", "change"), cells) if cells else ""
 
 
 def _curve(rows: list[dict[str, Any]], *, has_picture: bool) -> str:

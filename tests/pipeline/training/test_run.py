@@ -73,6 +73,16 @@ def contents_of(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_resumed_run_records_the_settings_that_have_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The model card of an export lists them."""
+    log_of_a_run(tmp_path, {"train": [documents(50)]}, caplog)
+    log = log_of_a_start(tmp_path, {"schedule": {"max_steps": 2}, "optimizer": {"weight_decay": 0.3}}, caplog)
+    starts = [row["started"] for row in read_metrics(tmp_path / "run") if "started" in row]
+    assert "changed" not in starts[0]
+    assert starts[1]["changed"] == ["optimizer.weight_decay 0.1 -> 0.3", "schedule.max_steps 1 -> 2"]
+    assert all(f"changed   {change}" in log for change in starts[1]["changed"])
+
+
 def test_a_run_without_a_validation_split_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = log_of_a_run(tmp_path, {"train": [documents(50)]}, caplog)
     assert "has no validation split: this run has no validation loss for it" in log

@@ -150,6 +150,24 @@ def test_the_card_names_the_keys_that_changed_the_numbers(run_folder: Path, expo
     assert label in (folder / "README.md").read_text()
 
 
+def test_the_card_lists_the_settings_that_a_resumed_run_has_changed(
+    run_folder: Path, exported: Path, tmp_path: Path
+) -> None:
+    """The start from step 2 is repeated with another schedule. The start from the exported step comes too late."""
+    title = "## Settings that changed during the training"
+    assert title not in (exported / "README.md").read_text()
+    copy_of_run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    changed = {step: [f"schedule.max_steps {step} -> {step + 5}", "logging.every_steps 1 -> 2"] for step in (2, 4, 7)}
+    starts = [{"step": 2, "started": {"changed": ["schedule.name cosine -> wsd"]}}]
+    starts += [{"step": 0, "started": {}}, *({"step": s, "started": {"changed": c}} for s, c in changed.items())]
+    with (copy_of_run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in starts)
+    card = (export_checkpoint(copy_of_run, tmp_path / "out", "float32").path / "README.md").read_text()
+    section = card.split(title)[1].split("##")[0]
+    assert section.split("\n")[4:6] == ["| 2 | schedule.max_steps 2 -> 7 |", "| 4 | schedule.max_steps 4 -> 9 |"]
+    assert "wsd" not in section and "logging" not in section and "max_steps 7" not in section
+
+
 def test_without_matplotlib_the_curve_is_a_table(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
