@@ -47,6 +47,16 @@ def load_training_state(folder: Path, backend: Backend, rank: int | None = None)
         CheckpointError: the checkpoint is damaged or belongs to another model. After a read error, the backend may
             contain some of the new values. After other errors, the backend has not changed.
     """
+    state = read_training_state(folder, backend, rank)
+    finish_loading(backend, state)
+    return state
+
+
+def read_training_state(folder: Path, backend: Backend, rank: int | None = None) -> TrainingState:
+    """Do the first half of ``load_training_state``: read the files into the backend. This half uses no collectives.
+
+    If several ranks load a checkpoint, they must all have succeeded before one of them calls ``finish_loading``.
+    """
     state, _ = read_state(folder)
     fragments = list(backend.fragments())
     index = _index_for_fragments(folder, backend, fragments, rank)
@@ -67,9 +77,13 @@ def load_training_state(folder: Path, backend: Backend, rank: int | None = None)
             tensor.copy_(fragment.weight)
         elif kind not in loaded:
             tensor.zero_()
+    return state
+
+
+def finish_loading(backend: Backend, state: TrainingState) -> None:
+    """Do the second half of ``load_training_state``. Every rank must call this."""
     backend.state_was_loaded(state.updates - state.optimizer_start)
     backend.loss_scaler.restore(state.loss_scale, state.loss_scale_good_steps)
-    return state
 
 
 def _index_for_fragments(folder: Path, backend: Backend, fragments: list[Fragment], rank: int | None) -> PieceIndex:

@@ -18,7 +18,7 @@ from data_tools.storage.sha256 import sha256_of_file
 from pipeline.backends import Backend
 from pipeline.checkpoint.hashing import HashFile
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, split_url
-from pipeline.checkpoint.loading import load_training_state
+from pipeline.checkpoint.loading import finish_loading, read_training_state
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pairing import abandon, is_paired
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
@@ -107,12 +107,13 @@ def prepare_run_folder(start: Start | None, config: Config) -> None:
     tidy_run_folder(config)
     run_folder, step = Path(config.run.out_dir), start.state.step if start else 0
     with _errors_of_folder(run_folder):
-        write_json_durably(run_folder / CONFIG_FILE, dump_config(config))  # first: a full disk must change nothing
+        # What needs free space comes first, so that a full disk changes nothing.
+        write_json_durably(run_folder / CONFIG_FILE, dump_config(config))
+        if start and config.checkpoint.resume not in (AUTO, NONE):
+            is_own = start.folder.resolve() == checkpoint_folder(run_folder, step).resolve()
+            abandon(run_folder, step + 1 if is_own else step)
         if start:
             set_aside_after(run_folder, step, start.folder)
-            if config.checkpoint.resume not in (AUTO, NONE):
-                is_own = start.folder.resolve() == checkpoint_folder(run_folder, step).resolve()
-                abandon(run_folder, step + 1 if is_own else step)
         set_aside_results(run_folder, step)
 
 
@@ -352,10 +353,21 @@ def load_start(
 
 
 def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingState:
-    """Load a checkpoint into the backend, and return its training state. Every rank must call this."""
+    """Load a checkpoint into the backend, and return its training state. Every rank must call this.
+
+    Raises UserError on all ranks if one of them cannot read the checkpoint.
+    """
     started = time.perf_counter()
+    state = world.call_on_each(lambda: _read_checkpoint(folder, backend, world))
+    finish_loading(backend, state)
+    seconds, size = time.perf_counter() - started, read_manifest(folder).tensor_bytes
+    log.info("loaded %s in %.2f s, %s MB/s", folder, seconds, f"{size / seconds / 1e6:,.0f}")
+    return state
+
+
+def _read_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingState:
     try:
-        state = load_training_state(folder, backend, world.rank if world.size > 1 else None)
+        return read_training_state(folder, backend, world.rank if world.size > 1 else None)
     except CheckpointError:
         if was_deleted(folder):
             raise CheckpointError(
@@ -363,7 +375,3 @@ def load_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingSta
                 "command with a checkpoint that the run keeps, or with its run folder for the newest one"
             ) from None
         raise
-    world.barrier()
-    seconds, size = time.perf_counter() - started, read_manifest(folder).tensor_bytes
-    log.info("loaded %s in %.2f s, %s MB/s", folder, seconds, f"{size / seconds / 1e6:,.0f}")
-    return state

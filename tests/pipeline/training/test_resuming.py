@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from data_tools.errors import DataError
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint.layout import list_checkpoints, step_of
 from pipeline.checkpoint.pairing import forget_abandoned, is_abandoned, pair
@@ -31,7 +33,7 @@ from pipeline.training.resuming import (
     why_complete,
 )
 from pipeline.training.start import Start
-from tests.pipeline.conftest import tiny_config
+from tests.pipeline.conftest import largest_file, tiny_config
 from tests.support.checkpoints import save_checkpoint
 
 DATA = "ab" * 32
@@ -254,6 +256,17 @@ class TestGoingBack:
         assert names(run_folder) == before and not is_abandoned(run_folder, url, 4)
         prepare_run_folder(found, config)
         assert names(run_folder) == ["step_00000002", "step_00000004.abandoned"] and is_abandoned(run_folder, url, 4)
+
+    def test_a_full_disk_sets_nothing_aside(self, save: Save, run_folder: Path) -> None:
+        """Also if there is space for ``config.json``, but not for ``remote.json``."""
+        older = [save(step) for step in (2, 4)][0]
+        for number in range(200):
+            pair(run_folder, f"s3://bucket/{number:050}")
+        before, config = names(run_folder), config_of(run_folder, older)
+        room = (run_folder / "remote.json").stat().st_size
+        with largest_file(room), pytest.raises(CheckpointError, match="remote.json"):
+            prepare_run_folder(find_start(config, DATA), config)
+        assert (run_folder / "config.json").stat().st_size < room and names(run_folder) == before
 
     def test_one_set_aside_can_be_named(self, save: Save, run_folder: Path) -> None:
         older = [save(step) for step in (2, 4)][0]
@@ -502,6 +515,23 @@ def test_a_checkpoint_that_its_run_deletes_before_it_is_loaded_is_an_error_that_
     delete_checkpoint(folder)
     with pytest.raises(CheckpointError, match="step_00000002 was deleted while it was read.*; repeat the command with"):
         load_checkpoint(folder, backend, world)
+
+
+def test_a_rank_that_cannot_read_the_checkpoint_stops_all_ranks_before_the_next_collective(
+    save: Save, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class MainRank(World):
+        def gather(self, item: Any) -> list[Any]:
+            return [item, "rank 1 on b: step_00000002 cannot be read"]
+
+        def broadcast(self, item: Any) -> Any:
+            return item
+
+    folder, config, main = save(2), config_of(run_folder), MainRank(0, 2, 0, torch.device("cpu"))
+    backend = DdpBackend(build_model(config.model, 1), config, World.alone(main.device))
+    monkeypatch.setattr(backend, "state_was_loaded", lambda _: pytest.fail("the other rank does not call this"))
+    with pytest.raises(DataError, match="^rank 1 on b: step_00000002 cannot be read$"):
+        load_checkpoint(folder, backend, main)
 
 
 class TestRunFolder:
