@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_tools.errors import DataError, one_line_write_errors
 from data_tools.storage.atomic import write_json_durably
 from data_tools.storage.files import require_writable
 from data_tools.storage.new_folders import create_folder, removed_if_unused
@@ -15,6 +16,7 @@ from pipeline.checkpoint.layout import GROUPS, STATE_FILE, group_of, list_checkp
 from pipeline.checkpoint.loading import read_parameter
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pieces import index_pieces, piece_key
+from pipeline.checkpoint.retention import delete_checkpoint
 from pipeline.checkpoint.saving import SavedCheckpoint, Snapshot, write_checkpoint
 from pipeline.checkpoint.state import TrainingState, read_state
 from pipeline.checkpoint.tensor_stream import StreamedTensor, TensorGroups
@@ -89,6 +91,7 @@ def write_new_run(
 
     Raises:
         CheckpointError: the folder already has checkpoints, or the checkpoint cannot be written.
+        DataError: ``config.json`` cannot be written.
         ConfigError: another process uses the run folder.
     """
     state_names = state_names or state_names_of(shapes, config)
@@ -106,7 +109,12 @@ def write_new_run(
         require_new_run_folder(run_folder)
         snapshot = Snapshot(state, shapes, state_names, groups, averaged_steps)
         saved = write_checkpoint(run_folder, snapshot, stored_config or content, _SINGLE_RANK, keep_last=1)
-        write_json_durably(run_folder / CONFIG_FILE, content)
+        try:
+            with one_line_write_errors(run_folder / CONFIG_FILE):
+                write_json_durably(run_folder / CONFIG_FILE, content)
+        except DataError:
+            delete_checkpoint(saved.folder)  # otherwise, the command could not be repeated
+            raise
         return saved
 
 

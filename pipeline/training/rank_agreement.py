@@ -111,9 +111,14 @@ def _describe_changes(main: dict[str, Any], own: dict[str, Any]) -> str:
 
 
 def _write_token(run_folder: Path) -> str | None:
-    """Create a file in the run folder, and return its name. If the disk is full, return None."""
+    """Create a file in the run folder, and return its name. If the disk is full, return None.
+
+    Files that a killed start has left are deleted.
+    """
     token = _TOKEN_PREFIX + uuid.uuid4().hex
     try:
+        for left in run_folder.glob(f"{_TOKEN_PREFIX}*"):
+            left.unlink(missing_ok=True)
         (run_folder / token).touch()
     except OSError:
         return None

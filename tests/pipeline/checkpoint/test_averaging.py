@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_tools.errors import DataError
 from pipeline.backends.ddp import DdpBackend
 from pipeline.checkpoint import averaging
 from pipeline.checkpoint.averaging import average_checkpoints
@@ -176,4 +177,14 @@ def test_a_checkpoint_that_the_run_deletes_is_an_error_that_says_so(run: Path, m
     with pytest.raises(CheckpointError, match="step_00000003 was deleted while it was read.*; repeat the"):
         average_checkpoints(run, run / "mean", last=3)
     monkeypatch.undo()
+    average_checkpoints(run, run / "mean", last=2)
+
+
+def test_a_new_run_without_its_config_gets_no_checkpoint(run: Path) -> None:
+    """Otherwise, the command could not be repeated."""
+    blocked = run / "mean" / "config.json"
+    blocked.mkdir(parents=True)
+    with pytest.raises(DataError, match=r"cannot write .*config.json: Is a directory"):
+        average_checkpoints(run, run / "mean", last=2)
+    blocked.rmdir()
     average_checkpoints(run, run / "mean", last=2)

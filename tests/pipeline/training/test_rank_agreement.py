@@ -11,7 +11,7 @@ import pytest
 from pipeline.distributed.world import World
 from pipeline.training.rank_agreement import RankFacts, describe_rank, find_difference
 from tests.pipeline.conftest import tiny_config
-from tests.support.runs import TINY_BYTE_RUN, merged, run_ranks, train_arguments
+from tests.support.runs import TINY_BYTE_RUN, curve_of, merged, run_ranks, train_arguments
 
 MAIN = RankFacts(
     0, "node0", "/shared/run", "a" * 64, {"batch": {"tokens_per_step": 8}}, {"torch": "2.13.0", "source code": "0f"}
@@ -65,3 +65,11 @@ def test_ranks_with_different_working_folders_are_refused(byte_corpus: Path, tmp
     assert line.startswith(f"error: run.out_dir: {tmp_path / 'node1' / 'run'} of rank 1 on ")
     assert f" and {tmp_path / 'node0' / 'run'} of rank 0 on " in line and "are different folders" in line
     assert not list(tmp_path.rglob(".shared-*"))
+
+
+def test_the_file_of_a_killed_start_is_deleted(byte_corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".shared-0123").touch()
+    step: dict[str, Any] = {"data": {"path": str(byte_corpus)}, "schedule": {"warmup_steps": 0, "max_steps": 1}}
+    curve_of("ddp", tmp_path / "run", merged(TINY_BYTE_RUN, step), 2)
+    assert not list((tmp_path / "run").glob(".shared-*"))
