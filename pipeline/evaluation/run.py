@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def _prepare(
         if task in tasks and task not in given:
             paths[task] = find_path(path, config.run)
     return {
-        task: prepare_validation(loaded, paths.get(task))
+        task: world.call_on_each(partial(prepare_validation, loaded, paths.get(task)))
         if task == VALIDATION
         else prepare_task(task, paths.get(task), settings, config.model, world, loaded.tokenizer)
         for task in tasks

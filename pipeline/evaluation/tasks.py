@@ -181,7 +181,7 @@ def prepare_task(
 ) -> Prepared:
     """Read and encode the examples of a task.
 
-    Every rank must call this function.
+    Every rank must call this function. If one of them raises an error, all ranks do.
 
     Args:
         path: the file with the examples. None means the task's dataset on the hub.
@@ -195,10 +195,11 @@ def prepare_task(
         raise ConfigError(f"{name}: {problem}; text needs a model of GPT-2's vocabulary, {GPT2_VOCAB_SIZE}")
     settings = settings.of(name)
     if name == CORE:
-        return prepare_core(path, settings, settings.label(name))
+        return world.call_on_each(lambda: prepare_core(path, settings, settings.label(name)))
     named = NAMED_TASKS.get(cast(TaskName, name))
     if path is not None:
-        rows = pool = read_file(Path(path), by_line=named is not None and named.by_line)
+        by_line = named is not None and named.by_line
+        rows = pool = world.call_on_each(lambda: read_file(Path(path), by_line=by_line))
         spare_shot = True
     else:
         assert named is not None, f"{name} needs a file"
@@ -207,7 +208,8 @@ def prepare_task(
         if settings.shots and hub.shots_split:
             pool = read_hub(replace(hub, split=hub.shots_split), world)
         spare_shot = pool is rows or hub.split != "test"
-    data = TaskData(rows, pool, spare_shot, settings, load_tokenizer(), model.context_length)
+    tokenize = world.call_on_each(load_tokenizer)  # may download the vocabulary
+    data = TaskData(rows, pool, spare_shot, settings, tokenize, model.context_length)
     protocol = named.protocol if named else _protocol_of(rows)
     return protocol.prepare(settings.label(name), data)
 

@@ -58,3 +58,22 @@ def test_a_stuck_rank_is_named_with_its_task(
         rf"^error: (.*; )?rank {processes - 1} \([^)]*\): {delay}.*, in task validation ", result.stderr, re.MULTILINE
     )
     assert "the main thread is stuck here" in result.stderr
+
+
+def test_data_that_only_another_rank_lacks_is_one_line(trained: Path, byte_corpus: Path, tmp_path: Path) -> None:
+    """The ranks start in different folders, and the path of the data is relative."""
+    for rank in (0, 1):
+        (tmp_path / f"node{rank}").mkdir()
+    (tmp_path / "node0" / "tokens").symlink_to(byte_corpus)
+    script = tmp_path / "evaluate.py"
+    script.write_text(
+        "import os\n"
+        "from launch.cli import run_command\n"
+        "from launch.evaluate import main\n"
+        f"os.chdir(os.path.join({str(tmp_path)!r}, 'node' + os.environ['RANK']))\n"
+        "run_command(main)\n"
+    )
+    options = ["--checkpoint", str(trained), "--device", "cpu", "--tasks", "validation", "--data", "validation=tokens"]
+    result = run_ranks(2, script, options)
+    (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert line.startswith("error: rank 1 on ") and ": tokens: " in line and "lost" not in line
