@@ -178,7 +178,8 @@ def test_the_time_of_a_gpu_is_divided_by_class(tmp_path: Path) -> None:
         trace_of(
             tmp_path,
             ("cpu_op", "aten::mm", 0, 500),
-            ("kernel", "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNN", 0, 40),
+            ("kernel", "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNN", 0, 30),
+            ("kernel", "triton_tem_fused_mm_4", 30, 10),
             ("kernel", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 30, 20),
             ("kernel", "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_f16_knob_3_64x64x64", 60, 10),
             ("kernel", "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", 70, 10),
@@ -208,8 +209,9 @@ def test_operators_of_a_cpu_count_without_those_that_they_call(tmp_path: Path) -
         trace_of(
             tmp_path,
             ("cpu_op", "aten::linear", 0, 100),
-            ("cpu_op", "aten::addmm", 10, 60),
-            ("cpu_op", "aten::copy_", 20, 10),
+            ("cpu_op", "aten::addmm", 10, 20),
+            ("cpu_op", "aten::baddbmm", 30, 40),
+            ("cpu_op", "aten::copy_", 15, 10),
             ("cpu_op", "aten::add", 100, 100),
             ("user_annotation", "ProfilerStep#5", 0, 1000),
         )

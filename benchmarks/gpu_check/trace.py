@@ -18,7 +18,7 @@ COMMUNICATION, ELEMENTWISE, OTHER = "communication", "norm, elementwise, loss", 
 
 #: Kernels that Inductor generated, without its templates for matrix products. Their names list the operators that they
 #: fuse, among them copies and parts of products.
-FUSED = ("triton_poi_", "triton_per_", "triton_red_")
+FUSED = re.compile(r"triton_(?!tem_|mm)")
 
 #: Class -> pattern of names, in order: the first match counts. Names are those of cuBLAS (nvjet, gemm, xmma), CUTLASS,
 #: cuDNN, flash attention, torch and Inductor's templates (triton_tem_), and of torch's operators for a CPU.
@@ -29,7 +29,7 @@ CLASSES: dict[str, re.Pattern[str]] = {
         "attention": r"flash|fmha|sdpa|sdp_|attention|attn",
         "optimizer": r"adam|multi_tensor_apply|foreach",
         "matrix products": (
-            r"triton_tem_|gemm|nvjet|xmma|cutlass|cublas|matmul|splitk|dot_kernel|\b(add|b|badd)?mm\b|linear"
+            r"triton_(tem_|mm)|gemm|nvjet|xmma|cutlass|cublas|matmul|splitk|dot_kernel|\bmm\b|addmm|bmm|linear"
         ),
         "copies": r"memcpy|memset|\bcopy_|::copy|_to_copy|aten::(to|clone|contiguous|fill_|zero_)\b",
         ELEMENTWISE: (
@@ -55,7 +55,7 @@ class Event:
 
     @property
     def kind(self) -> str:
-        if self.name.startswith(FUSED):
+        if FUSED.match(self.name):
             return ELEMENTWISE
         return next(kind for kind, pattern in CLASSES.items() if pattern.search(self.name))
 

@@ -7,7 +7,7 @@ stores each weight for the fastest one.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -17,14 +17,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.gpt2 import GPT2, GeluLinear, gelu
+from pipeline.model.gpt2 import GPT2, GeluLinear
+
+Activation = Callable[[Tensor], Tensor]
 
 #: On some CPUs, an input with fewer rows needs a special treatment to read the weight at full speed.
 FEW_ROWS = 4
-ROUNDS = 4
+ROUNDS = 5
+CAREFUL_ROUNDS = 3  # measure every way. The first of them warms up, and is hardly ever the shortest.
 MEASURED_BYTES = 50e6  # of the blocks. On most CPUs, these weights are larger than the caches.
 MEASURED_OUTPUTS = 4096  # of the output layer
-SLOW = 1.5  # a way that takes this many times as long as the fastest one is measured only in the first two rounds
+SLOW = 1.5  # a way that takes this many times as long as the fastest one is measured only in these rounds
 LEAST_GAIN = 0.05  # the least share of time that another way must save to replace the usual way
 
 #: How a weight is stored: as in ``nn.Linear``, transposed as in OpenAI's GPT-2, or in the layout of oneDNN.
@@ -51,7 +54,7 @@ class Way:
         return weight.t().contiguous().t() if self.layout == "transposed" else weight
 
     def product(self, x: Tensor, stored: Tensor, bias: Tensor | None, with_gelu: bool = False) -> Tensor:
-        """Return x W^T + b, or its ``gelu``, shape (..., out).
+        """Return x W^T + b, or its GELU, shape (..., out). GELU is the approximation with tanh.
 
         Args:
             x: shape (..., in), in the dtype of the weight. If ``few_rows`` is ``filled``, at least ``FEW_ROWS`` rows.
@@ -64,7 +67,7 @@ class Way:
             y = split_linear(x, stored, bias)
         else:
             y = F.linear(x, stored, bias)
-        return gelu(y) if with_gelu else y
+        return F.gelu(y, approximate="tanh") if with_gelu else y
 
 
 def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,40 +105,47 @@ WAYS = {
 
 
 class InferenceLinear(nn.Module):
-    """A linear layer for inference. It converts each input to the dtype of its weight.
+    """A linear layer for inference, followed by an activation. It converts each input to the dtype of its weight.
 
-    The weight gets no gradient. Two threads must not use the layer at the same time.
+    The weight gets no gradient.
 
     Args:
         weight: the result of ``way.store``.
-        with_gelu: whether the layer also computes the ``gelu`` of its output.
+        activation: computes the output from the linear layer's output. If it computes GELU, oneDNN computes both.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, way: Way, with_gelu: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, way: Way, activation: Activation | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
         self.way = way
-        self.with_gelu = with_gelu
-        # A new tensor per call would be slower: all its rows would have to be written, to memory that no cache holds.
-        shape = (FEW_ROWS, weight.shape[1])
-        self.filled_input = torch.zeros(shape, dtype=weight.dtype) if way.few_rows == "filled" else None
+        self.with_gelu = activation is not None and _is_gelu(activation)
+        self.activation = None if self.with_gelu else activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, shape (..., out), in the dtype of the layer. The input can have any dtype."""
         x = x.to(self.weight.dtype)
-        filled = self.filled_input
-        if filled is None or (rows := x.shape[:-1].numel()) >= FEW_ROWS:
-            return self.way.product(x, self.weight, self.bias, self.with_gelu)
-        filled[:rows] = x.reshape(rows, -1)
-        y = self.way.product(filled, self.weight, self.bias, self.with_gelu)
-        return y[:rows].view(*x.shape[:-1], y.shape[-1])
+        rows = x.shape[:-1].numel()
+        if self.way.few_rows == "filled" and rows < FEW_ROWS:
+            filled = F.pad(x.reshape(rows, -1), (0, 0, 0, FEW_ROWS - rows))
+            y = self.way.product(filled, self.weight, self.bias, self.with_gelu)
+            y = y[:rows].view(*x.shape[:-1], -1)
+        else:
+            y = self.way.product(x, self.weight, self.bias, self.with_gelu)
+        return y if self.activation is None else self.activation(y)
 
 
-def inference_linear(linear: nn.Linear, dtype: torch.dtype, way: Way, with_gelu: bool = False) -> InferenceLinear:
-    """Return an ``InferenceLinear`` with the weight and the bias of a linear layer."""
+def _is_gelu(activation: Activation) -> bool:
+    """Return whether a function computes the approximation of GELU with tanh. Compares values, not names."""
+    x = torch.linspace(-4, 4, 33)
+    return torch.allclose(activation(x), F.gelu(x, approximate="tanh"))
+
+
+def inference_linear(linear: nn.Linear, dtype: torch.dtype, way: Way) -> InferenceLinear:
+    """Return a layer that computes the same as an ``nn.Linear`` or a ``GeluLinear``."""
     bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-    return InferenceLinear(way.store(linear.weight.detach().to(dtype)), bias, way, with_gelu)
+    activation = linear.activation if isinstance(linear, GeluLinear) else None
+    return InferenceLinear(way.store(linear.weight.detach().to(dtype)), bias, way, activation)
 
 
 def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None) -> None:
@@ -155,9 +165,9 @@ def pack_linear_layers(model: GPT2, dtype: torch.dtype, rows: int | None = None)
     # A list of the linear layers would keep all their weights in memory.
     for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in module.named_children():
-            with_gelu = isinstance(child, GeluLinear) and child.activation is gelu
-            if isinstance(child, nn.Linear) and (with_gelu or type(child) is nn.Linear):
-                setattr(module, name, inference_linear(child, dtype, ways[_shape(child)], with_gelu))
+            # A subclass may compute something else.
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, GeluLinear):
+                setattr(module, name, inference_linear(child, dtype, ways[_shape(child)]))
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -175,7 +185,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 def fastest_ways(model: GPT2, dtype: torch.dtype, rows: int) -> dict[tuple[int, int], Way]:
     """Time the ways of computing linear layers. Return the fastest way for each weight shape (out, in).
 
-    Copies of at most ``MEASURED_BYTES`` and one block are in memory, plus some rows of the output layer.
+    The ways take turns, so that a slow moment affects all of them. For each layout, copies of some blocks and of some
+    rows of the output layer are in memory. The blocks have at least ``MEASURED_BYTES``.
 
     Args:
         rows: the number of rows of the measured inputs.
@@ -184,43 +195,28 @@ def fastest_ways(model: GPT2, dtype: torch.dtype, rows: int) -> dict[tuple[int, 
     shapes = [_shape(layer) for layer in (*layers, model.lm_head)]
     weights = [layer.weight.detach().to(dtype) for layer in layers]
     weights.append(model.lm_head.weight[:MEASURED_OUTPUTS].detach().to(dtype))
-    seconds: dict[tuple[int, int], dict[Way, float]] = {shape: {} for shape in shapes}
+    inputs = [torch.ones(rows, weight.shape[1], dtype=dtype) for weight in weights]
     ways = [way for way in WAYS[dtype] if way.few_rows == "none" or rows < FEW_ROWS]
-    for layout in dict.fromkeys(way.layout for way in ways):
-        _measure([way for way in ways if way.layout == layout], shapes, weights, rows, seconds)
-    return {shape: _choose(found) for shape, found in seconds.items()}
+    layouts = {way.layout for way in ways}
+    stored = {layout: [Way(layout).store(weight) for weight in weights] for layout in layouts}
+    candidates = {way: [InferenceLinear(weight, None, way) for weight in stored[way.layout]] for way in ways}
+    shortest_s: dict[tuple[int, int], dict[Way, float]] = {shape: {} for shape in shapes}
+    for finished_rounds in range(ROUNDS):
+        for way, own_layers in candidates.items():
+            for shape, layer, x in zip(shapes, own_layers, inputs, strict=True):
+                found = shortest_s[shape]
+                if finished_rounds >= CAREFUL_ROUNDS and found[way] > SLOW * min(found.values()):
+                    continue
+                start = time.perf_counter()
+                layer(x)
+                elapsed_s = time.perf_counter() - start
+                found[way] = min(elapsed_s, found.get(way, elapsed_s))
+    return {shape: _choose(found) for shape, found in shortest_s.items()}
 
 
 def _measured_layers(model: GPT2) -> list[nn.Linear]:
     block_bytes = sum(weight.nbytes for weight in model.h[0].parameters())
     return linear_layers(model.h[: math.ceil(MEASURED_BYTES / block_bytes)])
-
-
-def _measure(
-    ways: Sequence[Way],
-    shapes: Sequence[tuple[int, int]],
-    weights: Sequence[Tensor],
-    rows: int,
-    seconds: dict[tuple[int, int], dict[Way, float]],
-) -> None:
-    """Add the shortest time of each way to ``seconds``, per shape.
-
-    Args:
-        ways: ways with the same layout. Only one copy of the weights is in memory.
-    """
-    stored = [ways[0].store(weight) for weight in weights]
-    layers = [[InferenceLinear(weight, None, way) for weight in stored] for way in ways]
-    inputs = [torch.ones(rows, weight.shape[1], dtype=weight.dtype) for weight in weights]
-    for finished in range(1 + ROUNDS):  # the first round warms up, and is never the shortest
-        for way, own in zip(ways, layers, strict=True):
-            for shape, x, layer in zip(shapes, inputs, own, strict=True):
-                found = seconds[shape]
-                if finished > 1 and found[way] > SLOW * min(found.values()):
-                    continue
-                start = time.perf_counter()
-                layer(x)
-                elapsed = time.perf_counter() - start
-                found[way] = min(elapsed, found.get(way, elapsed))
 
 
 def _choose(seconds: dict[Way, float]) -> Way:
