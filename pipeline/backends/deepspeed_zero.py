@@ -81,7 +81,8 @@ class DeepSpeedBackend(Backend):
         compute = self.in_precision(model, self.precision, world.device)
         build_rest = partial(_build_cpu_adam, config=config.optimizer) if config.backend.offloads("optimizer") else None
         optimizer = build_optimizer(dict(model.named_parameters()), config, world, build_rest)
-        ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # ZeRO would refuse optimizers that it does not know
+        if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:  # ZeRO would refuse optimizers that it does not know
+            ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
         if self.stage == 3:
             # A block's weights are gathered and released at once, outside of its compiled forward pass.

@@ -49,7 +49,7 @@ def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[
 
 
 def field_at(location: Sequence[int | str]) -> FieldInfo | None:
-    """Return the field of the schema for a key, or None if there is no such key.
+    """Return the field of the schema for a key, or None if there is no such key. An element of a list has no field.
 
     Args:
         location: the names of the sections and of the key, and the indices of lists, as in pydantic's errors.
@@ -57,7 +57,10 @@ def field_at(location: Sequence[int | str]) -> FieldInfo | None:
     section: type[BaseModel] | None = Config
     field = None
     for name in location:
-        field = section.model_fields.get(str(name)) if section else None
+        if isinstance(name, int):  # the section of the elements stays the same
+            field = None
+            continue
+        field = section.model_fields.get(name) if section else None
         section = next(_sections_in(field.annotation), None) if field else None
     return field
 

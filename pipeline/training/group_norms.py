@@ -46,7 +46,7 @@ class GroupNorms:
         self._world = world
         self._betas = {EXP_AVG: config.betas[0], MOMENTUM: config.muon.momentum}
         self._groups = list(dict.fromkeys(layer_group(name) for name in backend.parameter_shapes))
-        self._before = [(f.weight.clone(), f.state[_moment(f.state)].clone()) for f in backend.fragments()]
+        self._before = [(f.weight.clone(), f.state[self._moment(f.state)].clone()) for f in backend.fragments()]
 
     def measure(self, grad_norm: float) -> dict[str, float]:
         """Return the norms of every layer group, or an empty dict if ``grad_norm`` is not finite.
@@ -88,7 +88,7 @@ class GroupNorms:
         dtype = summing_dtype(self._world.device)
         sums = torch.zeros(4, len(self._groups), dtype=dtype, device=self._world.device)
         for fragment, (old_weight, old_moment) in zip(self._backend.fragments(), self._before, strict=True):
-            moment = _moment(fragment.state)
+            moment = self._moment(fragment.state)
             beta, column = self._betas[moment], self._groups.index(layer_group(fragment.name))
             tensors = (fragment.weight, old_weight, fragment.state[moment], old_moment)
             for piece in zip(*(torch.split(tensor, _PIECE_ELEMENTS) for tensor in tensors), strict=True):
@@ -97,6 +97,5 @@ class GroupNorms:
                 sums[:, column] += torch.stack([torch.dot(part, part) for part in parts]).to(sums.device)
         return sums
 
-
-def _moment(state: dict[str, Tensor]) -> str:
-    return MOMENTUM if MOMENTUM in state else EXP_AVG
+    def _moment(self, state: dict[str, Tensor]) -> str:
+        return next(name for name in self._betas if name in state)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.backends import Backend, create_backend
+from pipeline.backends.eager_optimizers import AdamW
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
 from pipeline.distributed.world import World
@@ -65,6 +66,13 @@ def test_classes_of_the_stages(world: World, stage: int, backend_class: type[Bac
     assert type(backend.state) is state_class
     assert f"ZeRO-{stage} with fused AdamW" in backend.describe()
     assert not backend.engine.tput_timer.config.enabled, "this timer waits for a GPU in each micro-step"
+
+
+def test_deepspeed_learns_the_class_of_an_optimizer_once(world: World) -> None:
+    for _ in range(2):
+        make_backend("zero1", world)
+    known = deepspeed_zero.ZERO_SUPPORTED_OPTIMIZERS
+    assert known.count(AdamW) == 1 and len(known) == len(set(known))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

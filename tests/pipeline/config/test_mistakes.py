@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.keys import NAMES_ELSEWHERE, valid_keys
 from pipeline.config.loading import load_config
 from tests.pipeline.config.conftest import mistake
 from tests.support.runs import CONFIGS
@@ -105,6 +104,8 @@ def test_a_mixture_replaces_the_path_of_an_earlier_file_if_that_is_set_to_null(w
     assert [component.path for component in load_config([earlier, later], [mixture]).data.components] == ["a"]
     line = mistake([], 'data.mixture=[{"path": "a", "weight": 0}]')
     assert line == "data.mixture.0.weight: Input should be greater than 0, found 0 (set in --set)"
+    line = mistake([], 'data.mixture=[{"path": "a", "weight": null}]')
+    assert "found null (set in --set); The dataset's share of the samples" in line
 
 
 def test_a_task_that_cannot_name_a_file(write: Any) -> None:
@@ -114,7 +115,3 @@ def test_a_task_that_cannot_name_a_file(write: Any) -> None:
 
 def test_a_long_value_is_cut() -> None:
     assert len(mistake([], f"run.seed={'x' * 10_000}")) < 200
-
-
-def test_the_keys_for_names_of_other_programs_exist() -> None:
-    assert set(NAMES_ELSEWHERE) <= set(valid_keys())

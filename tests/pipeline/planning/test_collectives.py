@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from pipeline.config.loading import load_config
 from pipeline.config.schema import Config
 from pipeline.data.batch_plan import plan_batch
+from pipeline.model.gpt2 import allocate_model, flops_per_token
 from pipeline.planning.collectives import Stage, StepCollectives, step_collectives
 from pipeline.planning.communication import Collective, Group
 from tests.support.runs import CONFIGS
 
 ZERO = "backend.deepspeed.zero_optimization"
-WTE, WPE, BLOCK, LAST_NORM = 50304 * 768, 1024 * 768, 7_087_872, 2 * 768
+MODEL = load_config([CONFIGS / "ddp.json"]).model
+BLOCK_SHAPES = [parameter.shape for parameter in allocate_model(MODEL, "meta").h[0].parameters()]
+WTE, WPE, BLOCK, LAST_NORM = 50304 * 768, 1024 * 768, sum(map(math.prod, BLOCK_SHAPES)), 2 * 768
 ROOT = WTE + WPE + LAST_NORM
 ALL = ROOT + 12 * BLOCK
 RANKS = 16
@@ -33,7 +38,7 @@ def reductions_of(stages: list[Stage]) -> list[Collective]:
 
 
 def test_stages_divide_the_flops_of_a_micro_step() -> None:
-    for checkpointing, expected in (("false", 1.0), ("true", 1 + (1 - 6 * WTE / 855_397_632) / 3)):
+    for checkpointing, expected in (("false", 1.0), ("true", 1 + (1 - 6 * WTE / flops_per_token(MODEL, 1024)) / 3)):
         step = collectives_of("ddp", f"model.activation_checkpointing={checkpointing}")
         assert sum(stage.share for stage in step.last) == pytest.approx(expected, rel=1e-3)
 
@@ -116,7 +121,7 @@ def test_zero_3_with_secondary_shards_gathers_once_per_step_from_all_ranks() -> 
 
 def test_muon_exchanges_matrices_after_the_backward_pass() -> None:
     """A rank sends its share to the owners in its group. The owners send the updates to all ranks."""
-    matrices = 12 * 12 * 768**2
+    matrices = 12 * sum(math.prod(shape) for shape in BLOCK_SHAPES if len(shape) == 2)
     step = collectives_of("fsdp", "backend.fsdp.shard_group_size=4", "optimizer.name=muon", "run.precision=fp32")
     sizes = {group: 0 for group in (Group(4), Group(RANKS))}
     for collective in step.after:

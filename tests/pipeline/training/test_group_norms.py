@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.backends.ddp import DdpBackend
 from pipeline.distributed.world import World
+from pipeline.model.parameter_state import OPTIMIZER_STATE
 from pipeline.training.group_norms import GroupNorms, layer_group
 from tests.pipeline.conftest import random_tokens, randomised_model, tiny_config
 
@@ -32,7 +33,7 @@ def norms_of(tensors: dict[str, Tensor]) -> dict[str, float]:
     return {group: math.sqrt(square) for group, square in squares.items()}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZER_STATE)
 @pytest.mark.parametrize("grad_clip", [0.0, 0.1])
 def test_the_norms_are_those_of_the_tensors(optimizer: str, grad_clip: float, world: World) -> None:
     """Three steps, so that the moments are not zero. Clipping scales the gradients, but not the norms."""
