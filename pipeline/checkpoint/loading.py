@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_tools.errors import DataError
+from data_tools.errors import UserError
 from data_tools.shards.manifest import TokenizerRecord
 from data_tools.storage.files import is_remote
 from data_tools.vocabulary import GPT2_VOCAB_SIZE
@@ -278,8 +278,8 @@ def _load_chosen(path: Path | str, world: World, weights: str) -> LoadedModel | 
     try:
         loaded = _read_model(_locate_chosen(path, chosen, world, weights), world.device, weights)
         own = _Reading(loaded.weights_sha256)
-    except (CheckpointError, DataError) as error:  # the other ranks must learn of it
-        own = _Reading(problem=str(error))
+    except UserError as error:  # the other ranks must learn of it
+        own = _Reading(problem=world.describe_failure(error))
     readings = world.gather(own)
     return loaded if world.call_on_main(lambda: _is_same_model(path, chosen, readings)) else None
 
@@ -322,29 +322,21 @@ def _is_same_model(path: Path | str, folder: Path, readings: list[_Reading]) -> 
         CheckpointError: a rank could not read the checkpoint, or has read other weights than rank 0.
         DataError: the server refuses or does not answer.
     """
+    places: list[Path | str] = [folder]
+    if is_remote(str(path)):  # after a deletion at the URL, the copy in the folder may still exist
+        places.append(checkpoint_url(split_url(str(path))[0], step_of(folder)))
     for rank, reading in enumerate(readings):
-        if reading.problem and _was_deleted(path, folder):
+        if reading.problem and any(map(was_deleted, places)):
             log_deletion(folder)
             return False
         if reading.problem:
-            raise CheckpointError(f"rank {rank}: {reading.problem}" if rank else reading.problem)
+            raise CheckpointError(reading.problem)
         if reading != readings[0]:
             raise CheckpointError(
                 f"{path}: rank {rank} finds other weights at this path than rank 0; name a folder that all hosts "
                 "share, or the URL of the run"
             )
     return True
-
-
-def _was_deleted(path: Path | str, folder: Path) -> bool:
-    """Return whether a checkpoint no longer exists. For a URL, the copy in ``folder`` may still exist.
-
-    Args:
-        path: the path or URL that the user named.
-    """
-    if was_deleted(folder):
-        return True
-    return is_remote(str(path)) and was_deleted(checkpoint_url(split_url(str(path))[0], step_of(folder)))
 
 
 def _read_model(folder: Path, device: torch.device, weights: str = "training") -> LoadedModel:

@@ -116,7 +116,7 @@ def newest_good_checkpoint(
         problem = find_damage(folder, hash_file, weights)
         if problem is None:
             return folder
-        if folder not in deleted and was_deleted(folder):
+        if folder not in deleted and folder_was_deleted(folder):
             deleted.add(folder)  # a network disk can list a deleted folder again
             folders = list_checkpoints(run_folder)
         else:
@@ -124,8 +124,8 @@ def newest_good_checkpoint(
     return None
 
 
-def was_deleted(folder: Path) -> bool:
-    """Return whether a checkpoint no longer exists. A link to a missing folder still exists.
+def folder_was_deleted(folder: Path) -> bool:
+    """Return whether the folder of a checkpoint no longer exists. A link to a missing folder still exists.
 
     A folder that cannot be read still exists.
     """
@@ -152,7 +152,7 @@ def read_located(locate: Callable[[], Path], read: Callable[[Path], Result]) -> 
         try:
             return read(folder)
         except CheckpointError:
-            if not was_deleted(folder):
+            if not folder_was_deleted(folder):
                 raise
             log_deletion(folder)
 
@@ -195,7 +195,7 @@ def verify_checkpoints(path: Path, print_line: Callable[[str], None]) -> None:
     started, hashed, damaged = time.perf_counter(), 0, 0
     for folder in folders:
         problem = find_damage(folder)
-        if problem and was_deleted(folder):
+        if problem and folder_was_deleted(folder):
             print_line(f"deleted  {folder} while it was read, probably by its run (checkpoint.keep_last)")
             continue
         hashed += size_of_folder(folder)

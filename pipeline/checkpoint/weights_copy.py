@@ -12,7 +12,6 @@ from data_tools.formatting import format_size
 from data_tools.storage.atomic import atomic_folder, write_bytes_durably, write_json_durably
 from data_tools.storage.files import is_remote
 from data_tools.storage.locks import waiting_for_lock
-from pipeline.checkpoint import verification
 from pipeline.checkpoint.download import REQUESTS, allocate, blocks_of, download_block
 from pipeline.checkpoint.json_files import read_json_object
 from pipeline.checkpoint.layout import (
@@ -26,7 +25,7 @@ from pipeline.checkpoint.pieces import manifest_of_weights
 from pipeline.checkpoint.remote_run import RemoteCheckpoint, parse_url
 from pipeline.checkpoint.remote_search import complete_steps, find_checkpoints
 from pipeline.checkpoint.retention import delete_checkpoint
-from pipeline.checkpoint.verification import find_damage, locate_checkpoint, log_deletion
+from pipeline.checkpoint.verification import find_damage, folder_was_deleted, locate_checkpoint, log_deletion
 from pipeline.distributed.environment import cache_folder
 from pipeline.errors import CheckpointError
 from pipeline.model.parameter_state import EMA
@@ -84,7 +83,7 @@ def was_deleted(checkpoint: Path | str) -> bool:
     Raises DataError if a server refuses or does not answer.
     """
     if not is_remote(str(checkpoint)):
-        return verification.was_deleted(Path(checkpoint))
+        return folder_was_deleted(Path(checkpoint))
     run, step = parse_url(str(checkpoint))
     return step not in complete_steps(run.list())
 

@@ -143,17 +143,20 @@ class World:
             result = function()
         except UserError as error:
             failure = error
-        where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
-        problems = self.gather(f"{where}{failure}" if failure else None)
+        problems = self.gather(self.describe_failure(failure) if failure else None)
 
-        def require() -> None:
+        def raise_first() -> None:
             if failure and problems[0]:
                 raise failure
             if others := [problem for problem in problems if problem]:
                 raise DataError(others[0])
 
-        self.call_on_main(require)
+        self.call_on_main(raise_first)
         return cast(Result, result)
+
+    def describe_failure(self, error: UserError) -> str:
+        """Return the message of an error of this rank. If this is not rank 0, the message names the rank and host."""
+        return f"rank {self.rank} on {socket.gethostname()}: {error}" if self.rank else str(error)
 
     def connect_to_store(self, prefix: str) -> Store:
         """Return a new connection to the key-value store of the ranks. The connection adds a prefix to each key.

@@ -1,1 +1,1 @@
-"""Describe and measure the device of this process. This package knows no other ranks."""
+"""Describe and measure the device of this process. No module here communicates with other ranks."""

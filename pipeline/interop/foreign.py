@@ -230,11 +230,17 @@ def require_gpt2(where: str, config: ModelConfig) -> None:
     """
     expected, found = _published_shapes(config), model_shapes(config)
     for name in [*found, *expected]:
-        if found.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{where}: the model is not a GPT-2: {name} has shape {found.get(name, 'none')}, and GPT-2's has shape "
-                f"{expected.get(name, 'none')}; it cannot be exported, because no other program knows this model"
-            )
+        if found.get(name) == expected.get(name):
+            continue
+        if name not in found:
+            problem = f"{name} is missing"
+        elif name not in expected:
+            problem = f"GPT-2 has no {name}"
+        else:
+            problem = f"{name} has shape {found[name]}, and GPT-2's has shape {expected[name]}"
+        raise CheckpointError(
+            f"{where}: the model is not a GPT-2: {problem}; export only models with an unchanged pipeline/model"
+        )
 
 
 def _published_shapes(config: ModelConfig) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from data_tools.errors import DataError, UserError
+from data_tools.errors import UserError
 from data_tools.shards.manifest import TokenizerRecord
 from data_tools.storage.files import is_remote
 from pipeline.backends import Backend
@@ -56,13 +56,17 @@ def write_initial_weights(
         tokenizer: the tokenizer of this run's data.
 
     Raises:
-        CheckpointError: a rank cannot read the weights. All ranks raise this error.
+        CheckpointError: a rank cannot read the weights. All other ranks raise MainRankError.
         DataError: a server refuses or does not answer.
     """
     if place is None:
         backend.draw_weights(config.run.seed)
         return None
-    origin, problem = _try_loading(place, backend, tokenizer)
+    origin = problem = None
+    try:
+        origin = load_initial_weights(place, backend, tokenizer)
+    except UserError as error:  # the other ranks must learn of it
+        problem = world.describe_failure(error)
     problems = world.gather(problem)
     if not any(problems):
         return origin
@@ -70,21 +74,10 @@ def write_initial_weights(
     return write_initial_weights(newest, config, backend, tokenizer, world)
 
 
-def _try_loading(
-    place: Path | str, backend: Backend, tokenizer: TokenizerRecord
-) -> tuple[dict[str, Any] | None, str | None]:
-    """Load the weights. Return their path and step, and None. If this fails, return None and the problem."""
-    try:
-        return load_initial_weights(place, backend, tokenizer), None
-    except (CheckpointError, DataError) as error:  # the other ranks must learn of it
-        return None, str(error)
-
-
 def _find_again(place: Path | str, config: Config, problems: list[str | None]) -> Path | str | None:
     """Return the place of other weights if those at ``place`` were deleted. Otherwise, raise CheckpointError."""
-    for rank, problem in enumerate(problems):
-        if problem and not was_deleted(place):
-            raise CheckpointError(f"rank {rank}: {problem}" if rank else problem)
+    if not was_deleted(place):
+        raise CheckpointError(next(filter(None, problems)))
     log_deletion(place)
     return find_initial_weights(config)
 
@@ -99,6 +92,7 @@ def load_initial_weights(place: Path | str, backend: Backend, tokenizer: Tokeniz
 
     Raises:
         CheckpointError: the weights cannot be read.
+        ConfigError: the config that is stored with the weights is not valid.
         DataError: a server refuses or does not answer.
     """
     is_url = is_remote(str(place))
@@ -106,7 +100,7 @@ def load_initial_weights(place: Path | str, backend: Backend, tokenizer: Tokeniz
     failures: list[UserError] = []
     try:
         source = open_weights(locate_weights(place) if is_url else Path(place))  # each host has its own copy of a URL
-    except (CheckpointError, DataError) as error:
+    except UserError as error:
         failures.append(error)
 
     def write(name: str, start: int, target: Tensor) -> None:
@@ -115,7 +109,7 @@ def load_initial_weights(place: Path | str, backend: Backend, tokenizer: Tokeniz
                 copy_positions(source, start, target)
             elif source:
                 source.copy_elements(name, start, target)
-        except CheckpointError as error:
+        except UserError as error:
             failures.append(error)
 
     backend.write_weights(write)  # also after a failure, because other ranks may wait in this collective call

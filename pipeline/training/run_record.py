@@ -50,9 +50,9 @@ class RunRecord:
             if resumed_step:
                 elapsed = (row.get("elapsed_s", 0.0) for row in read_metrics(self.run_folder))
                 self._started -= max(elapsed, default=0.0)
-            self._sinks = _create_sinks(self.config.logging, self.run_folder)
-            for sink in self._sinks:
+            for sink in _create_sinks(self.config.logging, self.run_folder):
                 sink.start(dump_config(self.config), resumed_step)
+                self._sinks.append(sink)  # only now, because ``close`` must not touch a sink that has not started
 
     def elapsed_s(self) -> float:
         """Return how many seconds the run has taken so far, as wall-clock time.

@@ -1,6 +1,7 @@
 """Compute the learning rate of a step, and the decay of the weights' moving average."""
 
 import math
+from collections.abc import Callable
 
 from pipeline.config.schema import AveragingConfig, Config, OptimizerConfig, ScheduleConfig
 
@@ -18,6 +19,7 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
     - ``cosine`` and ``linear``: the first step of the decay is at the peak. The last step of the run is above the
       minimum (Loshchilov and Hutter 2017).
     """
+    share_above_floor = _share_above_floor(schedule)  # first, so that a missing formula fails in the first step
     peak = optimizer.learning_rate
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -28,18 +30,24 @@ def lr_at(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> fl
         return floor
     decayed = step - schedule.decay_start + (schedule.name == "wsd")
     progress = decayed / (schedule.max_steps - schedule.decay_start)
-    return floor + (peak - floor) * _share_above_floor(progress, schedule)
+    return floor + (peak - floor) * share_above_floor(progress)
 
 
-def _share_above_floor(progress: float, schedule: ScheduleConfig) -> float:
-    """Return (rate - minimum) / (peak - minimum) at a point of the decay. ``progress`` is from 0 to 1."""
-    shape = (schedule.decay_shape or "linear") if schedule.name == "wsd" else schedule.name
-    if shape == "cosine":  # Loshchilov and Hutter 2017, without restarts
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    if shape == "1-sqrt":  # Hägele et al. 2024
-        return 1.0 - math.sqrt(progress)
-    assert shape == "linear", f"the curve {shape} has no formula"
-    return 1.0 - progress
+def _share_above_floor(schedule: ScheduleConfig) -> Callable[[float], float]:
+    """Return the formula of the decay's curve.
+
+    The formula maps the progress of the decay, from 0 to 1, to (rate - minimum) / (peak - minimum).
+
+    - ``cosine``: Loshchilov and Hutter 2017, without restarts.
+    - ``1-sqrt``: Hägele et al. 2024.
+    """
+    formulas: dict[str, Callable[[float], float]] = {
+        "constant": lambda progress: 1.0,
+        "linear": lambda progress: 1.0 - progress,
+        "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "1-sqrt": lambda progress: 1.0 - math.sqrt(progress),
+    }
+    return formulas[(schedule.decay_shape or "linear") if schedule.name == "wsd" else schedule.name]
 
 
 def ema_decay_at(step: int, averaging: AveragingConfig) -> float | None:

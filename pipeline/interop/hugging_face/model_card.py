@@ -141,9 +141,9 @@ def _training(state: TrainingState, config: Config, weights: str, changes: list[
 
 
 def _changed_settings(rows: list[dict[str, Any]], last_step: int) -> str:
-    """Return a table of the settings that a resumed run has changed. The table above has only the last settings.
+    """Return a table of the settings that a resumed run has changed. The table "Training" has only the last settings.
 
-    Of several starts from the same checkpoint, the weights up to ``last_step`` come from the last one.
+    If a run started several times from the same checkpoint, only the last start is shown.
     """
     starts = {row["step"]: row["started"].get("changed", []) for row in rows if isinstance(row.get("started"), dict)}
     cells = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, UserError
 from pipeline.checkpoint import loading, verification, weights_copy
 from pipeline.checkpoint.inspection import CheckpointReport, RunReport, inspect
 from pipeline.checkpoint.layout import list_checkpoints
@@ -24,7 +25,7 @@ from pipeline.checkpoint.retention import delete_checkpoint
 from pipeline.checkpoint.weights_copy import locate_weights_of
 from pipeline.config.loading import dump_config
 from pipeline.distributed.world import World
-from pipeline.errors import CheckpointError, MainRankError
+from pipeline.errors import CheckpointError, ConfigError, MainRankError
 from pipeline.interop.weights import locate_weights
 from tests.pipeline.checkpoint.conftest import MANIFEST, MOMENTS, STATE, WEIGHTS, make_backend, state_of, train_steps
 from tests.pipeline.conftest import largest_file, tiny_config
@@ -192,29 +193,30 @@ def test_if_another_rank_cannot_read_a_url_the_main_rank_chooses_again_only_if_t
                 return [item, item]
             if is_deleted:
                 delete_at_url(2)
-            return [item, replace(item, weights_sha256=None, problem="no answer")]
+            return [item, replace(item, weights_sha256=None, problem="rank 1 on node1: no answer")]
 
     main = MainRank(0, 2, 0, CPU)
     if is_deleted:
         assert load_model_of_main(URL, main).step == 1
     else:
-        with pytest.raises(CheckpointError, match="rank 1: no answer"):
+        with pytest.raises(CheckpointError, match="^rank 1 on node1: no answer$"):
             load_model_of_main(URL, main)
 
 
-def test_a_server_that_one_rank_cannot_reach_is_an_error_on_all_ranks(
-    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [DataError("no weights"), ConfigError("no weights")])
+def test_weights_that_one_rank_cannot_read_are_an_error_on_all_ranks(
+    error: UserError, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newest = load_model(run_folder, CPU)
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise DataError("connection refused")
+        raise error
 
     monkeypatch.setattr(loading, "locate_weights_of", refuse)
-    second = RankOfTwo(1, 2, 1, CPU, answers=[newest.checkpoint, MainRankError("rank 1: connection refused", 2)])
+    second = RankOfTwo(1, 2, 1, CPU, answers=[newest.checkpoint, MainRankError("a rank has failed", 2)])
     with pytest.raises(MainRankError):
         load_model_of_main(URL, second)
-    assert [reading.problem for reading in second.sent] == ["connection refused"]
+    assert [reading.problem for reading in second.sent] == [f"rank 1 on {socket.gethostname()}: no weights"]
 
 
 def test_the_first_rank_of_another_host_verifies_the_files_on_its_disk(run_folder: Path) -> None:
@@ -226,7 +228,7 @@ def test_the_first_rank_of_another_host_verifies_the_files_on_its_disk(run_folde
     with pytest.raises(MainRankError):
         load_model_of_main(run_folder, second)
     [reading] = second.sent
-    assert reading.problem.startswith(f"{path}: contents changed")
+    assert f": {path}: contents changed" in reading.problem
     assert "copy the checkpoint to this host again" in reading.problem
 
 

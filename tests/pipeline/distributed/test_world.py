@@ -19,7 +19,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.distributed import world as world_module
 from pipeline.distributed.world import World, join_world
 from pipeline.errors import CheckpointError, ConfigError, LostRankError, MainRankError
-from tests.support.runs import child_environment, ranks_command
+from tests.support.runs import child_environment, ranks_command, run_ranks
 
 CPU = torch.device("cpu")
 
@@ -165,29 +165,54 @@ def test_nccl_collectives_of_one_rank(gpu_world: World) -> None:
     assert gpu_world.with_cpu_group().device == CPU
 
 
-#: Each rank adds its number to a tensor on its own GPU, and the ranks exchange objects on both groups.
+#: Each rank adds its number to a tensor on its own device. The ranks exchange objects on both groups. One call fails.
 TWO_RANKS = """
+import sys
+
+import pytest
 import torch
 
 from data_tools.errors import DataError
 from pipeline.config.schema import RunConfig
 from pipeline.distributed.world import join_world
+from pipeline.errors import MainRankError
 
-with join_world(RunConfig(device="cuda")) as world:
-    assert world.device.index == torch.cuda.current_device() == world.rank
+with join_world(RunConfig(device=sys.argv[1])) as world:
+    if world.device.type == "cuda":
+        assert world.device.index == torch.cuda.current_device() == world.rank
     assert world.sum(torch.tensor(world.rank + 1.0, device=world.device)).item() == 3
     assert world.max(world.rank) == 1
     for each in (world, world.with_cpu_group()):
         assert each.gather(world.rank) == [0, 1]
         assert each.broadcast(world.rank) == 0
         each.barrier()
+
+    def fail_on_rank_1():
+        if world.rank == 1:
+            raise DataError("the disk is full")
+
+    with pytest.raises(DataError if world.is_main else MainRankError, match="^rank 1 on .*: the disk is full$"):
+        world.call_on_each(fail_on_rank_1)
+    assert world.call_on_each(lambda: world.rank) == world.rank
+    print("done")
 """
 
 
-@pytest.mark.gpu
-def test_two_ranks_use_two_gpus(tmp_path: Path) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU")
+@pytest.fixture
+def two_ranks(tmp_path: Path) -> Path:
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    subprocess.run(ranks_command(2, script, []), env=child_environment(), check=True, timeout=180)
+    return script
+
+
+def test_collectives_of_two_ranks(two_ranks: Path) -> None:
+    result = run_ranks(2, two_ranks, ["cpu"], timeout_s=180)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("done") == 2
+
+
+@pytest.mark.gpu
+def test_two_ranks_use_two_gpus(two_ranks: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    subprocess.run(ranks_command(2, two_ranks, ["cuda"]), env=child_environment(), check=True, timeout=180)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,14 @@ from pipeline.checkpoint.conversion import convert_checkpoint
 from pipeline.checkpoint.layout import checkpoint_folder, list_checkpoints, step_of
 from pipeline.checkpoint.retention import delete_checkpoint
 from pipeline.distributed.world import World
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, MainRankError
 from pipeline.interop import gguf_file
 from pipeline.interop.gguf_file import export_gguf
 from pipeline.interop.hugging_face import exporting
 from pipeline.interop.hugging_face.exporting import export_checkpoint
 from pipeline.model.gpt2 import GPT2, allocate_model
 from pipeline.training.initial_weights import find_initial_weights, write_initial_weights
+from tests.pipeline.checkpoint.conftest import edit_state
 from tests.pipeline.conftest import tiny_config
 from tests.pipeline.interop.hugging_face.conftest import random_text_model, save_in_pieces, text_config
 
@@ -132,12 +134,33 @@ def test_a_new_run_starts_from_the_newest_weights_instead(
 def test_all_ranks_raise_the_error_of_another_rank(run: Path) -> None:
     class MainRank(World):
         def gather(self, item: Any) -> list[Any]:
-            return [item, "the disk is full"]
+            return [item, "rank 1 on node1: the disk is full"]
 
         def call_on_main(self, function: Any) -> Any:
             return function()
 
     config, main = text_config(), MainRank(0, 2, 0, ALONE.device)
     backend = DdpBackend(allocate_model(config.model, "meta"), config, ALONE)
-    with pytest.raises(CheckpointError, match="^rank 1: the disk is full$"):
+    with pytest.raises(CheckpointError, match="^rank 1 on node1: the disk is full$"):
         write_initial_weights(checkpoint_folder(run, 1), config, backend, gpt2_tokenizer_record(), main)
+
+
+def test_a_rank_with_other_weights_at_the_url_tells_the_other_ranks(run: Path) -> None:
+    """The rank still takes part in the collective call of ``write_weights``, in which the other ranks wait."""
+
+    class SecondRank(World):
+        def gather(self, item: Any) -> list[Any]:
+            sent.append(item)
+            return [None, item]
+
+        def call_on_main(self, function: Any) -> Any:
+            raise MainRankError("a rank has failed", 2)
+
+    sent: list[str] = []
+    folder = checkpoint_folder(run, 1)
+    edit_state(folder, lambda state: state["config"]["model"].update(n_layer=-2))
+    config, second = text_config(), SecondRank(1, 2, 1, ALONE.device)
+    backend = DdpBackend(allocate_model(config.model, "meta"), config, ALONE)
+    with pytest.raises(MainRankError):
+        write_initial_weights(folder, config, backend, gpt2_tokenizer_record(), second)
+    assert re.match(r"rank 1 on \S+: .*n_layer", sent[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
@@ -34,12 +34,25 @@ def test_values(step: int, share_of_peak: float) -> None:
     assert lr_at(step, OPTIMIZER, SCHEDULE) == pytest.approx(share_of_peak * PEAK, rel=1e-12)
 
 
-def test_a_curve_without_a_formula_is_an_error() -> None:
-    """A new name in the schema must not silently train with the formula of another curve."""
-    schedule = SCHEDULE.model_copy(update={"name": "new"})
-    assert lr_at(5, OPTIMIZER, schedule) == pytest.approx(0.6 * PEAK)
-    with pytest.raises(AssertionError, match="the curve new has no formula"):
-        lr_at(50, OPTIMIZER, schedule)
+def choices(key: str) -> list[str]:
+    """Return the values that the config allows for a key of ``schedule``."""
+    annotation = ScheduleConfig.model_fields[key].annotation
+    literals = [annotation, *get_args(annotation)]
+    return [value for literal in literals for value in get_args(literal) if isinstance(value, str)]
+
+
+@pytest.mark.parametrize("key", ["name", "decay_shape"])
+def test_every_curve_of_the_config_has_a_formula(key: str) -> None:
+    assert "linear" in choices(key)
+    for value in choices(key):
+        schedule = SCHEDULE.model_copy(update={"name": "wsd", key: value})
+        assert lr_at(100, OPTIMIZER, schedule) > 0, value
+
+
+def test_a_curve_without_a_formula_fails_in_the_first_step() -> None:
+    """A new name in the schema must neither train with the formula of another curve, nor fail in the decay."""
+    with pytest.raises(KeyError, match="new"):
+        lr_at(0, OPTIMIZER, SCHEDULE.model_copy(update={"name": "new"}))
 
 
 def test_the_decay_of_the_average_rises_to_its_value() -> None:

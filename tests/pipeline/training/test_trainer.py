@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from data_tools.errors import DataError
 from data_tools.shards.manifest import TokenizerRecord
 from pipeline.backends import create_backend
 from pipeline.checkpoint import background
@@ -36,7 +38,8 @@ from pipeline.hardware.device import LateValue
 from pipeline.model.gpt2 import build_model
 from pipeline.report.overview import summarize_run
 from pipeline.run_folder.metrics import SAMPLE_KEY, read_metrics
-from pipeline.training import evaluation, throughput
+from pipeline.run_folder.sinks import ServiceSink, Sink
+from pipeline.training import evaluation, run_record, throughput
 from pipeline.training import trainer as trainer_module
 from pipeline.training.group_norms import GroupNorms
 from pipeline.training.resuming import load_start, why_complete
@@ -46,7 +49,7 @@ from pipeline.training.step_profile import StepProfile
 from pipeline.training.summary import log_masks, log_results
 from pipeline.training.throughput import ThroughputMeter
 from pipeline.training.trainer import Trainer
-from tests.pipeline.conftest import END_OF_TEXT, VOCAB_SIZE, random_tokens, tiny_config, write_shards
+from tests.pipeline.conftest import END_OF_TEXT, VOCAB_SIZE, largest_file, random_tokens, tiny_config, write_shards
 from tests.support.fake_device import FakeDevice
 from tests.support.host_reads import HostReads
 
@@ -783,3 +786,32 @@ class TestSpikes:
         assert "no checkpoint yet to roll back to" in caplog.text
         assert (trainer.state.step, trainer.state.updates, trainer.state.samples) == (16, 16, 16 * SAMPLES_PER_STEP)
         assert rows_with(trainer, "left_out_samples") == {}
+
+
+def test_a_start_without_room_for_the_rows_changes_no_file(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at the start of the sinks, and has space again when the run ends."""
+    sinks: dict[str, Any] = {"sinks": ["jsonl", "tensorboard", "csv", "console"]}
+    first = make_trainer(logging=sinks)
+    first.fit()
+    again = make_trainer(resume_from=list_checkpoints(first.run_folder)[0], logging=sinks)
+    create, start = run_record._create_sinks, again.record.start
+
+    def create_with_service(config: Any, run_folder: Path) -> list[Sink]:
+        service: Any = SimpleNamespace(name="service")
+        return [*create(config, run_folder), ServiceSink(service, run_folder, waits=False)]
+
+    def start_on_full_disk(resumed_step: int) -> None:
+        with largest_file(300):
+            start(resumed_step)
+
+    def read_files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in first.run_folder.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr(run_record, "_create_sinks", create_with_service)
+    monkeypatch.setattr(again.record, "start", start_on_full_disk)
+    before = read_files()
+    with pytest.raises(DataError, match=r"cannot write .*metrics\.jsonl: File too large"):
+        again.fit()
+    assert read_files() == before

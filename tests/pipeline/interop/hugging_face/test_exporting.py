@@ -212,7 +212,7 @@ def test_another_model_than_gpt2_is_refused(export: Any, tmp_path: Path, monkeyp
     monkeypatch.setattr(torch.nn, "LayerNorm", torch.nn.RMSNorm)
     config = text_config(tmp_path / "run")
     save_in_pieces(random_text_model(config), config, tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"not a GPT-2: h\.0\.ln_1\.bias has shape none, and GPT-2's .* \[24\]"):
+    with pytest.raises(CheckpointError, match=r"not a GPT-2: h\.0\.ln_1\.bias is missing; export only models with an"):
         export(tmp_path / "run", tmp_path / "out", "float32")
     assert not (tmp_path / "out").exists()
 
