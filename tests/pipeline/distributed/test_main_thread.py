@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 
 from pipeline.distributed.main_thread import MainThread, Place
 from pipeline.distributed.progress import Progress
+from tests.pipeline.distributed.conftest import use_cpu
 
 
 def observe(progress: Progress, main_thread: MainThread) -> Place:
@@ -26,9 +26,7 @@ def test_a_thread_is_still_until_it_passes_a_mark_or_uses_the_cpu() -> None:
     progress.move()
     place = observe(progress, main_thread)
     assert (place.idle_s, place.longest_wait_s) == (0.0, 3.0)
-    busy_until = time.thread_time() + 0.05
-    while time.thread_time() < busy_until:
-        pass
+    use_cpu(0.05)
     assert observe(progress, main_thread).idle_s == 0.0
     place = observe(progress, main_thread)
     assert (place.idle_s, place.position, place.phase) == (1.0, 1, "step 1")
@@ -38,12 +36,6 @@ def test_a_thread_is_still_until_it_passes_a_mark_or_uses_the_cpu() -> None:
     progress.pass_mark()
     place = observe(progress, main_thread)
     assert (place.idle_s, place.longest_wait_s) == (0.0, 3.0), "a save does not repeat"
-
-
-def use_cpu(seconds: float) -> None:
-    until = time.thread_time() + seconds
-    while time.thread_time() < until:
-        pass
 
 
 def test_cpu_time_is_counted_between_marks_and_compared_with_the_work_that_repeats() -> None:
