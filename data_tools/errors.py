@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_tools.formatting import printable
+
 PROJECT = "gpt2-pipeline"
 _MOST_NAMES = 20
 _LONGEST_NAME = 40
@@ -48,7 +50,7 @@ def json_type(value: object) -> str:
 
 def list_names(names: Iterable[object]) -> str:
     """Return names as one text for a message: at most 20 names, with at most 40 characters per name."""
-    texts = [str(name) for name in names]
+    texts = [printable(str(name), line_breaks=False) for name in names]
     shown = [text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..." for text in texts[:_MOST_NAMES]]
     more = [f"and {len(texts) - _MOST_NAMES} more"] if len(texts) > _MOST_NAMES else []
     return ", ".join([*shown, *more]) or "none"

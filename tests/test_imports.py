@@ -28,9 +28,9 @@ OPEN_TO_PIPELINE = (
 
 #: The rooms in order. A room imports only itself and the rooms in its line, all of which come earlier in the list.
 ROOMS: dict[str, str] = {
-    "data_tools.errors": "",
-    "data_tools.arrays": "",
     "data_tools.formatting": "",
+    "data_tools.errors": "formatting",
+    "data_tools.arrays": "",
     "data_tools.limits": "formatting",
     "data_tools.prompt_format": "",
     "data_tools.options": "",

@@ -371,7 +371,8 @@ def decode_utf8(content: bytes, path: str, offset: int) -> str:
     except UnicodeDecodeError as error:
         if found := describe_content(path, compression_of(path), "html"):
             raise BadRowError(f"{path} {found}") from error
-        raise BadRowError(
-            f"{path}: byte {offset + error.start} ({content[error.start]:#04x}) is not valid UTF-8 "
-            f"({error.reason}); convert the file to UTF-8, or leave it out if it is not text"
-        ) from error
+        cure = "convert the file to UTF-8, or leave it out if it is not text"
+        if error.reason == "unexpected end of data":
+            cure = f"if the file was cut off, copy or download it again; otherwise, {cure}"
+        byte = f"byte {offset + error.start} ({content[error.start]:#04x})"
+        raise BadRowError(f"{path}: {byte} is not valid UTF-8 ({error.reason}); {cure}") from error

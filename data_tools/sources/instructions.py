@@ -148,5 +148,10 @@ def _lines_of(calls: Any, index: int, place: object) -> list[str]:
         if isinstance(arguments, str):  # OpenAI writes them as JSON in a string
             with suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
-        lines.append(json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False))
+        try:
+            called = {"name": function["name"], "arguments": arguments}
+            lines.append(json.dumps(called, ensure_ascii=False, allow_nan=False))
+        except ValueError as error:
+            problem = "hold NaN, an infinite number or one that is too large, which are not valid JSON"
+            raise BadRowError(place, f"tool_calls of message {index} {problem}") from error
     return lines

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import orjson
 
@@ -25,6 +25,8 @@ JSONL_SUFFIXES = tuple(
 CHAT_FIELDS = ("messages", "conversations", "conversation")
 #: Fields that name the speaker of a message.
 ROLE_FIELDS = ("role", "from")
+_JSON_BLANKS = " \t\r\n"
+_LONGEST_KEY = 40  # in a message
 # At a larger offset, counting the lines before a bad line takes too long.
 _COUNTED_BYTES = 128 << 20
 
@@ -74,7 +76,7 @@ class Line(NamedTuple):
 
         Args:
             exact_integers: whether integers of more than 64 bits stay integers. Otherwise, they become floats, and
-                parsing is faster.
+                parsing is faster. An integer that is too long for Python (4300 digits) always becomes infinite.
 
         Raises:
             BadRowError: the line is not UTF-8 or not JSON.
@@ -83,22 +85,29 @@ class Line(NamedTuple):
         if not exact_integers:
             with suppress(orjson.JSONDecodeError):
                 return orjson.loads(self.content)
-        if self.offset == 0 and (found := describe_decoded(self.content)):
-            raise DataError(f"{self.path} {found}")
-        # The standard library also reads lone surrogates and NaN. Its error messages are better.
-        text = decode_utf8(self.content, self.path, self.offset)
-        text = text.rstrip()  # in an error message, a position after the line break would be on another line
         try:
-            return _parse_json(text)
+            # The standard library also reads lone surrogates and NaN. Its error messages are better.
+            return _parse_json(self.content.decode())
         except (ValueError, RecursionError) as error:
-            if found := describe_content(self.path, compression_of(self.path)):
-                raise DataError(f"{self.path} {found}") from error
-            cause = _describe_json_error(error)
-            if isinstance(error, json.JSONDecodeError) and error.pos >= len(text):
+            self._raise_bad_line(error)
+
+    def _raise_bad_line(self, error: ValueError | RecursionError) -> NoReturn:
+        """Raise the BadRowError or DataError for a line that cannot be parsed."""
+        if self.offset == 0 and (found := describe_decoded(self.content)):
+            raise DataError(f"{self.path} {found}") from error
+        text = decode_utf8(self.content, self.path, self.offset)
+        if found := describe_content(self.path, compression_of(self.path)):
+            raise DataError(f"{self.path} {found}") from error
+        content = text.rstrip(_JSON_BLANKS)
+        cause = _describe_json_error(error)
+        if not content.strip("\0"):
+            cause = "the line holds only NUL bytes, as after an interrupted copy"
+        elif isinstance(error, json.JSONDecodeError):
+            if not text.endswith("\n") and _is_cut_off(content, error):
+                cause = "the file ends inside a record; if it was cut off, copy or download it again"
+            elif error.pos >= len(content):
                 cause = "the line ends inside a record; jq -c . writes each record of a file as one line"
-            if not text.strip("\0"):
-                cause = "the line holds only NUL bytes, as after an interrupted copy"
-            raise BadRowError(self, f"not valid JSON ({cause}); each line must be one JSON object") from error
+        raise BadRowError(self, f"not valid JSON ({cause}); each line must be one JSON object") from error
 
 
 class ArrayRecord(NamedTuple):
@@ -112,7 +121,7 @@ class ArrayRecord(NamedTuple):
         return f"{self.path}: record {self.number}"
 
     def parse(self, *, exact_integers: bool = False) -> Any:
-        """Return the JSON value. Its integers are always exact."""
+        """Return the JSON value, always with exact integers (see ``Line.parse``)."""
         return self.value
 
 
@@ -164,7 +173,7 @@ def text_of_record(record: Any, text_field: str, place: object) -> str:
         cure = "choose one with --text-field"
         if is_chat:
             cure = "--source instructions reads JSON files of chats and instructions"
-        elif lists := [name for name, value in record.items() if _is_list_of_objects(value)]:
+        elif lists := [name for name, value in record.items() if _is_name_in_jq(name) and _is_list_of_objects(value)]:
             cure += f", or, if the records are in {lists[0]}, write them as lines with jq -c '.{lists[0]}[]'"
         raise BadRowError(place, f"no field {text_field!r}; the fields are {list_names(record)}; {cure}")
     text = record[text_field]
@@ -174,6 +183,11 @@ def text_of_record(record: Any, text_field: str, place: object) -> str:
             f"field {text_field!r} is {json_type(text)}, it must be a string; the fields are {list_names(record)}",
         )
     return text
+
+
+def _is_name_in_jq(name: str) -> bool:
+    """Return whether ``.name`` selects a key in jq, and is short enough for a message."""
+    return name.isascii() and name.isidentifier() and len(name) <= _LONGEST_KEY
 
 
 def _is_list_of_objects(value: Any) -> bool:
@@ -219,11 +233,21 @@ def _parse_json(text: str) -> Any:
 
 
 def _parse_integer(digits: str) -> int | float:
-    """Return a float if an integer has more digits than Python converts to an ``int``."""
+    """Return an infinite float if an integer has more digits than Python converts to an ``int``."""
     try:
         return int(digits)
     except ValueError:
         return float(digits)
+
+
+def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
+    """Return whether a text ends inside a JSON value: between two tokens, or in a string, an escape or a word."""
+    rest = text[error.pos :]
+    return (
+        error.msg.startswith("Unterminated string")
+        or (error.msg.startswith("Invalid \\uXXXX escape") and len(rest) < len("uXXXX"))
+        or any(word.startswith(rest) for word in ("true", "false", "null"))
+    )
 
 
 def _describe_json_error(error: ValueError | RecursionError) -> str:

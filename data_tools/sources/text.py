@@ -18,7 +18,8 @@ from data_tools.sources.rows import BadRowError, OnBadRow, parse_rows, stop_at_b
 from data_tools.storage.content import begins_as, describe_decoded
 from data_tools.storage.files import is_remote
 
-# After a crash, the end of a file can consist of zeros, which are valid UTF-8.
+# After a crash, the end of a file can consist of zeros, which are valid UTF-8. A disk writes sectors of at least 512
+# bytes. A text may end in fewer zeros.
 _ZEROS_OF_A_CRASH = bytes(512)
 _JSON_LINES = (".jsonl", ".ndjson")
 _MAX_HEADS = 1000  # the number of files that are opened before the work starts, to look for HTML
@@ -55,8 +56,8 @@ class TextSource(FileSource):
         if not found:
             return []
         return [
-            f"{len(found):,} of {len(self.files):,} files are named as JSON lines, such as {found[0]}: their names and "
-            "quotes are tokenized as text; if you do not want this, use --source jsonl"
+            f"{len(found):,} of {len(self.files):,} files are named as JSON lines, such as {found[0]}: the keys and "
+            "quotes of their records are tokenized as text; if you do not want this, use --source jsonl"
         ]
 
     def _notices_of_pages(self) -> list[str]:
@@ -99,7 +100,10 @@ def _decode_text(content: bytes, path: str, offset: int) -> str:
     if offset == 0 and content and (found := describe_decoded(content)):
         raise BadRowError(f"{path} {found}")
     if content.endswith(_ZEROS_OF_A_CRASH):
-        raise BadRowError(f"{path} ends in zeros, as after an interrupted copy; copy or download it again")
+        raise BadRowError(
+            f"{path}: the document at byte {offset} ends in zeros, as after an interrupted copy; copy or download the "
+            "file again"
+        )
     text = decode_utf8(content, path, offset)
     return text if offset else text.removeprefix("\ufeff")
 

@@ -32,4 +32,5 @@ def test_the_command_of_an_installed_package(tmp_path: Path, monkeypatch: pytest
 def test_names_from_a_file_are_shortened() -> None:
     assert list_names([]) == "none"
     assert list_names(["a", "x" * 41]) == f"a, {'x' * 40}..."
+    assert list_names(["a\nb"]) == r"a\nb"
     assert list_names(range(22)).endswith(", 18, 19, and 2 more")

@@ -134,7 +134,7 @@ def test_calls_of_tools_are_answers_and_results_are_not(call: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("as_array", [False, True])
-def test_numbers_in_a_call_keep_all_their_digits(tmp_path: Path, as_array: bool) -> None:
+def test_integers_in_a_call_keep_all_their_digits(tmp_path: Path, as_array: bool) -> None:
     """The fast parser converts integers of more than 64 bits to floats."""
     number = 1234567890123456789012345
     messages = [CHAT[1], {"role": "assistant", "tool_calls": [{"name": "show", "arguments": {"id": number}}]}]
@@ -142,6 +142,18 @@ def test_numbers_in_a_call_keep_all_their_digits(tmp_path: Path, as_array: bool)
     path.write_text(json.dumps([{"messages": messages}] if as_array else {"messages": messages}))
     [dialogue] = read_documents(open_source(SourceRequest(source="instructions", inputs=(str(path),))))
     assert f'{{"name": "show", "arguments": {{"id": {number}}}}}' in dialogue.text
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize("number", ["9" * 5000, "-" + "9" * 5000, "1e999", "NaN"])
+def test_a_number_that_json_cannot_hold_is_refused_in_a_call(tmp_path: Path, number: str, as_array: bool) -> None:
+    """Python reads integers of more than 4300 digits as floats, which are infinite."""
+    messages = [CHAT[1], {"role": "assistant", "tool_calls": [{"name": "show", "arguments": {"id": 0.5}}]}]
+    path = tmp_path / "a.json"
+    record = json.dumps({"messages": messages}).replace("0.5", number)
+    path.write_text(f"[{record}]" if as_array else record)
+    with pytest.raises(DataError, match="tool_calls of message 1 hold NaN, an infinite number or one that is too lar"):
+        list(read_documents(open_source(SourceRequest(source="instructions", inputs=(str(path),)))))
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 100, 1 << 20])

@@ -179,8 +179,9 @@ def test_a_text_that_ends_in_zeros_is_refused(tmp_path: Path, separator: str | N
     path.write_bytes(b"A text.\n\nAnother " + bytes(100))
     assert "".join(documents("text", path, document_separator=separator)).endswith("\0")
     path.write_bytes(b"A text.\n\nAnother " + bytes(4000))
-    message = refusal("text", path, document_separator=separator)
-    assert message == f"{path} ends in zeros, as after an interrupted copy; copy or download it again"
+    place = f"{path}: the document at byte {0 if separator is None else 9}"
+    message = f"{place} ends in zeros, as after an interrupted copy; copy or download the file again"
+    assert refusal("text", path, document_separator=separator) == message
 
 
 def test_html_pages_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +200,7 @@ def test_json_lines_that_are_read_as_text_are_counted(tmp_path: Path, name: str)
     for path in (tmp_path / "a.json", tmp_path / name):
         path.write_text('{"text": "a"}\n')
     [line] = source_of("text", tmp_path).notices()
-    assert line.startswith(f"1 of 2 files are named as JSON lines, such as {tmp_path / name}: their names and quotes")
+    assert line.startswith(f"1 of 2 files are named as JSON lines, such as {tmp_path / name}: the keys and quotes")
     assert line.endswith("use --source jsonl")
 
 
@@ -337,12 +338,57 @@ def test_chats_are_pointed_to_their_own_source(tmp_path: Path) -> None:
         assert refusal("jsonl", tmp_path).endswith("--source instructions reads JSON files of chats and instructions")
 
 
+@pytest.mark.parametrize("key", ["train-data", "it's", "naïve", "k" * 41, "a\nb"])
+def test_a_command_is_not_advised_for_a_key_that_it_cannot_contain(tmp_path: Path, key: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({key: [{"text": "b"}]}))
+    message = refusal("jsonl", tmp_path)
+    assert "no field 'text'" in message
+    assert "jq" not in message
+    (tmp_path / "a.jsonl").write_text(json.dumps({key: [{"text": "b"}], "items": [{"text": "b"}]}))
+    assert refusal("jsonl", tmp_path).endswith("jq -c '.items[]'")
+
+
+@pytest.mark.parametrize(
+    "cut", ['{"text": "b', '{"text": "b"', '{"text": "b", "n": tru', '{"text": "b\\u00', '{"text"', "{", '{"n": 1']
+)
+def test_a_file_that_ends_inside_a_record_may_be_cut_off(tmp_path: Path, cut: str) -> None:
+    """The program jq cannot read such a file."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + cut)
+    expected = "a.jsonl:2: not valid JSON (the file ends inside a record; if it was cut off, copy or download it again)"
+    assert expected in refusal("jsonl", tmp_path)
+    (tmp_path / "a.jsonl").write_text(cut + '\n{"text": "a"}')
+    assert "the file ends" not in refusal("jsonl", tmp_path)
+
+
+@pytest.mark.parametrize("line", ['{"text": "b" "c"}', '{"text": "b"},', "b"])
+def test_a_file_that_ends_after_a_bad_record_is_not_cut_off(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line)
+    assert "a.jsonl:2: not valid JSON (column " in refusal("jsonl", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["jsonl", "text"])
+def test_a_file_that_ends_inside_a_character_may_be_cut_off(tmp_path: Path, source: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"text": "я'.encode()[:-1])
+    cure = "if the file was cut off, copy or download it again; otherwise, convert the file to UTF-8"
+    assert f"{path}: byte 10 (0xd1) is not valid UTF-8 (unexpected end of data); {cure}" in refusal(source, path)
+
+
+@pytest.mark.parametrize("source", ["jsonl", "instructions"])
+def test_a_record_that_contains_the_magic_of_a_tar_archive_is_read(tmp_path: Path, source: str) -> None:
+    record = json.dumps({"text": "a", "instruction": "b", "output": "c" * 300})
+    (tmp_path / "a.jsonl").write_text(record[:257] + "ustar" + record[257:])
+    assert len(documents(source, tmp_path)) == 1
+
+
 BAD_LINES = {
     b'{"text": "b" "c"}': "a.jsonl:2: not valid JSON (column 14: Expecting ',' delimiter); each line must be one",
     b'{"text": "b"': "a.jsonl:2: not valid JSON (the line ends inside a record; jq -c . writes each record of a file",
     b'{ \r\n "text": "b"\r\n}': "a.jsonl:2: not valid JSON (the line ends inside a record; jq -c . writes each",
     b'["b"]': "a.jsonl:2: holds a list; each record must be one JSON object",
     b'"b"': "a.jsonl:2: holds a string",
+    "\u00a0".encode(): "a.jsonl:2: not valid JSON (column 1: Expecting value)",
+    '{"text": "b"}\u3000'.encode(): "a.jsonl:2: not valid JSON (column 14: Extra data)",
     bytes(9): "a.jsonl:2: not valid JSON (the line holds only NUL bytes, as after an interrupted copy)",
     b'{"items": [{"text": "b"}]}': "--text-field, or, if the records are in items, write them as lines with jq -c "
     "'.items[]'",
