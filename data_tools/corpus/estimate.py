@@ -15,7 +15,9 @@ from data_tools.sources import Source
 
 _SAMPLE_BYTES = 256 << 10
 _TOKEN_BYTES = 2
-# The most memory per byte of a text that is held completely. docs/benchmarks/data.md has the measurements.
+# The memory of a process that holds a text completely, apart from the text, and the most memory per byte of the text.
+# docs/benchmarks/data.md has the measurements.
+_BASE_BYTES = 200 << 20
 _MEMORY_PER_TEXT_BYTE = 20
 
 
@@ -27,7 +29,8 @@ class Estimate:
         text_bytes: the bytes of text in the source, or None if unknown.
         free_bytes: the free disk space for the output folder, or None if unknown.
         chunks: the number of chunks, including finished chunks.
-        memory_bytes: the most memory that all processes together need.
+        memory_bytes: the most memory that all processes together need. The sizes of compressed texts are estimated,
+            and large documents inside a file or at a URL are not known.
         memory_limit_bytes: the memory that the processes may use.
     """
 
@@ -88,16 +91,22 @@ def estimate_run(request: TokenizeRequest, source: Source, chunks: Sequence[Chun
         raise DataError(f"--source {request.source} has no document with text in it; {cause}")
     is_limited = request.limit_documents is not None or request.limit_bytes is not None
     workers = min(workers_of(request), len(chunks))
-    large_texts = [size for size in source.whole_texts(workers) if size * _MEMORY_PER_TEXT_BYTE > WORKER_BYTES]
     return Estimate(
         text_bytes=None if is_limited else source.text_bytes(),
         bytes_per_token=text_bytes / tokens,
         free_bytes=free_bytes,
         chunks=len(chunks),
         workers=workers,
-        memory_bytes=(workers - len(large_texts)) * WORKER_BYTES + sum(large_texts) * _MEMORY_PER_TEXT_BYTE,
+        memory_bytes=_estimate_memory(source, workers),
         memory_limit_bytes=memory_limit(),
     )
+
+
+def _estimate_memory(source: Source, workers: int) -> int:
+    """Return the memory of all processes if they hold the largest texts at the same time."""
+    large_texts = source.whole_texts(workers, (WORKER_BYTES - _BASE_BYTES) // _MEMORY_PER_TEXT_BYTE)
+    memory_of_texts = len(large_texts) * _BASE_BYTES + sum(large_texts) * _MEMORY_PER_TEXT_BYTE
+    return (workers - len(large_texts)) * WORKER_BYTES + memory_of_texts
 
 
 def check_free_space(estimate: Estimate, written_bytes: int, place: str) -> None:

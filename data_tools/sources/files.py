@@ -6,7 +6,6 @@ A path is a local path, or a URL that fsspec supports (such as ``s3://``, ``gs:/
 import glob
 import gzip
 import hashlib
-import heapq
 import io
 import itertools
 import os
@@ -89,9 +88,10 @@ class FileSource:
     def text_bytes(self) -> int:
         return sum(_estimate_text_bytes(path, size) for path, size in self.files)
 
-    def whole_texts(self, count: int) -> list[int]:
-        texts = [(_estimate_text_bytes(path, size), path) for path, size in self.files]
-        return [size for size, path in heapq.nlargest(count, texts) if self._is_read_whole(path)]
+    def whole_texts(self, count: int, above_bytes: int) -> list[int]:
+        texts = sorted(((_estimate_text_bytes(path, size), path) for path, size in self.files), reverse=True)
+        large = itertools.takewhile(lambda text: text[0] > above_bytes, texts)
+        return list(itertools.islice((size for size, path in large if self._is_read_whole(path)), count))
 
     def _is_read_whole(self, path: str) -> bool:
         """Return whether the complete text of a file is held in memory."""

@@ -74,7 +74,7 @@ class HuggingFaceSource:
             rows = self._open(self._dataset) if self._is_saved() else None
             return None if rows is None else _text_bytes_of(rows, self._text_field)
 
-    def whole_texts(self, count: int) -> list[int]:
+    def whole_texts(self, count: int, above_bytes: int) -> list[int]:
         return []
 
     def notices(self) -> list[str]:

@@ -38,6 +38,7 @@ class JsonFileSource(FileSource):
         super().__init__(inputs, JSONL_SUFFIXES, **settings)
 
     def _is_read_whole(self, path: str) -> bool:
+        # Each remote file would cost a request before the work starts.
         return not is_remote(path) and _is_array(path)
 
 

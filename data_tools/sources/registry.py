@@ -33,10 +33,11 @@ class Source(Protocol):
         """Return the approximate size of the text in bytes, or None if all documents must be read to know the size."""
         ...
 
-    def whole_texts(self, count: int) -> list[int]:
+    def whole_texts(self, count: int, above_bytes: int) -> list[int]:
         """Return the approximate sizes in bytes of the largest files that are held in memory completely.
 
-        The list has at most ``count`` sizes. It is empty if the source reads documents one by one.
+        The list has at most ``count`` sizes, which are all larger than ``above_bytes``. It is empty if the source
+        reads documents one by one. JSON arrays at URLs are left out.
         """
         ...
 

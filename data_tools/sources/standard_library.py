@@ -35,7 +35,7 @@ class StandardLibrarySource:
     def text_bytes(self) -> int:
         return sum(size for _, size in self._files)
 
-    def whole_texts(self, count: int) -> list[int]:
+    def whole_texts(self, count: int, above_bytes: int) -> list[int]:
         return []
 
     def notices(self) -> list[str]:

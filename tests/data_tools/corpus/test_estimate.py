@@ -16,9 +16,10 @@ from data_tools.corpus.estimate import Estimate, check_free_space, estimate_run
 from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
 from data_tools.corpus.worker_server import WORKER_BYTES
 from data_tools.errors import DataError
-from data_tools.options import SourceKind
+from data_tools.options import SourceKind, SourceRequest
 from data_tools.shards.contents import Contents
 from data_tools.sources import open_source
+from data_tools.sources.jsonl import JsonlSource
 from data_tools.storage.folders import LocalFolder
 from tests.data_tools.conftest import contents, json_lines, result, states
 
@@ -82,9 +83,39 @@ def test_a_file_that_is_held_in_memory_completely_needs_more_memory(
     opened = open_source(request)
     estimate = estimate_run(request, opened, plan_chunks(opened, request), None)
     text_bytes = len(content) * (4 if name.endswith(".gz") else 1)
-    of_the_file = 20 * text_bytes if is_whole else WORKER_BYTES
+    of_the_file = (200 << 20) + 20 * text_bytes if is_whole else WORKER_BYTES
     assert estimate.memory_bytes == of_the_file + (estimate.workers - 1) * WORKER_BYTES
-    assert of_the_file >= WORKER_BYTES
+
+
+def test_a_whole_file_is_found_among_larger_files(tmp_path: Path) -> None:
+    """A process may read it while the other processes read lines."""
+    lines = RECORD.replace(b"},", b"}\n")
+    sizes = {}
+    for name, content in {
+        "lines.jsonl": lines * 15,
+        "largest.json": b"[" + RECORD * 13 + b"{}]",
+        "more.jsonl": lines * 12,
+        "second.json": b"[" + RECORD * 11 + b"{}]",
+        "third.json": b"[" + RECORD * 10 + b"{}]",
+        "small.json": b"[" + RECORD + b"{}]",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        sizes[name] = len(content)
+    source = open_source(SourceRequest(source="jsonl", inputs=(str(tmp_path),)))
+    whole = [sizes[name] for name in ("largest.json", "second.json", "third.json")]
+    assert source.whole_texts(1, 5_000_000) == whole[:1]
+    assert source.whole_texts(2, 5_000_000) == whole[:2]
+    assert source.whole_texts(9, 5_000_000) == whole
+
+
+def test_only_large_files_are_opened_to_find_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(9):
+        (tmp_path / f"{index}.jsonl").write_bytes(b"{}\n" * index)
+    source = open_source(SourceRequest(source="jsonl", inputs=(str(tmp_path),)))
+    opened = []
+    monkeypatch.setattr(JsonlSource, "_is_read_whole", lambda source, path: opened.append(Path(path).name))
+    assert source.whole_texts(2, above_bytes=18) == []
+    assert opened == ["8.jsonl", "7.jsonl"]
 
 
 @pytest.mark.parametrize("options", [{"limit_documents": 1}, {"limit_bytes": 5}])
