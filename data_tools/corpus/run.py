@@ -17,13 +17,15 @@ from data_tools.corpus.estimate import Estimate, check_free_space, estimate_run
 from data_tools.corpus.identity import identity_of
 from data_tools.corpus.output import OutputFolder, load_complete, open_output
 from data_tools.corpus.request import TokenizeRequest
-from data_tools.corpus.worker import Job, encode_chunk, fingerprint_chunk, require_unchanged_source
+from data_tools.corpus.worker import Job, changed_source_error, encode_chunk, fingerprint_chunk
 from data_tools.corpus.worker_server import start_worker_server
 from data_tools.encoding.encoders import choose_encoder
 from data_tools.errors import DataError
+from data_tools.formatting import count_of
 from data_tools.shards.contents import Contents
 from data_tools.shards.manifest import MANIFEST_NAME, Manifest
 from data_tools.sources import open_source
+from data_tools.sources.files import FileSizes
 from data_tools.storage.files import is_remote
 from data_tools.storage.json_values import sha256_of_json
 from data_tools.storage.remote import require_writable_url
@@ -35,7 +37,10 @@ class Observer:
     """Receives messages, the ``Estimate`` and the progress of one ``TokenizeRequest``. This base class ignores them."""
 
     def noticed(self, line: str) -> None:
-        """Receive a message for the user about the input. All calls of this method come before ``planned``."""
+        """Receive a message for the user about the input.
+
+        All calls of this method come before ``planned``, except the message that new files appeared meanwhile.
+        """
 
     def planned(self, estimate: Estimate) -> None:
         """Receive the estimate before the first chunk is processed. ``tokenize_share`` does not call this method."""
@@ -116,9 +121,24 @@ def _tokenize(request: TokenizeRequest, share: tuple[int, int] | None, observer:
         if request.deduplicate == "exact" and not _find_repeated(job, chunks, output):
             return None
         _encode(job, chunks, output, observer)
-        # A file that became shorter may end between two documents, where its reader finds no error.
-        require_unchanged_source(job, open_source(request))
+        _check_files_again(request, source.files, observer)
         return output.complete(encoder=encoder, engine=request.engine)
+
+
+def _check_files_again(request: TokenizeRequest, files: FileSizes, observer: Observer) -> None:
+    """Compare the files of the source with ``files``, the files at the start. Tell the observer about new files.
+
+    A file that became shorter may end between two documents, where its reader finds no error.
+
+    Raises:
+        DataError: a file has changed its size or is missing.
+    """
+    now = dict(open_source(request).files)
+    if any(now.pop(path, None) != size for path, size in files):
+        raise changed_source_error(request)
+    if now:
+        new = f"{count_of(len(now), 'file')} appeared while this command read the others, such as {min(now)}"
+        observer.noticed(f"{new}; the shards do not contain them")
 
 
 def _require_outside_input(request: TokenizeRequest) -> None:

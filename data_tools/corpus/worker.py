@@ -148,19 +148,23 @@ def fingerprint_chunk(job: Job, chunk: Chunk, report: Report) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _open_source(job: Job) -> Source:
-    """Return the source of a job. Cached, because listing files is slow."""
+    """Return the source of a job. Cached, because listing files is slow.
+
+    Raises:
+        DataError: files of the source have changed since the command began.
+    """
     source = open_source(job.request)
-    require_unchanged_source(job, source)
+    if sha256_of_json(identity_of(job.request, source)) != job.identity_sha256:
+        raise changed_source_error(job.request)
     return source
 
 
-def require_unchanged_source(job: Job, source: Source) -> None:
-    """Raise DataError if files of the source have changed since the command began."""
-    if sha256_of_json(identity_of(job.request, source)) != job.identity_sha256:
-        raise DataError(
-            f"--source {job.request.source}: its files changed while this command read them; when they no longer "
-            f"change, delete {job.request.out} and repeat the command"
-        )
+def changed_source_error(request: TokenizeRequest) -> DataError:
+    """Return the error for a source whose files changed while the command read them."""
+    return DataError(
+        f"--source {request.source}: its files changed while this command read them; when they no longer change, "
+        f"delete {request.out} if it exists, and repeat the command"
+    )
 
 
 def _load_repeated(request: TokenizeRequest, chunk: Chunk) -> set[int]:

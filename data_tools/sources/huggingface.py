@@ -10,7 +10,14 @@ from typing import Any
 
 from data_tools.errors import DataError, describe_error, list_names
 from data_tools.options import SourceRequest
-from data_tools.sources.files import Slice, describe_files, describe_skipped_files, find_files, find_other_files
+from data_tools.sources.files import (
+    FileSizes,
+    Slice,
+    describe_files,
+    describe_skipped_files,
+    find_files,
+    find_other_files,
+)
 from data_tools.sources.jsonl import text_of_record
 from data_tools.sources.rows import OnBadRow, parse_rows, stop_at_bad_row
 from data_tools.storage.content import require_fetched
@@ -58,6 +65,7 @@ class HuggingFaceSource:
         self._text_field = text_field
         self._config = dataset_config
         self._split = dataset_split
+        self.files: FileSizes = find_files((self._dataset,), suffixes=()) if self._is_local() else ()
 
     def options(self) -> dict[str, Any]:
         return {
@@ -65,7 +73,7 @@ class HuggingFaceSource:
             "config": self._config,
             "split": self._split,
             "text_field": self._text_field,
-            **(describe_files(find_files((self._dataset,), suffixes=())) if self._is_local() else {}),
+            **(describe_files(self.files) if self._is_local() else {}),
         }
 
     def text_bytes(self) -> int | None:
@@ -136,9 +144,8 @@ class HuggingFaceSource:
             ) from error
 
     def _require_fetched_files(self) -> None:
-        if self._is_local():
-            for path, _ in find_files((self._dataset,), suffixes=()):
-                require_fetched(path)
+        for path, _ in self.files:
+            require_fetched(path)
 
     def _open(self, place: str) -> Any:
         """Return a ``Dataset`` for a folder that ``save_to_disk`` wrote, otherwise a streamed ``IterableDataset``.
@@ -186,7 +193,7 @@ class HuggingFaceSource:
     def _mean_file_bytes(self, files: int) -> int | None:
         if not self._is_local():
             return None
-        return sum(size for _, size in find_files((self._dataset,), suffixes=())) // max(files, 1)
+        return sum(size for _, size in self.files) // max(files, 1)
 
 
 def _with_newest_commit(dataset: str) -> str:

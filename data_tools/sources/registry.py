@@ -8,7 +8,7 @@ from typing import Any, Protocol, get_args
 from data_tools.encoding.documents import Document
 from data_tools.errors import DataError
 from data_tools.options import SourceKind, SourceRequest
-from data_tools.sources.files import Slice
+from data_tools.sources.files import FileSizes, Slice
 from data_tools.sources.huggingface import HuggingFaceSource
 from data_tools.sources.instructions import InstructionSource
 from data_tools.sources.jsonl import JsonlSource
@@ -23,7 +23,12 @@ FINEWEB_EDU_CONFIG = "sample-10BT"
 
 
 class Source(Protocol):
-    """The interface of a source: documents, divided into slices. A slice has the same documents in every process."""
+    """The interface of a source: documents, divided into slices. A slice has the same documents in every process.
+
+    ``files`` are the path and the size in bytes of each file. It is empty for a dataset on the Hugging Face hub.
+    """
+
+    files: FileSizes
 
     def options(self) -> dict[str, Any]:
         """Return a JSON object with all values that determine which documents the source yields."""

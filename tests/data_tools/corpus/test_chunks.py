@@ -16,12 +16,14 @@ from data_tools.corpus.chunks import Chunk, documents_of, plan_chunks
 from data_tools.corpus.request import TokenizeRequest
 from data_tools.encoding.documents import utf8_of
 from data_tools.sources import OnBadRow, Slice, stop_at_bad_row
+from data_tools.sources.files import FileSizes
 
 
 class ListSource:
     """A source of the documents in a list, one per slice."""
 
     def __init__(self, documents: Sequence[str], *, sizes_known: bool = True) -> None:
+        self.files: FileSizes = ()
         self._documents = documents
         self._sizes_known = sizes_known
 

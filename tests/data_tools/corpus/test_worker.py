@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from hypothesis import strategies as st
 from data_tools.arrays import TokenArray
 from data_tools.corpus import chunks as chunks_module
 from data_tools.corpus import estimate as estimate_module
+from data_tools.corpus import run as run_module
 from data_tools.corpus import worker as worker_module
 from data_tools.corpus.estimate import Estimate
-from data_tools.corpus.run import TokenizeRequest, tokenize_corpus
+from data_tools.corpus.run import Observer, TokenizeRequest, tokenize_corpus
 from data_tools.encoding.encoders import GigatokenEncoder, load_encoder
 from data_tools.errors import DataError
 from data_tools.shards.contents import Contents
@@ -33,6 +35,7 @@ from tests.data_tools.conftest import (
     json_lines,
     result,
     sequential_tokens,
+    states,
     tokens_of,
     varied_documents,
 )
@@ -224,7 +227,61 @@ def test_a_file_that_becomes_shorter_between_two_documents_ends_the_run(tmp_path
                 path.write_bytes(b"".join(lines[:10]))
 
     request = TokenizeRequest(source="jsonl", inputs=(str(path),), out=out, workers=1)
-    with pytest.raises(DataError, match=f"they no longer change, delete {out} and repeat the command"):
+    with pytest.raises(DataError, match=f"they no longer change, delete {out} if it exists, and repeat the"):
         tokenize_corpus(request, Truncate())
     shutil.rmtree(out)
     assert sum(shard.documents for shard in tokenize_corpus(request).shards) == 10
+
+
+class Late(Observer):
+    """Calls a function after the first documents, and keeps the notices."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.lines: list[str] = []
+        self._act = act
+
+    def noticed(self, line: str) -> None:
+        self.lines.append(line)
+
+    def progressed(self, progress: Contents) -> None:
+        if progress.documents:
+            self._act()
+
+
+def folder_request(tmp_path: Path) -> TokenizeRequest:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in "ac":
+        (folder / f"{name}.txt").write_text(f"The text {name}.")
+    return TokenizeRequest(source="text", inputs=(str(folder),), out=tmp_path / "out", workers=1, val_fraction=0.0)
+
+
+def test_a_file_that_appears_after_the_input_is_opened_is_left_out(tmp_path: Path) -> None:
+    request = folder_request(tmp_path)
+    late = Late(lambda: (tmp_path / "texts" / "b.txt").write_text("b"))
+    assert sum(shard.documents for shard in tokenize_corpus(request, late).shards) == 2
+    new = f"1 file appeared while this command read the others, such as {tmp_path}/texts/b.txt"
+    assert late.lines == [f"{new}; the shards do not contain them"]
+
+
+def test_a_file_that_disappears_ends_the_run(tmp_path: Path) -> None:
+    request = folder_request(tmp_path)
+    late = Late(lambda: (tmp_path / "texts" / "a.txt").unlink(missing_ok=True))
+    with pytest.raises(DataError, match="--source text: its files changed while this command read them"):
+        tokenize_corpus(request, late)
+
+
+def test_an_input_that_cannot_be_listed_at_the_end_loses_no_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = folder_request(tmp_path)
+
+    def fail(request: TokenizeRequest) -> None:
+        raise DataError("no answer")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="no answer"):
+        tokenize_corpus(request, Late(lambda: patched.setattr(run_module, "open_source", fail)))
+    written = states((tmp_path / "out").glob("*.npy"))
+    assert written
+    tokenize_corpus(request)
+    assert states(written) == written
