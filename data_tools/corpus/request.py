@@ -30,8 +30,8 @@ class TokenizeRequest(SourceRequest):
         limit_bytes: stop as soon as the documents contain at least this number of bytes of text in UTF-8.
         deduplicate: if ``exact``, leave out documents that equal an earlier document of the source.
         on_bad_rows: if ``skip``, leave out and report rows that cannot be read. If ``stop``, raise an error.
-        workers: the number of worker processes on this machine. None means one per core, or
-            fewer if the machine or container has less than 350 MB of memory per core.
+        workers: the number of worker processes on this machine. None means one per core, or fewer if
+            the machine or container has less than 350 MB of memory per core.
         encoder: the encoder to use (see ``choose_encoder``).
         engine: ``local`` (processes on this machine) or ``ray`` (a Ray cluster).
         ray_address: the address of the Ray cluster. None means a new cluster on this machine.

@@ -22,7 +22,7 @@ from pipeline.checkpoint.manifest import CheckpointManifest, read_manifest
 from pipeline.checkpoint.pieces import PieceIndex, index_pieces
 from pipeline.checkpoint.saving import SavedCheckpoint
 from pipeline.checkpoint.state import read_state
-from pipeline.checkpoint.verification import find_damage, folder_was_deleted
+from pipeline.checkpoint.verification import describe_deletion, find_damage, folder_was_deleted
 from pipeline.errors import CheckpointError
 from pipeline.model.parameter_state import EMA, WEIGHT
 
@@ -53,8 +53,8 @@ def average_checkpoints(
     except CheckpointError:
         if deleted := [folder for folder in folders if folder_was_deleted(folder)]:
             raise CheckpointError(
-                f"{deleted[0]} was deleted while it was read, probably by its run (checkpoint.keep_last); repeat the "
-                "command with --last, or with --steps of checkpoints that the run keeps"
+                f"{describe_deletion(deleted[0])}; repeat the command with --last, or with --steps of checkpoints that "
+                "the run keeps"
             ) from None
         raise
 

@@ -159,7 +159,12 @@ def read_located(locate: Callable[[], Path], read: Callable[[Path], Result]) -> 
 
 def log_deletion(place: Path | str) -> None:
     """Log that a checkpoint was deleted while this program read it."""
-    log.info("%s was deleted while it was read, probably by its run (checkpoint.keep_last); looking again", place)
+    log.info("%s; looking again", describe_deletion(place))
+
+
+def describe_deletion(place: Path | str) -> str:
+    """Return a text that says that a checkpoint was deleted while this program read it."""
+    return f"{place} was deleted while it was read, probably by its run (checkpoint.keep_last)"
 
 
 def locate_checkpoint(path: Path, hash_file: HashFile = sha256_of_file, weights: str | None = None) -> Path:

@@ -23,7 +23,12 @@ from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.pairing import abandon, is_paired
 from pipeline.checkpoint.retention import remove_leftovers, set_aside_after
 from pipeline.checkpoint.state import TrainingState, config_section
-from pipeline.checkpoint.verification import folder_was_deleted, locate_checkpoint, newest_good_checkpoint
+from pipeline.checkpoint.verification import (
+    describe_deletion,
+    folder_was_deleted,
+    locate_checkpoint,
+    newest_good_checkpoint,
+)
 from pipeline.config.changes import changed_settings
 from pipeline.config.loading import dump_config
 from pipeline.config.paths import is_same_place
@@ -371,7 +376,7 @@ def _read_checkpoint(folder: Path, backend: Backend, world: World) -> TrainingSt
     except CheckpointError:
         if folder_was_deleted(folder):
             raise CheckpointError(
-                f"{folder} was deleted while it was read, probably by its run (checkpoint.keep_last); repeat the "
-                "command with a checkpoint that the run keeps, or with its run folder for the newest one"
+                f"{describe_deletion(folder)}; repeat the command with a checkpoint that the run keeps, or with its "
+                "run folder for the newest one"
             ) from None
         raise
